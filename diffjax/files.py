@@ -1,0 +1,44 @@
+"""Where diffjax keeps things, and how it writes them so that nothing is ever half there."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from diffjax.errors import UserError
+
+
+def home() -> Path:
+    """The cache folder: `$DIFFJAX_HOME`, else `$XDG_CACHE_HOME/diffjax`, else `~/.cache/diffjax`."""
+    if "DIFFJAX_HOME" in os.environ:
+        return Path(os.environ["DIFFJAX_HOME"]).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "diffjax"
+
+
+def write_atomic(path: str | Path, data: bytes) -> None:
+    """Write `data` so that `path` holds either all of it or what it held before, whenever the machine stops.
+
+    Raises `UserError` when the disk is full or the folder cannot be written.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise UserError(f"cannot write to {path.parent}: {error.strerror}; choose another folder") from error
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        Path(temporary).unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror}; free some space or choose another folder") from error
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """`write_atomic` of indented JSON."""
+    write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
