@@ -1,0 +1,215 @@
+"""The parts that networks are made of: timestep embedding, norms, products with a dtype policy, attention, ResBlock.
+
+The dtype policy: parameters are kept in `param_dtype`, products read `dtype` and accumulate in float32, statistics and
+softmax are float32, and a layer returns `dtype`.
+"""
+
+import functools
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+Dtype = Any
+
+# Above this many float32 scores, attention works through the queries in chunks.
+MAX_SCORES = 2**26
+
+
+def timestep_embedding(
+    t: Float[Array, " b"], dim: int, max_period: float = 10000.0, flip_sin_to_cos: bool = True, freq_shift: float = 0.0
+) -> Float[Array, "b dim"]:
+    """`[cos(t w), sin(t w)]` in float32, `w_i = max_period^(-i / (dim/2 - freq_shift))`; an odd `dim` ends in a zero.
+
+    `flip_sin_to_cos=False` puts the sines first. DDPM (arXiv:2006.11239) is `flip_sin_to_cos=False, freq_shift=1`.
+    """
+    half = dim // 2
+    exponent = np.float32(-math.log(max_period)) * np.arange(half, dtype=np.float32) / np.float32(half - freq_shift)
+    angles = t.astype(jnp.float32)[:, None] * np.exp(exponent)
+    parts = [jnp.cos(angles), jnp.sin(angles)] if flip_sin_to_cos else [jnp.sin(angles), jnp.cos(angles)]
+    return jnp.pad(jnp.concatenate(parts, axis=-1), ((0, 0), (0, dim % 2)))
+
+
+def group_norm(x: Float[Array, "b *space c"], groups: int, eps: float) -> Float[Array, "b *space c"]:
+    """`(x - mean) / sqrt(var + eps)` over the space and each group of `c / groups` channels; float32 in and out.
+
+    One pass over `x` gives every channel's sums of `d` and `d^2`, which then join into groups: `var = E[d^2] - E[d]^2`.
+    `d` is `x` less the mean of the group's first row, so that a large mean does not cancel.
+    """
+    b, c = x.shape[0], x.shape[-1]
+    spread = lambda value: jnp.repeat(value, c // groups, axis=-1).reshape(b, *(1,) * (x.ndim - 2), c)
+    x = x.astype(jnp.float32)
+    shift = lax.stop_gradient(jnp.mean(x[:, 0].reshape(b, -1, groups, c // groups), axis=(1, 3)))
+    d = x - spread(shift)
+    space = tuple(range(1, x.ndim - 1))
+    mean, square = (jnp.mean(jnp.mean(y, space).reshape(b, groups, -1), axis=-1) for y in (d, d * d))
+    inverse = lax.rsqrt(jnp.maximum(square - mean * mean, 0.0) + eps)
+    return (d - spread(mean)) * spread(inverse)
+
+
+class GroupNorm(nn.Module):
+    """`group_norm` with a learned scale and bias per channel (arXiv:1803.08494)."""
+
+    groups: int = 32
+    eps: float = 1e-5
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b *space c"]) -> Float[Array, "b *space c"]:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), self.param_dtype)
+        return (group_norm(x, self.groups, self.eps) * scale + bias).astype(self.dtype)
+
+
+class RMSNorm(nn.Module):
+    """`x / sqrt(mean(x^2) + eps) * scale` over the last axis, in float32 (arXiv:1910.07467)."""
+
+    eps: float = 1e-6
+    use_scale: bool = True
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch c"]) -> Float[Array, "*batch c"]:
+        x = x.astype(jnp.float32)
+        y = x * lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
+        if self.use_scale:
+            y = y * self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+        return y.astype(self.dtype)
+
+
+def matmul(x: Float[Array, "*batch i"], kernel: Float[Array, "i o"], dtype: Dtype) -> Float[Array, "*batch o"]:
+    """`x @ kernel` read in `dtype` and accumulated in float32, which is also what it returns."""
+    y = lax.dot_general(
+        x.reshape(-1, x.shape[-1]).astype(dtype),
+        kernel.astype(dtype),
+        (((1,), (0,)), ((), ())),
+        preferred_element_type=jnp.float32,
+    )
+    return y.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+class Dense(nn.Module):
+    """`x @ kernel + bias` over the last axis with the dtype policy of this module's head."""
+
+    features: int
+    use_bias: bool = True
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), self.param_dtype)
+        y = matmul(x, kernel, self.dtype)
+        if self.use_bias:
+            y = y + self.param("bias", self.bias_init, (self.features,), self.param_dtype)
+        return y.astype(self.dtype)
+
+
+def attention(
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b s n h"],
+    v: Float[Array, "b s n h"],
+    mask: Bool[Array, "#b #n #t s"] | None = None,
+    bias: Float[Array, "#b #n #t s"] | None = None,
+) -> Float[Array, "b t n h"]:
+    """`softmax(q k^T / sqrt(h) + bias) v` per head, softmax in float32; a query whose keys are all masked gives 0.
+
+    `mask` is True where a key is seen. On a GPU that has it, cuDNN's flash attention; elsewhere the score matrix, in
+    chunks of queries when it would pass `MAX_SCORES` numbers, each chunk recomputed in the backward pass.
+    """
+    (b, t, n, h), s = q.shape, k.shape[1]
+    if _flash(q, k, bias):
+        y = jax.nn.dot_product_attention(q, k, v, bias, mask, implementation="cudnn")
+    elif b * n * t * s <= MAX_SCORES:
+        y = jax.nn.dot_product_attention(q, k, v, bias, mask, implementation="xla")
+    else:
+        y = _chunked(q, k, v, mask, bias, max(1, MAX_SCORES // (8 * b * n * s)))
+    if mask is not None:
+        seen = jnp.any(mask, axis=-1)
+        y = jnp.where(jnp.swapaxes(seen, 1, 2)[..., None], y, 0)
+    return y
+
+
+def _flash(q: Array, k: Array, bias: Array | None) -> bool:
+    """Whether cuDNN's fused attention takes these operands on this process's devices."""
+    if q.dtype not in (jnp.float16, jnp.bfloat16) or q.shape[-1] % 8 or jax.default_backend() != "gpu":
+        return False
+    capability = getattr(jax.local_devices()[0], "compute_capability", "0.0")
+    widest = 256 if float(capability) >= 9 else 128 if float(capability) >= 8 else 0
+    return q.shape[-1] <= widest
+
+
+def _chunked(q: Array, k: Array, v: Array, mask: Array | None, bias: Array | None, size: int) -> Array:
+    """`dot_product_attention` of `size` queries at a time."""
+    t = q.shape[1]
+    chunks = -(-t // size)
+
+    def split(x: Array | None, axis: int) -> Array | None:
+        if x is None or x.shape[axis] == 1:
+            return x
+        width = [(0, 0)] * x.ndim
+        width[axis] = (0, chunks * size - t)
+        x = jnp.pad(x, width)
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], chunks, size, *x.shape[axis + 1 :]), axis, 0)
+
+    def per_chunk(x: Array | None) -> bool:
+        return x is not None and x.ndim == 5
+
+    parts = {"q": split(q, 1), "mask": split(mask, 2), "bias": split(bias, 2)}
+    moving = {name: x for name, x in parts.items() if per_chunk(x)}
+    fixed = {name: x for name, x in parts.items() if not per_chunk(x)}
+    step = functools.partial(_chunk, k, v, fixed)
+    _, y = lax.scan(jax.checkpoint(step), None, moving)
+    return jnp.moveaxis(y, 0, 1).reshape(q.shape[0], chunks * size, *q.shape[2:])[:, :t]
+
+
+def _chunk(k: Array, v: Array, fixed: dict, carry: None, moving: dict) -> tuple[None, Array]:
+    part = fixed | moving
+    y = jax.nn.dot_product_attention(part["q"], k, v, part["bias"], part["mask"], implementation="xla")
+    return carry, y
+
+
+class ResBlock(nn.Module):
+    """`shortcut(x) + conv(silu(norm(conv(silu(norm(x))))))`, told the time by `project(silu(emb))`.
+
+    `time_embedding="add"` adds the projection before the second norm (DDPM, arXiv:2006.11239); `"scale_shift"` makes it
+    that norm's `(1 + scale) y + shift` (arXiv:2102.09672). The last convolution starts at zero.
+    """
+
+    features: int
+    groups: int = 32
+    eps: float = 1e-5
+    time_embedding: Literal["add", "scale_shift"] = "add"
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b h w c"], emb: Float[Array, "b e"] | None = None
+    ) -> Float[Array, "b h w features"]:
+        policy = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        norm = functools.partial(GroupNorm, self.groups, self.eps, **policy)
+        conv = functools.partial(nn.Conv, self.features, (3, 3), padding=1, **policy)
+        y = conv(name="conv1")(nn.silu(norm(name="norm1")(x)))
+        if emb is None:
+            y = norm(name="norm2")(y)
+        elif self.time_embedding == "add":
+            told = Dense(self.features, **policy, name="time_emb_proj")(nn.silu(emb))
+            y = norm(name="norm2")(y + told[:, None, None])
+        else:
+            told = Dense(2 * self.features, **policy, name="time_emb_proj")(nn.silu(emb))
+            scale, shift = jnp.split(told[:, None, None], 2, axis=-1)
+            y = norm(name="norm2")(y) * (1 + scale) + shift
+        y = conv(name="conv2", kernel_init=nn.initializers.zeros)(nn.silu(y))
+        if x.shape[-1] != self.features:
+            x = Dense(self.features, **policy, name="conv_shortcut")(x)
+        return x + y
