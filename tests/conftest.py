@@ -1,0 +1,34 @@
+"""How the suite runs: on the CPU, as eight devices, in a cache folder of its own."""
+
+import os
+
+import pytest
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+OPTIONS = {
+    "reference": "also run the comparisons with torch, diffusers and transformers",
+    "slow": "also run the tests that take longer than a minute",
+}
+
+
+def pytest_addoption(parser):
+    for name, text in OPTIONS.items():
+        parser.addoption(f"--{name}", action="store_true", help=text)
+
+
+def pytest_collection_modifyitems(config, items):
+    for name in OPTIONS:
+        if not config.getoption(f"--{name}"):
+            for item in items:
+                if item.get_closest_marker(name):
+                    item.add_marker(pytest.mark.skip(reason=f"run with --{name}"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def private_home(tmp_path_factory):
+    """Keep tests out of the user's cache folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DIFFJAX_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
