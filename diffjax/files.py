@@ -1,10 +1,12 @@
 """Where diffjax keeps things, and how it writes them so that nothing is ever half there."""
 
+import contextlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from diffjax.errors import UserError
 
@@ -16,8 +18,9 @@ def home() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "diffjax"
 
 
-def write_atomic(path: str | Path, data: bytes) -> None:
-    """Write `data` so that `path` holds either all of it or what it held before, whenever the machine stops.
+@contextlib.contextmanager
+def open_atomic(path: str | Path) -> Iterator[BinaryIO]:
+    """A binary file whose content stands at `path` once the block ends well; until then `path` holds what it held.
 
     Raises `UserError` when the disk is full or the folder cannot be written.
     """
@@ -29,14 +32,24 @@ def write_atomic(path: str | Path, data: bytes) -> None:
         raise UserError(f"cannot write to {path.parent}: {error.strerror}; choose another folder") from error
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except OSError as error:
-        Path(temporary).unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {error.strerror}; free some space or choose another folder") from error
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def write_atomic(path: str | Path, data: bytes) -> None:
+    """Write `data` so that `path` holds either all of it or what it held before, whenever the machine stops.
+
+    Raises `UserError` as `open_atomic` does.
+    """
+    with open_atomic(path) as file:
+        file.write(data)
 
 
 def write_json(path: str | Path, value: Any) -> None:
