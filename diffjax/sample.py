@@ -1,0 +1,156 @@
+"""Sampling: a chain of refinements, then one move, scanned over a grid of times.
+
+    x_s = alpha_s x0 + sigma_s (r^eta eps + sqrt(1 - r^(2 eta)) z),    r = alpha_t sigma_s / (alpha_s sigma_t)
+
+eta = 0 is DDIM (Euler for flows), eta = 1 the posterior of DDPM (Song et al. 2020, eq. 12, with the law of eta below).
+"""
+
+from typing import Any, Callable
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int, Key
+
+from diffjax.guide import Denoise, Scale
+from diffjax.predict import Estimate
+from diffjax.process import Process, Time
+from diffjax.refine import Chain, Refine
+
+Law = Callable[[Array, Scale], Array]
+Deviation = Callable[[Process, Estimate, Time, Time, Array], Array]
+
+
+def power_law(r: Float[Array, ""], eta: Scale) -> Float[Array, ""]:
+    """tau = 1 - r^(2 eta), the share of fresh noise in the variance; 0^0 = 1."""
+    log_r = jnp.log(jnp.where(r > 0, r, 1.0))
+    return jnp.where(r > 0, -jnp.expm1(2 * eta * log_r), jnp.where(jnp.asarray(eta) == 0, 0.0, 1.0))
+
+
+def ddim_law(r: Float[Array, ""], eta: Scale) -> Float[Array, ""]:
+    """tau = eta^2 (1 - r^2) (Song et al. 2020, eq. 16)."""
+    return jnp.asarray(eta) ** 2 * (1 - r**2)
+
+
+def small(process: Process, est: Estimate, t: Time, s: Time, tau: Array) -> Array:
+    """The move's own deviation, sigma_s sqrt(tau): the posterior's (`fixed_small`) at eta = 1."""
+    return process.sigma(s) * _root(tau)
+
+
+def large(process: Process, est: Estimate, t: Time, s: Time, tau: Array) -> Array:
+    """sqrt(1 - (alpha_t / alpha_s)^2), and 0 at sigma_s = 0: `fixed_large` (Ho et al. 2020, section 3.2)."""
+    return _root(1 - (process.alpha(t) / process.alpha(s)) ** 2) * (process.sigma(s) > 0)
+
+
+def learned(process: Process, est: Estimate, t: Time, s: Time, tau: Array) -> Array:
+    """exp(logvar / 2) of the network's second half, and 0 at sigma_s = 0."""
+    return jnp.exp(est.logvar / 2) * (process.sigma(s) > 0)
+
+
+def learned_range(process: Process, est: Estimate, t: Time, s: Time, tau: Array) -> Array:
+    """The logarithms of `large` and `small` mixed by the network's second half, -1 small, 1 large (Nichol and Dhariwal 2021, eq. 15)."""
+    share = (est.logvar + 1) / 2
+    low, high = (jnp.log(jnp.maximum(f(process, est, t, s, tau), 1e-10)) for f in (small, large))
+    return jnp.exp(share * high + (1 - share) * low) * (process.sigma(s) > 0)
+
+
+def _root(value: Array) -> Array:
+    """Square root whose derivative at 0 is 0."""
+    return jnp.sqrt(jnp.where(value > 0, value, 1.0)) * (value > 0)
+
+
+@struct.dataclass
+class Sampler:
+    """A refinement with the amount of noise, its law, and its deviation."""
+
+    refine: Refine = Chain(())
+    eta: Scale = 0.0
+    law: Law = struct.field(pytree_node=False, default=power_law)
+    deviation: Deviation = struct.field(pytree_node=False, default=small)
+
+
+@struct.dataclass
+class State:
+    """A run between two steps: the image, the last estimate of x0 (a preview), what the refinement remembers, steps done."""
+
+    x: Float[Array, "b ..."]
+    x0: Float[Array, "b ..."]
+    memory: Any
+    index: Int[Array, ""]
+
+
+def start(sampler: Sampler, x: Float[Array, "b ..."]) -> State:
+    """The state before the first step, from x at the grid's first time."""
+    return State(x, x, sampler.refine.init(x), jnp.zeros((), jnp.int32))
+
+
+def move(
+    process: Process, est: Estimate, t: Time, s: Time, sampler: Sampler, z: Float[Array, "b ..."]
+) -> Float[Array, "b ..."]:
+    """x_s from the estimate at t and unit noise z."""
+    alpha_s, sigma_s = process.alpha(s), process.sigma(s)
+    r = process.alpha(t) * sigma_s / (alpha_s * process.sigma(t))
+    tau = sampler.law(r, sampler.eta)
+    noise = sampler.deviation(process, est, t, s, tau)
+    return alpha_s * est.x0 + sigma_s * _root(1 - tau) * est.eps + noise * z
+
+
+def normal(keys: Key[Array, "b"], index: Int[Array, ""], shape: tuple[int, ...], dtype: Any) -> Float[Array, "b ..."]:
+    """Unit noise of step `index`, each image from its own key, so that an image never depends on its neighbours."""
+    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, index), shape, dtype))(keys)
+
+
+def step(
+    state: State, row: Float[Array, "2"], z: Array | None, denoise: Denoise, process: Process, sampler: Sampler, cond: Any, keys: Array
+) -> State:
+    """One step t -> s of the grid."""
+    t, s = row[0], row[1]
+    inner = jax.vmap(lambda key: jax.random.fold_in(key, state.index))(keys)
+    x, t = sampler.refine.before(state.x, t, process, inner)
+    memory, est, _ = sampler.refine.update(
+        state.memory, denoise(x, t, cond), x, t, s,
+        process=process, denoise=lambda x, t: denoise(x, t, cond), key=inner, eta=sampler.eta,
+    )  # fmt: skip
+    z = normal(keys, state.index, x.shape[1:], x.dtype) if z is None else z
+    return State(move(process, est, t, s, sampler, z), est.x0, memory, state.index + 1)
+
+
+def advance(
+    state: State,
+    grid: Float[Array, "steps 2"],
+    noise: Float[Array, "steps b ..."] | None,
+    denoise: Denoise,
+    process: Process,
+    sampler: Sampler,
+    cond: Any,
+    keys: Key[Array, "b"],
+) -> State:
+    """The state after the steps of `grid`, one `lax.scan`; rows with t = s do nothing, so that chunks of one size can be padded.
+
+    keys: one per image; `noise` in their place replays a run, row i for step i.
+    """
+    grid = jnp.asarray(grid, state.x.dtype)
+
+    def body(state: State, rows: tuple[Array, Array | None]) -> tuple[State, None]:
+        run = lambda state: step(state, rows[0], rows[1], denoise, process, sampler, cond, keys)
+        return jax.lax.cond(rows[0][0] != rows[0][1], run, lambda state: state, state), None
+
+    return jax.lax.scan(body, state, (grid, noise))[0]
+
+
+run = jax.jit(advance)
+"""`advance`, compiled once per shape: prompts, seeds, guidance, eta, grids and parameters are traced."""
+
+
+def sample(
+    denoise: Denoise,
+    process: Process,
+    x: Float[Array, "b ..."],
+    grid: Float[Array, "steps 2"],
+    sampler: Sampler,
+    keys: Key[Array, "b"],
+    cond: Any = None,
+    noise: Float[Array, "steps b ..."] | None = None,
+) -> Float[Array, "b ..."]:
+    """x at the grid's last time from x at its first, in one compiled scan."""
+    return run(start(sampler, x), grid, noise, denoise, process, sampler, {} if cond is None else cond, keys).x
