@@ -6,6 +6,7 @@ softmax are float32, and a layer returns `dtype`.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -182,34 +183,43 @@ class ResBlock(nn.Module):
     """`shortcut(x) + conv(silu(norm(conv(silu(norm(x))))))`, told the time by `project(silu(emb))`.
 
     `time_embedding="add"` adds the projection before the second norm (DDPM, arXiv:2006.11239); `"scale_shift"` makes it
-    that norm's `(1 + scale) y + shift` (arXiv:2102.09672). The last convolution starts at zero.
+    that norm's `(1 + scale) y + shift` (arXiv:2102.09672). The last convolution starts at zero. `activation` stands for
+    silu throughout; `resample` is applied to `x` and before the first convolution; `dropout` acts before the last one
+    when a "dropout" key is given.
     """
 
     features: int
     groups: int = 32
     eps: float = 1e-5
     time_embedding: Literal["add", "scale_shift"] = "add"
+    activation: Callable[[Array], Array] = nn.silu
+    resample: Callable[[Array], Array] | None = None
+    dropout: float = 0.0
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "b h w c"], emb: Float[Array, "b e"] | None = None
-    ) -> Float[Array, "b h w features"]:
+    ) -> Float[Array, "b h2 w2 features"]:
         policy = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         norm = functools.partial(GroupNorm, self.groups, self.eps, **policy)
         conv = functools.partial(nn.Conv, self.features, (3, 3), padding=1, **policy)
-        y = conv(name="conv1")(nn.silu(norm(name="norm1")(x)))
+        y = self.activation(norm(name="norm1")(x))
+        if self.resample is not None:
+            x, y = self.resample(x), self.resample(y)
+        y = conv(name="conv1")(y)
         if emb is None:
             y = norm(name="norm2")(y)
         elif self.time_embedding == "add":
-            told = Dense(self.features, **policy, name="time_emb_proj")(nn.silu(emb))
+            told = Dense(self.features, **policy, name="time_emb_proj")(self.activation(emb))
             y = norm(name="norm2")(y + told[:, None, None])
         else:
-            told = Dense(2 * self.features, **policy, name="time_emb_proj")(nn.silu(emb))
+            told = Dense(2 * self.features, **policy, name="time_emb_proj")(self.activation(emb))
             scale, shift = jnp.split(told[:, None, None], 2, axis=-1)
             y = norm(name="norm2")(y) * (1 + scale) + shift
-        y = conv(name="conv2", kernel_init=nn.initializers.zeros)(nn.silu(y))
+        y = nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))(self.activation(y))
+        y = conv(name="conv2", kernel_init=nn.initializers.zeros)(y)
         if x.shape[-1] != self.features:
             x = Dense(self.features, **policy, name="conv_shortcut")(x)
         return x + y
