@@ -233,7 +233,7 @@ def quadrature(nodes: list[Array], m: list[Array]) -> list[Array]:
 
 @struct.dataclass
 class History:
-    """The last values of a quantity and the times they belong to, the newest first; nan marks a time that is not there yet."""
+    """The last values of a quantity and the times they belong to, the newest first; -1 marks a time that is not there yet."""
 
     values: Float[Array, "n b ..."]
     times: Float[Array, "n"]
@@ -241,7 +241,7 @@ class History:
     @classmethod
     def empty(cls, x: Array, n: int) -> "History":
         """n places, nothing in them."""
-        return cls(jnp.zeros((n, *x.shape), x.dtype), jnp.full((n,), jnp.nan, x.dtype))
+        return cls(jnp.zeros((n, *x.shape), x.dtype), jnp.full((n,), -1, x.dtype))
 
     def push(self, value: Array, t: Time) -> "History":
         """The history with a new newest value."""
@@ -250,9 +250,9 @@ class History:
 
     def nodes(self, clock: Callable[[Time], Time], t: Time, s: Time) -> tuple[list[Array], Array]:
         """u_i = (clock_i - clock_t) / (clock_s - clock_t), made safe, and how many of them can be used."""
-        h = clock(s) - clock(t)
-        raw = [(clock(jnp.where(jnp.isnan(past), t, past)) - clock(t)) / h for past in self.times]
-        usable = jnp.cumprod(jnp.stack([jnp.isfinite(u) & (u != 0) & jnp.isfinite(h) for u in raw] or [jnp.array(False)]))
+        h, there = clock(s) - clock(t), self.times >= 0
+        raw = [(clock(past) - clock(t)) / h for past in jnp.where(there, self.times, t)]
+        usable = jnp.cumprod(jnp.stack([jnp.isfinite(u) & jnp.isfinite(h) for u in raw] or [jnp.array(False)]) & there)
         return [jnp.where(ok, u, -1.0 - i) for i, (u, ok) in enumerate(zip(raw, usable))], jnp.sum(usable, dtype=jnp.int32)
 
 
@@ -336,11 +336,12 @@ class UniPC(Refine):
     def _correct(self, state: Trail, est: Estimate, x: Array, t: Time, process: Process) -> Array:
         """x_t again, from the last step's start, with the estimate made at x_t as one more node."""
         clock = lambda time: self.clock(process, time)
-        last = jnp.where(jnp.isnan(state.history.times[0]), 1.0, state.history.times[0])
+        there = state.history.times[0] >= 0
+        last = jnp.where(there, state.history.times[0], 1.0)
         now, older = state.history.values[0], History(state.history.values[1:], state.history.times[1:])
         nodes, _ = older.nodes(clock, last, t)
         h = clock(t) - clock(last)
-        known = ~jnp.isnan(state.history.times[0]) & jnp.isfinite(h) & (h != 0)
+        known = there & jnp.isfinite(h)
         ahead = History(jnp.concatenate([est.x0[None], older.values]), jnp.zeros(self.order))
         m = moments(jnp.where(known, h, 1.0), self.order + 1)
         x0 = extrapolated(now, ahead, [jnp.ones_like(h), *nodes], 1 + state.older, m, two=0.5)
