@@ -94,7 +94,7 @@ def make_step(
         if axis_name is not None:
             gradients, metrics["loss"] = jax.lax.pmean((gradients, metrics["loss"]), axis_name)
             metrics |= jax.lax.psum({name: metrics[name] for name in ("bin_sum", "bin_count")}, axis_name)
-        metrics["grad_norm"] = optax.global_norm(gradients)
+        metrics["grad_norm"] = optax.tree.norm(gradients)
         metrics["finite"] = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
         updates, moments = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)

@@ -1,0 +1,62 @@
+"""One step function on all devices: `jit` over sharded batches, or `pmap`."""
+
+from typing import Any, Callable, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from diffjax import mesh
+from diffjax.train.state import State
+from diffjax.train.step import Batch, Step
+
+
+class Parallel(NamedTuple):
+    """`place` a state (numpy or device leaves) and `feed` this host's batch to where `step` wants them; `gather` one copy back.
+
+    `step(state, batch) -> (state, metrics)` frees the state that it is given.
+    """
+
+    place: Callable[[State], State]
+    feed: Callable[[dict[str, np.ndarray]], Batch]
+    step: Callable[[State, Batch], tuple[State, dict[str, Any]]]
+    gather: Callable[[State], State]
+
+
+def by_jit(step: Step, devices: Mesh) -> Parallel:
+    """The step compiled once for a replicated state and batches split over the mesh's axis `data`."""
+    everywhere = NamedSharding(devices, PartitionSpec())
+    return Parallel(
+        place=lambda state: mesh.replicate(state, devices),
+        feed=lambda batch: mesh.shard_batch(batch, devices),
+        step=jax.jit(step, donate_argnums=0, out_shardings=everywhere),
+        gather=lambda state: state,
+    )
+
+
+def by_pmap(step: Step, devices: Mesh) -> Parallel:
+    """The step mapped over a leading axis of this host's devices: every leaf of the state is there once for each."""
+    local = devices.local_devices
+    split = NamedSharding(Mesh(np.asarray(local), ("data",)), PartitionSpec("data"))
+
+    def replicate(leaf: Any) -> jax.Array:
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(replicate(jax.random.key_data(leaf)))
+        return jax.device_put(np.broadcast_to(np.asarray(leaf), (len(local), *leaf.shape)), split)
+
+    def feed(batch: dict[str, np.ndarray]) -> Batch:
+        return jax.tree.map(lambda x: x.reshape(len(local), -1, *x.shape[1:]), mesh.shard_batch(batch, split.mesh))
+
+    mapped = jax.pmap(
+        lambda state, batch: step(state, batch, axis_name="data"),
+        axis_name="data",
+        out_axes=(0, None),
+        donate_argnums=0,
+        devices=None if jax.process_count() > 1 else local,
+    )
+    return Parallel(
+        place=lambda state: jax.tree.map(replicate, state),
+        feed=feed,
+        step=mapped,
+        gather=lambda state: jax.tree.map(lambda leaf: leaf[0], state),
+    )
