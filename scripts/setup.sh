@@ -22,11 +22,19 @@ driver_version() {
     nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1
 }
 
+tpu_chip() { # the PCI ids of TPU v2 to v7
+    local vendor
+    for vendor in $(grep -lsx 0x1ae0 /sys/bus/pci/devices/*/vendor); do
+        grep -qsE '^0x00(27|56|5e|62|63|6f|76)$' "${vendor%vendor}device" && return
+    done
+    return 1
+}
+
 choose_build() { # sets build and why
     local driver
     if [ -n "${JAX_BUILD:-}" ]; then
         build=$JAX_BUILD why="JAX_BUILD asks for it"
-    elif [ -e /dev/accel0 ] || [ -n "${TPU_NAME:-}" ]; then
+    elif tpu_chip; then
         build=tpu why="a TPU is attached"
     elif driver=$(driver_version) && [ -n "$driver" ]; then
         build=cuda why="NVIDIA driver $driver found"
@@ -71,18 +79,17 @@ drop_half_installed() {
     rm -rf $venv/lib/python3*/site-packages/~*
 }
 
-show_progress() { # reads pip's output; one line that is rewritten on a terminal, only the milestones elsewhere
-    local line found=0
+show_progress() { # reads pip's output: one line rewritten on a terminal, only the milestones elsewhere
+    local line commas
     while IFS= read -r line; do
         case $line in
-            Collecting\ *) found=$((found + 1)) ;;
-            Installing\ collected*) say "installing $found packages" && continue ;;
-            *Downloading\ *) ;;
-            *) continue ;;
+            Installing\ collected*)
+                commas=${line//[!,]/}
+                say "packages to install: $((${#commas} + 1))" ;;
+            Collecting* | *Downloading* | *"Using cached"*)
+                [ ! -t 1 ] || printf '\r\033[K%.79s\r' "$line" ;;
         esac
-        [ -t 1 ] && printf '\r\033[K  %d packages: %.90s\r' $found "${line#"${line%%[![:space:]]*}"}"
     done
-    return 0
 }
 
 install() {
@@ -94,22 +101,22 @@ install() {
 
 choose_build
 key="$build $PWD $(cat pyproject.toml requirements.lock | cksum)"
-extras=" $* "
+extras="$*"
 if [ -f $stamp ]; then
-    { read -r old_key && read -r old_extras; } <$stamp || true
-    missing=$(for extra in $*; do case " ${old_extras:-} " in *" $extra "*) ;; *) echo "$extra" ;; esac done)
-    [ "${old_key:-}" = "$key" ] && [ -z "$missing" ] && exit 0
-    extras=" ${old_extras:-} $missing "
+    { read -r old_key && read -r old_extras; } <$stamp
+    missing=$(for extra in $extras; do [[ " $old_extras " == *" $extra "* ]] || echo "$extra"; done)
+    [ "$old_key" = "$key" ] && [ -z "$missing" ] && exit 0
+    extras="$old_extras $missing"
+    [ "${old_key%% *}" = "$build" ] || rm -rf $venv
 fi
 
 say "jax for ${build}: $why"
 venv_works || make_venv
 rm -f $stamp
 drop_half_installed
-[ "$build" = cpu ] || extras="$extras $build"
-extras=$(printf '%s\n' $extras | sort -u | paste -sd, -)
-say "installing diffjax [$extras] into $venv: a minute or two, with downloads of about 400 MB the first time"
-install --editable ".[$extras]"
+list=$(printf '%s\n' $extras $([ "$build" = cpu ] || echo "$build") | sort -u | paste -sd, -)
+say "installing diffjax${list:+[$list]} into $venv: one to five minutes the first time"
+install --editable ".${list:+[$list]}"
 $venv/bin/python -c 'import diffjax, jax, flax, grain, orbax.checkpoint' || fail "remove $venv and run this again"
-printf '%s\n%s\n' "$key" "${extras//,/ }" >$stamp
+printf '%s\n' "$key" "$(echo $extras)" >$stamp
 say "ready"

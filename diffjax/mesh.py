@@ -1,0 +1,162 @@
+"""Devices: find them, say which one is used, and spread arrays over them.
+
+Data parallelism is `jit` over arrays placed by `shard_batch` and `replicate`; FSDP and tensor parallelism are the same
+`jit` with parameters placed by `shard_by_rules`. The compiler derives the communication from the placement.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from diffjax.errors import UserError
+from diffjax.files import home
+
+Rule = tuple[str, PartitionSpec | Callable[[tuple[int, ...], Mesh], PartitionSpec]]
+
+
+def start() -> None:
+    """What every command that computes does first: join the hosts, keep compiled programs, say which device is used.
+
+    Raises `UserError` when jax cannot start the device that it was told to use.
+    """
+    join_hosts()
+    keep_compiled()
+    try:
+        announce()
+    except (RuntimeError, AssertionError) as error:
+        raise UserError("jax finds no device to run on: `diffjax doctor` says why") from error
+
+
+def join_hosts() -> None:
+    """Join the other hosts of this job, when the environment says that there are any.
+
+    Either `JAX_COORDINATOR_ADDRESS` (host:port of process 0), `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` are set, or
+    `DIFFJAX_MULTIHOST=1` lets jax ask Slurm, Open MPI, Kubernetes or the TPU pod.
+    """
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    if address:
+        try:
+            count, index = (int(os.environ[name]) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+        except (KeyError, ValueError) as error:
+            message = "JAX_COORDINATOR_ADDRESS is set: set JAX_NUM_PROCESSES and JAX_PROCESS_ID (whole numbers) too"
+            raise UserError(message) from error
+        jax.distributed.initialize(address, count, index)
+    elif os.environ.get("DIFFJAX_MULTIHOST") == "1":
+        jax.distributed.initialize()
+
+
+def keep_compiled() -> None:
+    """Keep compiled programs in `home()/xla` from one run to the next, unless jax was told another folder."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(home() / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def describe() -> str:
+    """The devices in words, such as `2 x NVIDIA H100 80GB HBM3` or `CPU (2 cores)`."""
+    devices = jax.devices()
+    if devices[0].platform == "cpu":
+        virtual = f", as {len(devices)} devices" if len(devices) > 1 else ""
+        return f"CPU ({os.cpu_count()} cores{virtual})"
+    return f"{len(devices)} x {devices[0].device_kind}"
+
+
+def announce() -> None:
+    """Print one line naming the device, and one more if the host has an NVIDIA GPU that jax does not use."""
+    if jax.process_index() != 0:
+        return
+    print(f"device: {describe()}, jax {jax.__version__}", file=sys.stderr)
+    if jax.default_backend() == "cpu" and (driver := nvidia_driver()):
+        print(
+            f"warning: NVIDIA driver {driver} is here but jax uses the CPU: run `diffjax doctor` to see why",
+            file=sys.stderr,
+        )
+
+
+def nvidia_driver() -> str | None:
+    """The version of the host's NVIDIA driver, as its kernel module or `nvidia-smi` says; None without one."""
+    module = Path("/sys/module/nvidia/version")
+    if module.exists():
+        return module.read_text().strip()
+    command = ["--query-gpu=driver_version", "--format=csv,noheader"]
+    return (nvidia_smi(*command) or "").strip().partition("\n")[0] or None
+
+
+def nvidia_smi(*arguments: str) -> str | None:
+    """What `nvidia-smi` prints; None where there is none or it fails."""
+    if not shutil.which("nvidia-smi"):
+        return None
+    try:
+        return subprocess.run(
+            ["nvidia-smi", *arguments], capture_output=True, text=True, timeout=20, check=True
+        ).stdout
+    except (subprocess.SubprocessError, OSError):
+        return None
+
+
+def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """All devices (of all hosts), or the given ones, along one axis named `data`."""
+    return Mesh(np.asarray(jax.devices() if devices is None else devices), ("data",))
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """The tree with a copy of every leaf on every device of the mesh."""
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def shard_batch(batch: Any, mesh: Mesh) -> Any:
+    """This host's part of a batch, leaves (b, ...), as global arrays (hosts * b, ...) split over the axis `data`.
+
+    Raises `UserError` when b is not a multiple of the number of this host's devices.
+    """
+    local = len(mesh.local_devices)
+    size = len(jax.tree.leaves(batch)[0])
+    if size % local:
+        raise UserError(f"a batch of {size} cannot be split over {local} devices: choose a multiple of {local}")
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+
+
+def shard_by_rules(tree: Any, rules: Sequence[Rule], mesh: Mesh) -> Any:
+    """A `NamedSharding` for every leaf (array or `ShapeDtypeStruct`), for `jax.device_put` or as `in_shardings`.
+
+    A leaf is named by its path, as in `blocks/attention/query/kernel`; the first rule whose regular expression is
+    found in the name gives its `PartitionSpec`, itself or as a function (shape, mesh) -> spec such as `largest_axis`.
+    No rule: replicated. Raises `UserError` where a spec does not fit the leaf's shape.
+    """
+
+    def place(path, leaf) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        spec = next((spec for pattern, spec in rules if re.search(pattern, name)), PartitionSpec())
+        spec = spec if isinstance(spec, PartitionSpec) else spec(leaf.shape, mesh)
+        sharding = NamedSharding(mesh, spec)
+        try:
+            sharding.shard_shape(leaf.shape)
+        except ValueError as error:
+            raise UserError(f"{name} of shape {leaf.shape} cannot be split as {spec}: change its rule") from error
+        return sharding
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def largest_axis(name: str) -> Callable[[tuple[int, ...], Mesh], PartitionSpec]:
+    """The rule of FSDP (ZeRO stage 3, Rajbhandari et al. 2020): split a leaf's largest axis among those that the mesh
+    axis `name` divides; replicate a leaf without one.
+    """
+
+    def rule(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+        sizes = [size if size % mesh.shape[name] == 0 else 0 for size in shape]
+        if not any(sizes):
+            return PartitionSpec()
+        return PartitionSpec(*(name if i == int(np.argmax(sizes)) else None for i in range(len(shape))))
+
+    return rule
