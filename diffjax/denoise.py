@@ -4,6 +4,7 @@ Adapting a network is naming three things: what it predicts, its clock (the numb
 the scale of its input.
 """
 
+from dataclasses import dataclass
 from typing import Any, Callable
 
 import jax.numpy as jnp
@@ -72,3 +73,13 @@ class Denoiser:
         channels = x.shape[-1]
         est = estimate(self.prediction, self.process, x, y[..., :channels].astype(x.dtype), t)
         return est._replace(logvar=y[..., channels:]) if y.shape[-1] == 2 * channels else est
+
+
+@dataclass(frozen=True)
+class Apply:
+    """`module.apply` as a static argument: equal for equal modules, so that loading a model again compiles nothing."""
+
+    module: Any
+
+    def __call__(self, params: Any, x: Float[Array, "b ..."], t: Float[Array, "b"], **cond: Array) -> Float[Array, "b ..."]:
+        return self.module.apply({"params": params}, x, t, **cond)
