@@ -1,0 +1,82 @@
+"""Other people's checkpoints, in and out: `load` and `save` for one component folder (config.json and its weights).
+
+A class of component is one `Format`, in a module of its own; `FORMATS` says which serves which published class and which
+network of ours.
+"""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from diffjax import files
+from diffjax.errors import UserError
+from diffjax.weights import safetensors
+from diffjax.weights.config import class_name, read_json
+from diffjax.weights.folder import read_tensors
+from diffjax.weights.format import Format
+from diffjax.weights.names import Params, read_params, write_params
+
+FORMATS = {
+    # published class: (our network, the module here whose FORMAT it is)
+    "UNet2DModel": ("diffjax.nets.unet.UNet", "diffjax.weights.unet2d"),
+}
+
+
+def load(path: str | Path, dtype: Any = None) -> tuple[nn.Module, dict[str, Any]]:
+    """The network of a component folder and its parameters.
+
+    With `dtype=None` parameters keep the file's dtype, and the network computes in it; else both are `dtype`.
+    Raises `UserError` for a class or a field that is not implemented (naming it), and for damaged or ill-fitting weights.
+    """
+    folder = Path(path)
+    config = read_json(folder / "config.json")
+    kind = _format(class_name(config), folder)
+    module = kind.module(config, str(folder / "config.json"))
+    shapes = param_shapes(module, kind)
+    params = read_params(read_tensors(folder), shapes, kind.names(module), str(folder), dtype)
+    compute = _common_dtype(params)
+    return module.clone(dtype=compute, param_dtype=compute), params
+
+
+def save(path: str | Path, module: nn.Module, params: Params) -> None:
+    """Write a component folder that `load`, and the library of its published class, read back to the same numbers.
+
+    Raises `UserError` for a network, or a part of one, that has no published class.
+    """
+    folder = Path(path)
+    kind = _format_of(module)
+    config = kind.config(module)
+    tensors = write_params(params, kind.names(module))
+    safetensors.write(folder / f"{kind.stem}.safetensors", tensors, {"format": "pt"})
+    files.write_json(folder / "config.json", config)
+
+
+def param_shapes(module: nn.Module, kind: Format) -> Params:
+    """The shapes of a network's parameters; nothing is computed."""
+    variables = jax.eval_shape(lambda *inputs: module.init(jax.random.key(0), *inputs), *kind.example(module))
+    return variables["params"]
+
+
+def _format(name: str | None, folder: Path) -> Format:
+    if name not in FORMATS:
+        raise UserError(f"{folder / 'config.json'} is for {name!a}; diffjax reads {', '.join(FORMATS)}")
+    return importlib.import_module(FORMATS[name][1]).FORMAT
+
+
+def _format_of(module: nn.Module) -> Format:
+    network = f"{type(module).__module__}.{type(module).__qualname__}"
+    for ours, where in FORMATS.values():
+        if ours == network:
+            return importlib.import_module(where).FORMAT
+    raise UserError(f"{network} has no published class to be saved as; keep the run's own checkpoint")
+
+
+def _common_dtype(params: Params) -> Any:
+    """The dtype to compute in: that of all floating parameters, or the widest of them."""
+    dtypes = {np.dtype(leaf.dtype) for leaf in jax.tree.leaves(params)}
+    return jnp.result_type(*(dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating)))

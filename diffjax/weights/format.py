@@ -1,0 +1,25 @@
+"""One published class of component: its configuration, its module and its names."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flax import linen as nn
+
+from diffjax.weights.names import Names
+
+
+@dataclass(frozen=True)
+class Format:
+    """How components of one class lie on disk.
+
+    `module(config, path)` builds the network of a config.json, raising `UserError` for what is not implemented, and
+    `config(module)` is its inverse; `example(module)` gives arguments (shapes are enough) for `module.init`;
+    `names(module)` maps parameters to keys; `stem` begins the name of the weights' file.
+    """
+
+    module: Callable[[Mapping[str, Any], str], nn.Module]
+    config: Callable[[nn.Module], dict[str, Any]]
+    example: Callable[[nn.Module], tuple[Any, ...]]
+    names: Callable[[nn.Module], Names]
+    stem: str = "diffusion_pytorch_model"
