@@ -26,6 +26,8 @@ from diffjax.sample import Sampler, ddim_law
 
 Choice = Mapping[str, Any]
 
+MUON = re.compile(r"(^|/)\w*blocks?(_\d+)?/(.*/)?(?!adapt|time_emb)\w+/kernel$")
+
 BETAS = {
     "linear": processes.linear_betas,
     "scaled_linear": processes.scaled_linear_betas,
@@ -66,24 +68,203 @@ SAMPLERS = {
     "unipc": Sampler(unipc(2)),
     "ipndm": Sampler(adams(4, even=True)),
 }
+DETERMINISTIC = ("heun", "unipc", "ipndm")
 GRIDS = {
     "uniform": lambda process, steps: grids.uniform(steps),
-    "logsnr": lambda process, steps: grids.logsnr(process, steps, *_ends(process)),
-    "karras": lambda process, steps: grids.karras(process, steps, *_sigmas(process)),
+    "logsnr": lambda process, steps: _from_noise(grids.logsnr(process, steps, *_ends(process))),
+    "karras": lambda process, steps: _from_noise(grids.karras(process, steps, *_sigmas(process))),
     "leading": lambda process, steps: grids.leading(steps, _table(process)),
     "linspace": lambda process, steps: grids.linspace(steps, _table(process)),
     "trailing": lambda process, steps: grids.trailing(steps, _table(process)),
 }
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 
 def make(kind: str, table: Mapping[str, Callable], choice: Choice) -> Any:
-    """`table[choice.name](**the rest of choice)`."""
+    """`table[choice["name"]](**the rest of choice)`."""
     arguments = dict(choice)
-    maker = _named(kind, table, arguments.pop("name"))
+    maker = named(kind, table, arguments.pop("name"))
     known = [name for name in inspect.signature(maker).parameters if name not in ("parent", "name")]
     for name in arguments:
         if name not in known:
-            raise unknown(f"field of {kind} {choice['name']}", name, known) if known else UserError(
-                f"{kind} {choice['name']} takes no {name}: remove it"
-            )
-    return maker(**{name: _value(value) for name, value in arguments.items()})
+            raise unknown(f"field of {kind} {choice['name']}", name, known or ["no field"])
+    return maker(**arguments)
+
+
+def named(kind: str, table: Mapping[str, Any], name: str) -> Any:
+    """`table[name]`."""
+    if name not in table:
+        raise unknown(kind, name, table)
+    return table[name]
+
+
+def process(choice: Choice) -> processes.Process:
+    """A process; `shift` other than 1 shifts it (`process.Shift`)."""
+    arguments = dict(choice)
+    shift = arguments.pop("shift", 1.0)
+    inner = make("process", PROCESSES, arguments)
+    return inner if shift == 1.0 else processes.Shift(inner, shift)
+
+
+def prediction(choice: Choice) -> predict.Prediction:
+    """What the network predicts."""
+    return make("prediction", PREDICTIONS, choice)
+
+
+def network(config: Mapping[str, Any], **fixed: Any) -> nn.Module:
+    """The network that `config["network"]` names, with the fields of the table of that name (`config["dit"]`) and `fixed`.
+
+    `config["classes"]` is the number of classes, 0 without.
+    """
+    name = config["network"]
+    named("network", NETWORKS, name)
+    classes = {"dit": {"classes": config["classes"]}, "unet": {"num_class_embeds": config["classes"] + 1}}[name]
+    fields = {key: _static(key, value) for key, value in config[name].items()}
+    return make("network", NETWORKS, {"name": name, **fields, **(classes if config["classes"] else {}), **fixed})
+
+
+def sampler(choice: str | Refine | Sampler, eta: float | None = None) -> Sampler:
+    """A sampler by its name, of a refinement, or as it is; `eta` other than None replaces its amount of noise.
+
+    Raises `UserError` for a noisy multistep or Heun method that has no stochastic form.
+    """
+    if isinstance(choice, str):
+        found = named("sampler", SAMPLERS, choice)
+        if eta and choice in DETERMINISTIC:
+            raise UserError(f"sampler {choice} is deterministic: leave eta out, or take ddpm, ddim or dpmpp_2m_sde")
+    else:
+        found = Sampler(choice) if isinstance(choice, Refine) else choice
+    return found if eta is None else found.replace(eta=float(eta))
+
+
+def grid(choice: str | Float[np.ndarray, "steps 2"], of: processes.Process, steps: int) -> Float[np.ndarray, "steps 2"]:
+    """A grid of `steps` steps by its name, or as it is."""
+    return named("grid", GRIDS, choice)(of, steps) if isinstance(choice, str) else np.asarray(choice)
+
+
+def optimizer(choice: Choice, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The optimizer of a run of `steps` steps, clipping included, and its schedule, a factor of every learning rate."""
+    arguments = dict(choice)
+    clip = arguments.pop("clip")
+    factor = make("schedule", SCHEDULES, {**arguments.pop("schedule"), "steps": steps})
+    return optax.chain(optax.clip_by_global_norm(clip), make("optimizer", OPTIMIZERS, {**arguments, "factor": factor})), factor
+
+
+def warmup_constant_linear(steps: int, warmup: int, hold: float, final: float) -> optax.Schedule:
+    """1 from step `warmup` (reached linearly) to step `hold * steps`, then linear to `final` at the last step."""
+    start = max(hold * steps, warmup)
+
+    def factor(step: Array) -> Array:
+        rise = (step + 1) / max(warmup, 1)
+        fall = 1 - (1 - final) * (step - start) / max(steps - start, 1)
+        return jnp.clip(jnp.minimum(rise, fall), final / max(warmup, 1), 1.0)
+
+    return factor
+
+
+def warmup_cosine(steps: int, warmup: int, final: float) -> optax.Schedule:
+    """Up to 1 in `warmup` steps, then half a cosine down to `final` at the last step (Loshchilov and Hutter 2017)."""
+
+    def factor(step: Array) -> Array:
+        done = jnp.clip((step - warmup) / max(steps - warmup, 1), 0.0, 1.0)
+        return jnp.minimum((step + 1) / max(warmup, 1), final + (1 - final) * (1 + jnp.cos(jnp.pi * done)) / 2)
+
+    return factor
+
+
+def adamw(
+    factor: optax.Schedule, learning_rate: float, weight_decay: float, b1: float = 0.9, b2: float = 0.99
+) -> optax.GradientTransformation:
+    """AdamW (Loshchilov and Hutter 2019) that decays matrices only."""
+    rate = lambda step: learning_rate * factor(step)
+    return optax.adamw(rate, b1, b2, weight_decay=weight_decay, mask=is_kernel)
+
+
+def muon(
+    factor: optax.Schedule,
+    learning_rate: float,
+    adam_learning_rate: float,
+    weight_decay: float,
+    momentum: float = 0.95,
+    b1: float = 0.9,
+    b2: float = 0.99,
+) -> optax.GradientTransformation:
+    """Muon (Jordan et al. 2024; Nesterov, 5 Newton-Schulz steps) on the matrices of `muon_axes`, Adam elsewhere."""
+    return optax.contrib.muon(
+        lambda step: learning_rate * factor(step),
+        beta=momentum,
+        weight_decay=weight_decay,
+        adam_b1=b1,
+        adam_b2=b2,
+        adam_learning_rate=lambda step: adam_learning_rate * factor(step),
+        adam_weight_decay=weight_decay,
+        muon_weight_dimension_numbers=muon_axes,
+    )
+
+
+def muon_axes(params: PyTree) -> PyTree:
+    """For every leaf that is a kernel inside a block, its input and output axes; None for all others.
+
+    Embeddings, modulation, the first and the last layer, norms and biases are not in blocks or no such kernels. Leading axes that
+    `nn.scan` added are a batch; a convolution (h, w, i, o) is the matrix (h w i, o).
+    """
+
+    def axes(path: tuple, leaf: Array) -> optax.contrib.MuonDimensionNumbers | None:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if not MUON.search(name):
+            return None
+        return optax.contrib.MuonDimensionNumbers((-4, -3, -2) if leaf.ndim >= 4 else -2, -1)
+
+    return jax.tree_util.tree_map_with_path(axes, params)
+
+
+def is_kernel(params: PyTree) -> PyTree:
+    """Which leaves are kernels of layers: all but biases, scales, embeddings and null vectors."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+
+
+def _static(field: str, value: Any) -> Any:
+    """A config's value as a module's field: dtypes by name, lists as tuples."""
+    if field.endswith("dtype"):
+        return named("dtype", DTYPES, value)
+    return tuple(value) if isinstance(value, (list, tuple)) else value
+
+
+def _discrete(betas: str = "linear", steps: int = 1000, zero_terminal_snr: bool = False) -> processes.Discrete:
+    table = named("betas", BETAS, betas)(steps)
+    return processes.discrete(processes.zero_terminal_snr(table) if zero_terminal_snr else table)
+
+
+def _table(of: processes.Process) -> int:
+    if not isinstance(of, processes.Discrete):
+        raise UserError(f"this grid counts the steps of a table and {type(of).__name__} has none: take uniform, logsnr or karras")
+    return of.steps
+
+
+def _from_noise(times: grids.Grid) -> grids.Grid:
+    """The grid with its first step taken from t = 1."""
+    times[0, 0] = 1.0
+    return times
+
+
+def _ends(of: processes.Process) -> tuple[float, float]:
+    """The times between which `logsnr` and `karras` run: EDM's sigma / alpha, 80 to 0.002, as far as the process reaches."""
+    first = 1 / of.steps if isinstance(of, processes.Discrete) else 0.0
+    start, stop = np.clip(of.inverse(-2 * jnp.log(jnp.asarray([80.0, 0.002]))), first, 1.0)
+    return float(start), float(stop)
+
+
+def _sigmas(of: processes.Process) -> tuple[float, float]:
+    start, stop = np.exp(-np.asarray(of.logsnr(jnp.asarray(_ends(of)))) / 2)
+    return float(stop), float(start)
+
+
+PROCESSES = {
+    "flow": processes.Flow,
+    "cosine": processes.Cosine,
+    "exploding": processes.Exploding,
+    "linear": processes.Linear,
+    "discrete": _discrete,
+}
+SCHEDULES = {"linear": warmup_constant_linear, "cosine": warmup_cosine}
+OPTIMIZERS = {"adamw": adamw, "muon": muon}
