@@ -1,0 +1,185 @@
+"""From a configuration to a data set that can be trained on."""
+
+import difflib
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from diffjax import files
+from diffjax.data.images import check_size, colour
+from diffjax.data.pipeline import Batches, Pictures, Tokenize, batches
+from diffjax.data.prepare import prepared, track
+from diffjax.data.records import Records
+from diffjax.data.skipped import Skipped
+from diffjax.errors import UserError
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """Every field of `config.data` with its default; the package's docstring says what each means."""
+    return ml_collections.ConfigDict(
+        {
+            "name": "openmoji",
+            "path": "",
+            "data_dir": "",
+            "split": "train",
+            "subset": "no_skin_tones",
+            "size": 32,
+            "background": "white",
+            "crop": "center",
+            "flip": False,
+            "enlarge": False,
+            "caption": "any",
+            "templates": ("{}",),
+            "tag_dropout": 0.0,
+            "workers": 0,
+        }
+    )
+
+
+def _complete(config: Any) -> ml_collections.ConfigDict:
+    """`config` with the missing fields filled in. Raises `UserError` for a field or value that does not exist."""
+    complete = default_config()
+    for field, value in config.items():
+        if field not in complete:
+            nearest = difflib.get_close_matches(field, list(complete), 1)
+            raise UserError(f"data.{field} does not exist" + (f"; did you mean data.{nearest[0]}?" if nearest else ""))
+        complete[field] = value
+    choices = {"crop": ("center", "random"), "caption": ("any", "first")}
+    for field, allowed in choices.items():
+        if complete[field] not in allowed:
+            raise UserError(f'data.{field}="{complete[field]}" must be {" or ".join(allowed)}')
+    for field, fine in {"size": complete.size > 0, "workers": complete.workers >= 0}.items():
+        if not fine:
+            raise UserError(f"data.{field}={complete[field]} is too small")
+    if not complete.templates or not all("{}" in template for template in complete.templates):
+        raise UserError('data.templates must be texts with a {} for the caption, such as "a picture of {}"')
+    colour(complete.background)
+    return complete
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Pictures of one size with captions, classes, both or neither.
+
+    With classes and no captions, a picture's caption is the name of its class.
+    """
+
+    name: str
+    config: ml_collections.ConfigDict
+    records: Records
+    channels: int
+    skipped: Skipped
+    pictures: Pictures
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @property
+    def size(self) -> int:
+        """Pixels a side."""
+        return self.config.size
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Empty when the data has no classes."""
+        return self.records.class_names
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def has_captions(self) -> bool:
+        return self.records.has_captions
+
+    def captions(self) -> list[tuple[str, ...]]:
+        """Every record's captions, the main one first; none for a record that cannot be read."""
+        return [self.pictures.captions(index) for index in track(range(len(self)), "reading the captions", len(self))]
+
+    def examples(self, indices: Sequence[int]) -> dict[str, Any]:
+        """`image` uint8 (n, size, size, channels), `captions` n tuples, and `label` int32 (n,), -1 where there is none."""
+        found = [self.pictures.example(int(index)) for index in indices]
+        return {
+            "image": np.stack([example.image for example in found]),
+            "captions": [example.captions for example in found],
+            "label": np.array([example.label for example in found], np.int32),
+        }
+
+    def batches(
+        self, batch_size: int, seed: int, tokenize: Tokenize | None = None, shard: tuple[int, int] = (0, 1)
+    ) -> Batches:
+        """The endless, shuffled stream of batches (see `pipeline`).
+
+        `batch_size` counts all processes' rows; `shard` is (this process, number of processes). `tokenize` maps b
+        captions to arrays with b rows, such as `tokens` int32 (b, l) and `mask` bool (b, l). Raises `UserError` when it
+        is given and the data has no captions.
+        """
+        if tokenize is not None and not self.has_captions:
+            raise UserError(f"{self.name} has no captions to condition on; add some, or train without text")
+        identity = {"name": self.name, "split": self.config.split, "examples": len(self)}
+        return batches(self.pictures, self.config, batch_size, seed, tokenize, shard, identity)
+
+
+def _openmoji(config: ml_collections.ConfigDict, folder: Path) -> Any:
+    from diffjax.data import openmoji
+
+    settings = openmoji.config(config.size, config.background, config.subset)
+    return prepared(lambda: openmoji.Openmoji(config=settings, data_dir=folder))
+
+
+def _captioned_folder(config: ml_collections.ConfigDict, folder: Path) -> Any:
+    from diffjax.data import captioned_folder
+
+    if not config.path:
+        raise UserError("data.path is empty; set it to your folder of pictures")
+    settings = captioned_folder.config(config.path, config.size, config.background, config.enlarge)
+    return prepared(lambda: captioned_folder.CaptionedFolder(config=settings, data_dir=folder))
+
+
+def _named(config: ml_collections.ConfigDict, folder: Path) -> Any:
+    """Any other TFDS dataset, found in `folder` or downloaded to it."""
+    import tensorflow_datasets as tfds
+
+    try:
+        return prepared(lambda: tfds.builder(config.name, data_dir=folder), quiet=False)
+    except tfds.core.DatasetNotFoundError as error:
+        names = [*BUILDERS, *tfds.list_builders(with_community_datasets=False)]
+        nearest = difflib.get_close_matches(config.name, names, 1)
+        hint = f"did you mean {nearest[0]}?" if nearest else "see tensorflow.org/datasets/catalog"
+        raise UserError(f'data.name="{config.name}" is no data set; {hint}') from error
+    except UserError:
+        raise
+    except Exception as error:  # noqa: BLE001  hundreds of builders fail in their own ways: no network, no package
+        remedy = "check the network, or set data.data_dir to a folder that holds it"
+        raise UserError(f"cannot prepare {config.name}: {str(error).splitlines()[0]}; {remedy}") from error
+
+
+BUILDERS = {"openmoji": _openmoji, "captioned_folder": _captioned_folder}
+
+
+def load(config: ml_collections.ConfigDict) -> Dataset:
+    """The data set that `config` describes (fields: see the package), prepared on first use.
+
+    What is prepared or downloaded goes to `config.data_dir`, else `$TFDS_DATA_DIR`, else the cache folder's `data`.
+    Raises `UserError` for anything in the configuration or the data that the user can mend.
+    """
+    config = _complete(config)
+    folder = Path(config.data_dir or os.environ.get("TFDS_DATA_DIR") or files.home() / "data").expanduser()
+    builder = BUILDERS.get(config.name, _named)(config, folder)
+    records = Records(builder, config.split)
+    *shape, depth = builder.info.features[records.roles.image].shape
+    if None not in shape:
+        check_size(tuple(shape), config.size, config.enlarge, f"a picture of {config.name}")
+    channels = 1 if depth == 1 else 3
+    skipped = Skipped(builder.info.full_name)
+    if lines := skipped.lines():
+        message = "%d pictures of %s are left out; %s says which and why"
+        logging.getLogger("diffjax").warning(message, len(lines), config.name, skipped.path)
+    pictures = Pictures(records, config, channels, skipped)
+    return Dataset(config.name, config, records, channels, skipped, pictures)

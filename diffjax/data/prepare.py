@@ -1,0 +1,65 @@
+"""Preparing a TFDS builder once, whole or not at all."""
+
+import contextlib
+import errno
+import io
+import logging
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+from diffjax.errors import UserError
+
+Item = TypeVar("Item")
+
+
+def track(items: Iterable[Item], title: str, total: int) -> Iterable[Item]:
+    """The items, under a progress bar on stderr that shows the time left; a single line where that is no terminal."""
+    from rich.console import Console
+    from rich.progress import track as rich_track
+
+    console = Console(file=sys.stderr)
+    if not console.is_terminal:
+        print(f"{title} ({total})", file=sys.stderr, flush=True)
+        return items
+    return rich_track(items, title, total=total, console=console, transient=True)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what TFDS prints: our own builders show one bar instead."""
+    import tensorflow_datasets as tfds
+
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    tfds.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        tfds.enable_progress_bar()
+        logger.setLevel(level)
+
+
+def prepared(make_builder: Callable[[], Any], quiet: bool = True) -> Any:
+    """A builder whose array_record files are on disk, written now if they were not.
+
+    `make_builder` returns a fresh builder. TFDS writes to a temporary folder and renames it, so an interrupted
+    preparation leaves nothing behind, and of two processes that prepare the same data the later takes the earlier's.
+    Raises `UserError` when the disk is full or the folder cannot be written.
+    """
+    with _quiet() if quiet else contextlib.nullcontext():
+        builder = make_builder()
+        if builder.is_prepared():
+            return builder
+        try:
+            builder.download_and_prepare(file_format="array_record")
+        except OSError as error:
+            if make_builder().is_prepared():
+                return make_builder()
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+                remedy = "free some space or set data.data_dir to another folder"
+                raise UserError(f"cannot write the data to {builder.data_path}: {error.strerror}; {remedy}") from error
+            raise
+    return builder
