@@ -156,11 +156,13 @@ def tpu_without_library(facts: Facts) -> Problem | None:
 def gpu_does_not_start(facts: Facts) -> Problem | None:
     explained = any(check(facts) for check in (cpu_only_jax, plugin_version, old_driver, platforms_set, gpus_hidden))
     if facts.driver and facts.platform != "gpu" and not explained:
-        path = "LD_LIBRARY_PATH" in facts.environment
+        another = "LD_LIBRARY_PATH" in facts.environment
+        reason = "LD_LIBRARY_PATH may put another CUDA first" if another else facts.error or "jax does not say why"
         return Problem(
-            "jax has its CUDA build and the driver is fit, yet jax does not use the GPU"
-            + (": LD_LIBRARY_PATH may put another CUDA first" if path else f" {facts.error}".rstrip()),
-            "unset LD_LIBRARY_PATH" if path else "JAX_PLATFORMS=cuda python -c 'import jax; jax.devices()'",
+            f"jax has its CUDA build and the driver is fit, yet jax does not use the GPU: {reason}",
+            "unset LD_LIBRARY_PATH"
+            if another
+            else f"JAX_PLATFORMS=cuda {facts.executable} -c 'import jax; jax.devices()'",
         )
 
 
@@ -173,7 +175,7 @@ def no_accelerator(facts: Facts) -> Problem | None:
 
 
 def cannot_start(facts: Facts) -> Problem | None:
-    if facts.platform is None and not platforms_set(facts):
+    if facts.platform is None and not (facts.driver or platforms_set(facts)):
         return Problem(f"jax cannot start: {facts.error}", _install(facts, "--force-reinstall", f"jax=={_jax(facts)}"))
 
 

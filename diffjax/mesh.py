@@ -4,6 +4,7 @@ Data parallelism is `jit` over arrays placed by `shard_batch` and `replicate`; F
 `jit` with parameters placed by `shard_by_rules`. The compiler derives the communication from the placement.
 """
 
+import math
 import os
 import re
 import shutil
@@ -138,14 +139,16 @@ def shard_by_rules(tree: Any, rules: Sequence[Rule], mesh: Mesh) -> Any:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         spec = next((spec for pattern, spec in rules if re.search(pattern, name)), PartitionSpec())
         spec = spec if isinstance(spec, PartitionSpec) else spec(leaf.shape, mesh)
-        sharding = NamedSharding(mesh, spec)
-        try:
-            sharding.shard_shape(leaf.shape)
-        except ValueError as error:
-            raise UserError(f"{name} of shape {leaf.shape} cannot be split as {spec}: change its rule") from error
-        return sharding
+        if not _fits(leaf.shape, spec, mesh):
+            raise UserError(f"{name} of shape {leaf.shape} cannot be split as {spec}: change its rule")
+        return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def _fits(shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> bool:
+    parts = [math.prod(mesh.shape[name] for name in np.atleast_1d(axes)) if axes else 1 for axes in spec]
+    return len(parts) <= len(shape) and all(size % part == 0 for size, part in zip(shape, parts))
 
 
 def largest_axis(name: str) -> Callable[[tuple[int, ...], Mesh], PartitionSpec]:

@@ -1,0 +1,155 @@
+import os
+import socket
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from diffjax import mesh
+from diffjax.errors import UserError
+
+
+@pytest.fixture
+def eight():
+    return mesh.data_mesh()
+
+
+def test_data_mesh_takes_all_devices_or_some(eight):
+    assert dict(eight.shape) == {"data": 8}
+    assert dict(mesh.data_mesh(jax.devices()[:2]).shape) == {"data": 2}
+
+
+def test_batch_is_split_and_parameters_are_copied(eight):
+    batch = {"x": np.arange(32.0).reshape(16, 2), "label": np.arange(16)}
+    batch, params = mesh.shard_batch(batch, eight), mesh.replicate({"w": jnp.ones((2, 3))}, eight)
+    assert {shard.data.shape for shard in batch["x"].addressable_shards} == {(2, 2)}
+    assert {shard.data.shape for shard in params["w"].addressable_shards} == {(2, 3)}
+    y = jax.jit(lambda params, x: x @ params["w"])(params, batch["x"])
+    assert y.sharding.is_equivalent_to(NamedSharding(eight, P("data")), 2)
+    np.testing.assert_array_equal(y, np.arange(32.0).reshape(16, 2) @ np.ones((2, 3)))
+
+
+def test_batch_that_cannot_be_split_is_refused(eight):
+    with pytest.raises(UserError, match="a batch of 12 cannot be split over 8 devices: choose a multiple of 8"):
+        mesh.shard_batch(np.zeros((12, 2)), eight)
+
+
+def test_first_rule_that_matches_places_a_leaf():
+    grid = jax.sharding.Mesh(np.asarray(jax.devices()).reshape(4, 2), ("data", "model"))
+    tree = {"block": {"query": {"kernel": jnp.zeros((8, 6)), "bias": jnp.zeros(6)}, "scale": jnp.zeros(3)}}
+    rules = [("query/kernel$", P("data", "model")), ("kernel|bias", P("model"))]
+    placed = jax.tree.map(lambda sharding: sharding.spec, mesh.shard_by_rules(tree, rules, grid))
+    assert placed == {"block": {"query": {"kernel": P("data", "model"), "bias": P("model")}, "scale": P()}}
+    shapes = jax.eval_shape(lambda: tree)
+    assert mesh.shard_by_rules(shapes, rules, grid) == mesh.shard_by_rules(tree, rules, grid)
+    kernel = jax.device_put(tree, mesh.shard_by_rules(tree, rules, grid))["block"]["query"]["kernel"]
+    assert {shard.data.shape for shard in kernel.addressable_shards} == {(2, 3)}
+
+
+@pytest.mark.parametrize("spec", [P("data"), P(None, None, "data"), P("data", None, None)])
+def test_rule_that_does_not_fit_names_the_leaf(eight, spec):
+    with pytest.raises(UserError, match=r"a/kernel of shape \(6, 16\) cannot be split as"):
+        mesh.shard_by_rules({"a": {"kernel": jnp.zeros((6, 16))}}, [("kernel", spec)], eight)
+
+
+@pytest.mark.parametrize(
+    "shape, spec", [((8, 16), P(None, "data")), ((24, 16), P("data", None)), ((8, 99), P("data", None)), ((3,), P())]
+)
+def test_fsdp_splits_the_largest_axis_that_divides(eight, shape, spec):
+    placed = mesh.shard_by_rules({"w": jnp.zeros(shape)}, [(".*", mesh.largest_axis("data"))], eight)
+    assert placed["w"].spec == spec
+
+
+def test_device_line(capsys, monkeypatch):
+    monkeypatch.setattr(mesh, "nvidia_driver", lambda: None)
+    mesh.announce()
+    line = capsys.readouterr().err
+    assert line == f"device: CPU ({os.cpu_count()} cores, as 8 devices), jax {jax.__version__}\n"
+
+
+def test_unused_gpu_is_warned_about(capsys, monkeypatch):
+    monkeypatch.setattr(mesh, "nvidia_driver", lambda: "580.95.05")
+    mesh.announce()
+    assert "warning: NVIDIA driver 580.95.05 is here but jax uses the CPU: run `diffjax doctor`" in capsys.readouterr().err
+
+
+def test_driver_without_nvidia_smi(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert mesh.nvidia_smi() is None
+
+
+def run_python(code: str, **environment: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_compiled_programs_are_kept_for_the_next_run(tmp_path):
+    code = """
+import jax, diffjax.mesh
+diffjax.mesh.start()
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+hits = []
+jax.monitoring.register_event_listener(lambda event, **_: hits.append(event.endswith("cache_hits")))
+jax.jit(lambda x: jax.numpy.sin(x) @ x)(jax.numpy.ones((4, 4)))
+print(any(hits))
+"""
+    answers = [run_python(code, DIFFJAX_HOME=str(tmp_path)).communicate()[0] for _ in range(2)]
+    assert answers == ["False\n", "True\n"]
+    assert any((tmp_path / "xla").iterdir())
+
+
+def test_two_hosts_share_one_batch(tmp_path):
+    code = """
+import jax, numpy as np
+from diffjax import mesh
+mesh.start()
+world = mesh.data_mesh()
+rows = np.arange(4.0)[:, None] + 10 * jax.process_index()
+batch = mesh.shard_batch(rows, world)
+weight = mesh.replicate(np.float32(2), world)
+total = jax.jit(lambda w, x: (w * x).sum(), out_shardings=weight.sharding)(weight, batch)
+print(len(jax.devices()), batch.shape, float(total))
+"""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    shared = dict(
+        JAX_COORDINATOR_ADDRESS=address,
+        JAX_NUM_PROCESSES="2",
+        DIFFJAX_HOME=str(tmp_path),
+        XLA_FLAGS="--xla_force_host_platform_device_count=2",
+    )
+    hosts = [run_python(code, JAX_PROCESS_ID=str(i), **shared) for i in range(2)]
+    outputs = [host.communicate(timeout=120) for host in hosts]
+    assert [out.splitlines()[-1:] for out, _ in outputs] == [["4 (8, 1) 104.0"]] * 2, outputs[0][1][-2000:]
+    assert "device: CPU" in outputs[0][1] and "device:" not in outputs[1][1]
+
+
+def test_half_told_about_hosts_is_refused(monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1234")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
+    with pytest.raises(UserError, match="set JAX_NUM_PROCESSES and JAX_PROCESS_ID"):
+        mesh.join_hosts()
+
+
+def test_a_platform_that_is_not_there_is_said(tmp_path):
+    code = """
+from diffjax import mesh
+from diffjax.errors import UserError
+try:
+    mesh.start()
+except UserError as error:
+    print(error)
+"""
+    out, _ = run_python(code, JAX_PLATFORMS="tpu", DIFFJAX_HOME=str(tmp_path)).communicate()
+    assert out == "jax finds no device to run on: `diffjax doctor` says why\n"

@@ -1,0 +1,186 @@
+"""The scripts against a stand-in for Python that only notes what it is asked, and the lock file they install."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+HOST_HAS_DRIVER = Path("/sys/module/nvidia/version").exists()
+PYTHON = """#!/bin/bash
+case "$*" in
+    --version) echo "Python 3.12.1" ;;
+    "-m venv "*)
+        site=.venv/lib/python3.12/site-packages
+        mkdir -p .venv/bin $site/pip-25.dist-info
+        touch $site/pip-25.dist-info/RECORD
+        cp "$0" .venv/bin/python
+        echo made >>asked ;;
+    "-m pip install "*)
+        echo "pip ${*: -2}" >>asked
+        ls .venv/lib/python3.12/site-packages >>asked
+        [ ! -e broken ] || { echo "ERROR: no such package" >&2; exit 1; } ;;
+esac
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    for name in ("pyproject.toml", "requirements.lock"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "tools").mkdir()
+    write_tool(tmp_path, "python", PYTHON)
+    return tmp_path
+
+
+def write_tool(checkout: Path, name: str, text: str) -> None:
+    (checkout / "tools" / name).write_text(text)
+    (checkout / "tools" / name).chmod(0o755)
+
+
+def setup(checkout: Path, *extras: str, **environment: str) -> subprocess.CompletedProcess:
+    environment = dict(PYTHON=f"{checkout}/tools/python", JAX_BUILD="cpu") | environment
+    environment["PATH"] = f"{checkout}/tools:{os.environ['PATH']}"
+    command = ["bash", "scripts/setup.sh", *extras]
+    return subprocess.run(command, cwd=checkout, env=os.environ | environment, capture_output=True, text=True)
+
+
+def asked(checkout: Path) -> list[str]:
+    """The lines that the stand-in noted since the last call."""
+    notes = checkout / "asked"
+    lines = notes.read_text().split("\n")[:-1] if notes.exists() else []
+    notes.unlink(missing_ok=True)
+    return lines
+
+
+def test_second_call_has_nothing_to_do(checkout):
+    first = setup(checkout, "test", "emoji")
+    assert first.returncode == 0, first.stderr
+    assert "jax for cpu" in first.stdout and "ready" in first.stdout
+    assert asked(checkout) == ["made", "pip --editable .[emoji,test]", "pip-25.dist-info"]
+    for extras in [("emoji", "test"), ("test",), ()]:
+        again = setup(checkout, *extras)
+        assert (again.returncode, again.stdout, asked(checkout)) == (0, "", [])
+
+
+def test_a_new_extra_adds_to_what_is_there(checkout):
+    setup(checkout, "emoji")
+    asked(checkout)
+    assert "ready" in setup(checkout, "reference").stdout
+    assert asked(checkout)[0] == "pip --editable .[emoji,reference]"
+    assert setup(checkout, "emoji").stdout == ""
+
+
+@pytest.mark.parametrize("name", ["requirements.lock", "pyproject.toml"])
+def test_other_versions_are_installed_into_the_same_environment(checkout, name):
+    setup(checkout, "emoji")
+    asked(checkout)
+    (checkout / name).write_text((checkout / name).read_text() + "# changed\n")
+    assert setup(checkout).returncode == 0
+    assert asked(checkout)[0] == "pip --editable .[emoji]"
+
+
+def test_another_build_of_jax_gets_a_new_environment(checkout):
+    setup(checkout)
+    asked(checkout)
+    assert "jax for cuda: JAX_BUILD asks for it" in setup(checkout, JAX_BUILD="cuda").stdout
+    assert asked(checkout)[:2] == ["made", "pip --editable .[cuda]"]
+
+
+def test_failed_install_is_explained_and_goes_on(checkout):
+    (checkout / "broken").touch()
+    failed = setup(checkout)
+    assert failed.returncode == 2
+    assert "ERROR: no such package" in failed.stderr and "run this again" in failed.stderr
+    (checkout / "broken").unlink()
+    asked(checkout)
+    assert "ready" in setup(checkout).stdout
+    assert asked(checkout)[0] == "pip --editable ."
+
+
+def test_half_installed_packages_are_installed_again(checkout):
+    setup(checkout)
+    site = checkout / ".venv/lib/python3.12/site-packages"
+    for name in ("half-1.0.dist-info", "~alf"):
+        (site / name).mkdir()
+    (checkout / ".venv/setup-complete").unlink()
+    asked(checkout)
+    assert setup(checkout).returncode == 0
+    assert asked(checkout) == ["pip --editable .", "pip-25.dist-info"]
+
+
+@pytest.mark.parametrize("lost", [".venv/bin/python", ".venv/lib/python3.12/site-packages/pip-25.dist-info/RECORD"])
+def test_half_made_environment_is_made_again(checkout, lost):
+    setup(checkout)
+    (checkout / ".venv/setup-complete").unlink()
+    (checkout / lost).unlink()
+    asked(checkout)
+    assert setup(checkout).returncode == 0
+    assert asked(checkout)[0] == "made"
+
+
+def test_old_python_is_refused(checkout):
+    write_tool(checkout, "python", "#!/bin/bash\nexit 1\n")
+    refused = setup(checkout)
+    assert refused.returncode == 2
+    assert "no usable Python 3.11 or newer" in refused.stderr and "PYTHON=/path/to/python3" in refused.stderr
+    assert not (checkout / ".venv").exists()
+
+
+def test_unknown_build_is_refused(checkout):
+    refused = setup(checkout, JAX_BUILD="gpu")
+    assert (refused.returncode, refused.stderr) == (2, "setup: JAX_BUILD is 'gpu'; it can be cpu, cuda or tpu\n")
+
+
+@pytest.mark.skipif(HOST_HAS_DRIVER, reason="this host's own driver is found first")
+@pytest.mark.parametrize(
+    "driver, line",
+    [
+        ("580.95.05", "jax for cuda: NVIDIA driver 580.95.05 found"),
+        ("470.256.02", "jax for cpu: NVIDIA driver 470.256.02 is older than 525: update it and run this again"),
+    ],
+)
+def test_driver_decides_the_build(checkout, driver, line):
+    write_tool(checkout, "nvidia-smi", f"#!/bin/bash\necho {driver}\n")
+    assert line in setup(checkout, JAX_BUILD="").stdout
+
+
+def test_scripts_are_valid_and_ci_runs_the_tests():
+    for script in [*ROOT.glob("scripts/*.sh"), ROOT / ".ci/run"]:
+        subprocess.run(["bash", "-n", script], check=True)
+    assert "bash scripts/test.sh" in (ROOT / ".ci/run").read_text()
+
+
+def test_lock_is_exact_and_names_no_index():
+    lines = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if not line.startswith("#")]
+    assert all(re.fullmatch(r"[a-z0-9-]+==[\w.]+( ; .+)?", line) for line in lines)
+
+
+def test_lock_holds_every_requirement():
+    locked = set(re.findall(r"^([\w-]+)==", (ROOT / "requirements.lock").read_text(), re.MULTILINE))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+    names = {re.match(r"[\w-]+", line)[0].lower().replace("_", "-") for line in wanted}
+    assert names <= locked
+
+
+def test_importing_the_package_starts_no_device_and_nothing_slow():
+    code = """
+import importlib, pkgutil, sys
+import diffjax
+for module in pkgutil.walk_packages(diffjax.__path__, "diffjax."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+from jax._src import xla_bridge
+slow = {"torch", "diffusers", "transformers", "tensorflow", "grain", "matplotlib",
+        "huggingface_hub", "tokenizers", "sentencepiece", "tensorboardX"} & set(sys.modules)
+sys.exit(f"imported {sorted(slow)}" if slow else "a device was started" if xla_bridge.backends_are_initialized() else 0)
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
