@@ -20,10 +20,12 @@ from diffjax.weights.config import class_name, read_json
 from diffjax.weights.folder import read_tensors
 from diffjax.weights.format import Format
 from diffjax.weights.names import Params, read_params, write_params
+from diffjax.weights.scheduler import Scheduler, write_scheduler
 
 FORMATS = {
     # published class: (our network, the module here whose FORMAT it is)
     "UNet2DModel": ("diffjax.nets.unet.UNet", "diffjax.weights.unet2d"),
+    "UNetUnconditionalModel": ("diffjax.nets.unet.UNet", "diffjax.weights.unet2d"),  # its name in the first releases
 }
 
 
@@ -54,6 +56,19 @@ def save(path: str | Path, module: nn.Module, params: Params) -> None:
     tensors = write_params(params, kind.names(module))
     safetensors.write(folder / f"{kind.stem}.safetensors", tensors, {"format": "pt"})
     files.write_json(folder / "config.json", config)
+
+
+def save_pipeline(path: str | Path, module: nn.Module, params: Params, scheduler: Scheduler) -> None:
+    """Write a model folder that `diffusers.DDPMPipeline.from_pretrained` (DDIMPipeline, for its scheduler) loads."""
+    folder = Path(path)
+    save(folder / "unet", module, params)
+    write_scheduler(folder, scheduler)
+    index = {
+        "_class_name": scheduler.class_name.replace("Scheduler", "Pipeline"),
+        "scheduler": ["diffusers", scheduler.class_name],
+        "unet": ["diffusers", "UNet2DModel"],
+    }
+    files.write_json(folder / "model_index.json", index)
 
 
 def param_shapes(module: nn.Module, kind: Format) -> Params:

@@ -67,10 +67,12 @@ OLD_FIELDS = {
 }
 
 NAMES = Names(
-    renames=((r"(blocks|resnets|attentions|downsamplers|upsamplers|to_out)_(\d+)", r"\1.\2"), ("class_embedding$", r"\g<0>/embedding")),
+    renames=(
+        (r"(blocks|resnets|attentions|downsamplers|upsamplers|to_out)_(\d+)", r"\1.\2"),
+        (r"class_embedding$", "class_embedding/embedding"),
+    ),
     layouts=(("conv_shortcut/kernel$", POINTWISE),),
     aliases=(
-        (r"^time_steps\.", "time_proj."),
         (r"^mid\.", "mid_block."),
         (r"^downsample_blocks\.", "down_blocks."),
         (r"^upsample_blocks\.", "up_blocks."),
@@ -85,7 +87,7 @@ NAMES = Names(
 
 
 def _module(config: Mapping[str, Any], path: str) -> UNet:
-    values = read_fields(_renewed(config), FIELDS, path)
+    values = read_fields(_renewed(config, path), FIELDS, path)
     module = UNet(**{name: value for name, value in values.items() if name not in UNREAD})
     check(module, path)
     return module
@@ -107,8 +109,11 @@ def check(module: UNet, path: str) -> None:
         raise UserError(f"{path}: block_out_channels begins below 4, too few for a time embedding; mend it")
 
 
-def _renewed(config: Mapping[str, Any]) -> dict[str, Any]:
+def _renewed(config: Mapping[str, Any], path: str) -> dict[str, Any]:
     """Field and block names of the first releases as today's."""
+    twice = [name for name in config if OLD_FIELDS.get(name) in config]
+    if twice:
+        raise UserError(f"{path}: {twice[0]} is the old name of {OLD_FIELDS[twice[0]]}; keep one of them")
     renewed = {OLD_FIELDS.get(name, name): value for name, value in config.items()}
     for name in ("down_block_types", "up_block_types"):
         if isinstance(renewed.get(name), list):
