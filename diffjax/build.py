@@ -189,33 +189,36 @@ def muon(
     b1: float = 0.9,
     b2: float = 0.99,
 ) -> optax.GradientTransformation:
-    """Muon (Jordan et al. 2024; Nesterov, 5 Newton-Schulz steps) on the matrices of `muon_axes`, Adam elsewhere."""
-    return optax.contrib.muon(
-        lambda step: learning_rate * factor(step),
-        beta=momentum,
-        weight_decay=weight_decay,
-        adam_b1=b1,
-        adam_b2=b2,
-        adam_learning_rate=lambda step: adam_learning_rate * factor(step),
-        adam_weight_decay=weight_decay,
-        muon_weight_dimension_numbers=muon_axes,
-    )
+    """Muon (Jordan et al. 2024; Nesterov, 5 Newton-Schulz steps) on the kernels of blocks, `adamw` elsewhere."""
+    rate = lambda step: learning_rate * factor(step)
+    ways = {
+        "muon": optax.contrib.muon(
+            rate, beta=momentum, weight_decay=weight_decay, muon_weight_dimension_numbers=matrix_axes
+        ),
+        "adamw": adamw(factor, adam_learning_rate, weight_decay, b1, b2),
+    }
+    return optax.partition(ways, muon_or_adamw)
 
 
-def muon_axes(params: PyTree) -> PyTree:
-    """For every leaf that is a kernel inside a block, its input and output axes; None for all others.
+def muon_or_adamw(params: PyTree) -> PyTree:
+    """"muon" for every kernel inside a block, "adamw" for all others.
 
-    Embeddings, modulation, the first and the last layer, norms and biases are not in blocks or no such kernels. Leading axes that
-    `nn.scan` added are a batch; a convolution (h, w, i, o) is the matrix (h w i, o).
+    Embeddings, the first and the last layer stand outside blocks; modulation, norms and biases are inside but no such kernels.
     """
 
-    def axes(path: tuple, leaf: Array) -> optax.contrib.MuonDimensionNumbers | None:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if not MUON.search(name):
-            return None
-        return optax.contrib.MuonDimensionNumbers((-4, -3, -2) if leaf.ndim >= 4 else -2, -1)
+    def label(path: tuple, leaf: Array) -> str:
+        return "muon" if MUON.search(jax.tree_util.keystr(path, simple=True, separator="/")) else "adamw"
 
-    return jax.tree_util.tree_map_with_path(axes, params)
+    return jax.tree_util.tree_map_with_path(label, params)
+
+
+def matrix_axes(kernels: PyTree) -> PyTree:
+    """Which axes of a kernel are its input and which its output: a convolution (h, w, i, o) is the matrix (h w i, o).
+
+    Leading axes that `nn.scan` added are a batch.
+    """
+    axes = optax.contrib.MuonDimensionNumbers
+    return jax.tree.map(lambda leaf: axes((-4, -3, -2) if leaf.ndim >= 4 else -2, -1), kernels)
 
 
 def is_kernel(params: PyTree) -> PyTree:
