@@ -4,6 +4,7 @@ import contextlib
 import errno
 import io
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
@@ -55,11 +56,19 @@ def prepared(make_builder: Callable[[], Any], quiet: bool = True) -> Any:
             return builder
         try:
             builder.download_and_prepare(file_format="array_record")
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
             if make_builder().is_prepared():
                 return make_builder()
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            if reason := _unwritable(error):
                 remedy = "free some space or set data.data_dir to another folder"
-                raise UserError(f"cannot write the data to {builder.data_path}: {error.strerror}; {remedy}") from error
+                raise UserError(f"cannot write the data to {builder.data_path}: {reason}; {remedy}") from error
             raise
     return builder
+
+
+def _unwritable(error: OSError | RuntimeError) -> str | None:
+    """What keeps the folder from being written, if that is the error; array_record says it in its message alone."""
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if getattr(error, "errno", None) == number or os.strerror(number) in str(error):
+            return os.strerror(number)
+    return None

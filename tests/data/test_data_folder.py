@@ -1,0 +1,113 @@
+import errno
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffjax import data
+from diffjax.data.captioned_folder import CaptionedFolder
+from diffjax.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("DIFFJAX_HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "pictures"
+    (folder / "sub").mkdir(parents=True)
+    for number in range(6):
+        picture = Image.new("RGB", (24 + 8 * number, 40), (40 * number, 0, 255))
+        picture.save(folder / ("sub" if number % 2 else "") / f"{number}.{'png' if number < 3 else 'jpg'}", quality=95)
+    (folder / "metadata.csv").write_text(
+        "file_name,text\n" + "".join(f"{'sub/' if n % 2 else ''}{n}.{'png' if n < 3 else 'jpg'},number {n}\n" for n in range(6))
+    )
+    return folder
+
+
+def load(folder, **fields):
+    return data.load({"name": "captioned_folder", "path": str(folder), "size": 16, **fields})
+
+
+def test_pictures_keep_their_captions(folder):
+    dataset = load(folder)
+    found = dataset.examples(range(len(dataset)))
+    assert found["image"].shape == (6, 16, 16, 3)
+    for image, captions in zip(found["image"], found["captions"], strict=True):
+        number = int(captions[0].removeprefix("number "))
+        np.testing.assert_allclose(image.mean((0, 1)), (40 * number, 0, 255), atol=2)
+
+
+def test_a_folder_is_read_again_only_when_it_changed(folder, tmp_path):
+    def copies():
+        return {file for file in (tmp_path / "home").rglob("*.array_record*")}
+
+    load(folder)
+    first = copies()
+    load(folder)
+    assert copies() == first
+    (folder / "0.txt").write_text("another caption")
+    assert ("number 0", "another caption") in [tuple(sorted(c, reverse=True)) for c in load(folder).captions()]
+    assert len(copies()) == 2 * len(first)
+
+
+def test_unreadable_and_uncaptioned_pictures_are_counted_named_and_left_out(folder, caplog):
+    (folder / "broken.png").write_bytes(b"nothing")
+    (folder / "broken.txt").write_text("broken")
+    whole = (folder / "0.png").read_bytes()
+    (folder / "half.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "half.txt").write_text("half")
+    (folder / "silent.png").write_bytes(whole)
+    dataset = load(folder)
+    assert len(dataset) == 6
+    assert [line.split("\t")[0] for line in dataset.skipped.lines()] == ["broken.png", "half.png", "silent.png"]
+    assert dataset.skipped.lines()[2] == "silent.png\thas no caption"
+    assert f"3 pictures of captioned_folder are left out; {dataset.skipped.path}" in caplog.text
+
+
+def test_without_captions_there_is_no_text(folder):
+    (folder / "metadata.csv").unlink()
+    dataset = load(folder)
+    assert len(dataset) == 6 and not dataset.has_captions
+    with pytest.raises(UserError, match="has no captions"):
+        dataset.batches(2, seed=0, tokenize=len)
+
+
+def test_smaller_pictures_are_refused_all_at_once_or_enlarged(folder):
+    with pytest.raises(UserError, match=r"0.png \(2 of 6 pictures like it\) is 24 x 40 pixels"):
+        load(folder, size=40)
+    assert load(folder, size=40, enlarge=True).examples([0])["image"].shape == (1, 40, 40, 3)
+
+
+def test_nothing_readable_is_an_error(tmp_path):
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only" / "broken.png").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="none of the pictures in .* can be used; .* says why"):
+        load(tmp_path / "only")
+
+
+def test_a_path_is_needed():
+    with pytest.raises(UserError, match="data.path is empty"):
+        data.load({"name": "captioned_folder"})
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
+def test_a_folder_that_cannot_be_written(folder, tmp_path):
+    (tmp_path / "closed").mkdir(mode=0o500)
+    with pytest.raises(UserError, match="cannot write the data"):
+        load(folder, data_dir=str(tmp_path / "closed"))
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "full"), RuntimeError("write() failed: No space left on device; writing a file")]
+)
+def test_a_full_disk_is_one_line(folder, monkeypatch, error):
+    def full(*_, **__):
+        raise error
+
+    monkeypatch.setattr(CaptionedFolder, "download_and_prepare", full)
+    with pytest.raises(UserError, match="No space left on device; free some space"):
+        load(folder)
