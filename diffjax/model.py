@@ -25,15 +25,15 @@ FIRST = 0xFFFFFFFF
 class Defaults:
     """What `sample` takes when nothing is said: the publisher's choice.
 
-    `clip` bounds x0; `unit_start` starts from unit variance instead of sigma(t0); `deviation` is the variance of ancestral
-    steps; `batch` is the compiled batch shape.
+    `grid` is a name or a function of the number of steps; `bound` clips or thresholds x0; `unit_start` starts from unit variance
+    instead of sigma(t0); `deviation` is the variance of ancestral steps; `batch` is the compiled batch shape.
     """
 
     steps: int = 30
     sampler: str = "dpmpp_2m"
-    grid: str = "logsnr"
+    grid: str | Callable[[int], np.ndarray] = "logsnr"
     guidance: float | None = None
-    clip: float | None = None
+    bound: Refine | None = None
     unit_start: bool = False
     deviation: sample.Deviation = sample.small
     batch: int = 8
@@ -82,13 +82,17 @@ class Model:
         if steps < 1:
             raise UserError(f"steps is {steps}: sampling needs at least 1 step")
         process = self.denoiser.process
-        chosen = build.sampler(self.defaults.sampler if sampler is None else sampler, eta)
+        sampler = self.defaults.sampler if sampler is None else sampler
+        chosen = build.sampler(sampler, eta)
         if chosen.deviation is sample.small:
             chosen = chosen.replace(deviation=self.defaults.deviation)
-        if self.defaults.clip is not None:
-            clip = Clip(self.defaults.clip)
-            chosen = chosen.replace(refine=Chain((clip, chosen.refine)))
-        times = build.grid(self.defaults.grid if grid is None else grid, process, steps)
+        bound = self.defaults.bound
+        if bound is not None:
+            if isinstance(bound, Clip) and sampler == "ddim":
+                bound = bound.replace(keep_eps=True)
+            chosen = chosen.replace(refine=Chain((bound, chosen.refine)))
+        grid = self.defaults.grid if grid is None else grid
+        times = grid(steps) if callable(grid) else build.grid(grid, process, steps)
         times = grids.after(times, strength) if strength < 1 else times
         return Recipe(self._guided(guidance), process, chosen, np.asarray(times, np.float32))
 
