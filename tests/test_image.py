@@ -1,0 +1,89 @@
+import numpy as np
+import pytest
+
+from diffjax import image
+from diffjax.errors import UserError
+
+
+def random_pictures(n, size=8, channels=3, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (n, size, size, channels), dtype=np.uint8)
+
+
+def test_floats_are_clipped_and_rounded():
+    x = np.array([-3.0, -1.0, 0.0, 1.0, 7.0], np.float32)
+    assert image.to_uint8(x).tolist() == [0, 0, 128, 255, 255]
+    assert image.to_uint8(np.float32(0.25) * np.ones(1, np.float32)).tolist() == [159]
+
+
+def test_bytes_go_to_floats_and_back():
+    every = np.arange(256, dtype=np.uint8)
+    assert (image.to_uint8(image.from_uint8(every)) == every).all()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_png_holds_the_picture_and_its_text(tmp_path, channels):
+    (picture,), path = random_pictures(1, channels=channels), tmp_path / "new" / "a.png"
+    text = {"prompt": "ein Löwe 🦁\nwith two lines", "seed": "3"}
+    image.write_png(path, picture, text)
+    found, found_text = image.read_png(path)
+    assert (found == picture).all() and found_text == text
+    assert path.read_bytes() == image.png(picture, text)
+    assert [p.name for p in path.parent.iterdir()] == ["a.png"]
+
+
+def test_reading_crops_the_middle_and_flattens_transparency(tmp_path):
+    from PIL import Image
+
+    rgba = np.zeros((8, 16, 4), np.uint8)
+    rgba[:, 4:12] = (200, 10, 10, 255)
+    Image.fromarray(rgba).save(tmp_path / "wide.png")
+    assert (image.read(tmp_path / "wide.png", (8, 8)) == (200, 10, 10)).all()
+    assert (image.read(tmp_path / "wide.png", (8, 16))[:, :4] == 255).all()
+    assert image.read(tmp_path / "wide.png", (4, 4), channels=1).shape == (4, 4, 1)
+
+
+def test_what_is_no_picture_is_said(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"not a picture")
+    for name in ("a.png", "missing.png"):
+        with pytest.raises(UserError, match="no picture that can be read"):
+            image.read(tmp_path / name, (8, 8))
+
+
+def test_psnr_is_decibels_of_the_mean_square():
+    a = np.zeros((2, 4, 4, 3), np.uint8)
+    b = a + np.array([1, 255], np.uint8)[:, None, None, None]
+    np.testing.assert_allclose(image.psnr(a, b), [20 * np.log10(255), 0.0], atol=1e-12)
+    assert np.isinf(image.psnr(a, a)).all()
+
+
+def test_a_sheet_without_captions_holds_the_pictures_and_gaps():
+    pictures = random_pictures(5)
+    sheet = image.sheet(pictures, 3)
+    assert sheet.shape == (2 * 8 + image.GAP, 3 * 8 + 2 * image.GAP, 3)
+    for i, picture in enumerate(pictures):
+        y, x = i // 3 * (8 + image.GAP), i % 3 * (8 + image.GAP)
+        assert (sheet[y : y + 8, x : x + 8] == picture).all()
+    assert (sheet[8 : 8 + image.GAP] == 255).all() and (sheet[-8:, -8:] == 255).all()
+
+
+def test_captions_are_written_under_enlarged_pictures():
+    pictures = np.full((2, 8, 8, 1), 255, np.uint8)
+    captions = ["red heart", "a very long caption that can never fit under such a small picture, whatever is done"]
+    sheet = image.sheet(pictures, 2, captions)
+    cell = 8 * 14
+    assert sheet.shape == (cell + image.LINES * image.LINE, 2 * cell + image.GAP, 3)
+    under = sheet[cell:]
+    assert (under[:, :cell] < 128).any() and (under[image.LINE :, cell:] < 128).any()
+    assert (sheet[:cell] == 255).all()
+
+
+def test_a_caption_is_broken_and_cut_to_its_width():
+    fits = lambda text: len(text) <= 8
+    assert image._lines("one two three four", fits) == ["one two", "three..."]
+    assert image._lines("incomprehensibilities", fits) == ["incom..."]
+    assert image._lines("", fits) == []
+
+
+def test_a_large_sheet_is_shrunk():
+    sheet = image.sheet(np.zeros((40, 1000, 1000, 3), np.uint8), 20)
+    assert 5900 < max(sheet.shape) < 6100 and sheet.shape[1] > sheet.shape[0]
