@@ -1,7 +1,7 @@
 """Data sets and the pipeline that feeds them to training.
 
-`load(config.data)` gives a `Dataset`; its `batches` are endless, shuffled, sharded and restorable, and `Prefetch` places
-them on the devices ahead of time. Fields of the configuration (`default_config` has them all):
+`load(config.data)` gives a `Dataset`; its `batches` are endless, shuffled, sharded and restorable, and `Prefetch`
+places them on the devices ahead of time. Fields of the configuration (`default_config` has them all):
 
     name         "openmoji", "captioned_folder", or any TFDS name such as "cifar10" or "oxford_flowers102"
     path         captioned_folder: the folder; `diffjax.data.captions` lists the layouts that are read

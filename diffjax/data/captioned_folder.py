@@ -1,10 +1,11 @@
 """A folder of pictures with captions, as a TFDS dataset: read once, then trained from array_record like any other.
 
-The prepared copy holds every picture with its shorter side reduced to `size`, under a name made from the files' paths,
-sizes and times of change: a changed folder is prepared anew, an unchanged one never.
+The prepared copy holds every picture with its shorter side reduced to `size`. A changed folder is prepared anew, an
+unchanged one never.
 """
 
 import dataclasses
+import functools
 import hashlib
 import io
 import itertools
@@ -16,7 +17,7 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from diffjax.data.captions import Captioned, scan
+from diffjax.data.captions import Captioned, listing, scan
 from diffjax.data.images import check_size, colour, flatten, open_picture, shrink
 from diffjax.data.prepare import track
 from diffjax.data.skipped import Skipped
@@ -28,33 +29,41 @@ class CaptionedFolderConfig(tfds.core.BuilderConfig):
     """The pictures of one folder at one size, on one background colour."""
 
     folder: Path = Path()
-    pictures: tuple[Captioned, ...] = ()
     size: int = 64
     background: str = "white"
     enlarge: bool = False
-    skipped: Skipped | None = None
+
+    @functools.cached_property
+    def pictures(self) -> list[Captioned]:
+        return scan(self.folder)
+
+    @property
+    def skipped(self) -> Skipped:
+        return Skipped(f"captioned_folder/{self.name}/{CaptionedFolder.VERSION}")
 
 
-def config(folder: str, size: int, background: str, enlarge: bool) -> CaptionedFolderConfig:
-    """The builder configuration of a folder as it is now. Raises `UserError` as `captions.scan` does."""
-    root = Path(folder).expanduser()
-    pictures = scan(root)
+def config(folder: Path, size: int, background: str, enlarge: bool) -> CaptionedFolderConfig:
+    """The builder configuration of a folder as it is now, named after its files' paths, sizes and times of change."""
     stamp = hashlib.sha256(f"{size} {colour(background)}".encode())
-    for picture in pictures:
-        status = picture.file.stat()
-        file = os.path.relpath(picture.file, root)
-        stamp.update(repr((file, status.st_size, status.st_mtime_ns, picture.captions)).encode())
-    name = f"{root.resolve().name}-{stamp.hexdigest()[:16]}"
+    for file in listing(folder):
+        status = file.stat()
+        stamp.update(f"{os.path.relpath(file, folder)} {status.st_size} {status.st_mtime_ns}\n".encode())
     return CaptionedFolderConfig(
-        name=name,
+        name=f"{folder.resolve().name}-{stamp.hexdigest()[:16]}",
         description=f"{folder} at {size} pixels on {background}",
-        folder=root,
-        pictures=tuple(pictures),
+        folder=folder,
         size=size,
         background=background,
         enlarge=enlarge,
-        skipped=Skipped(f"captioned_folder/{name}/{CaptionedFolder.VERSION}"),
     )
+
+
+def builder(settings: CaptionedFolderConfig, data_dir: Path) -> tfds.core.DatasetBuilder:
+    """The builder of these settings; one that has been prepared is read back without looking at the folder again."""
+    name = f"captioned_folder/{settings.name}/{CaptionedFolder.VERSION}"
+    if (data_dir / name / "dataset_info.json").exists():
+        return tfds.builder_from_directory(data_dir / name)
+    return CaptionedFolder(config=settings, data_dir=data_dir)
 
 
 def _check_sizes(settings: CaptionedFolderConfig) -> None:

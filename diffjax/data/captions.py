@@ -1,9 +1,10 @@
 """Which captions belong to which picture of a folder, in the layouts that people have.
 
-Beside a picture `cat.png`: `cat.txt` (one caption a line) or `cat.json` (a caption, a list of captions, or an object with
-one of `CAPTION_KEYS`); `cat.png.txt` and `cat.png.json` too. Anywhere in the folder: a `.csv`, `.tsv` or `.jsonl` table,
-or a `.json` list, whose rows have one of `FILE_KEYS` (a path relative to the table) and one of `CAPTION_KEYS`; or a
-`.json` object from file to captions. Folders are searched recursively, and a picture's captions gathered from everywhere.
+Beside a picture `cat.png`: `cat.txt` (one caption a line) or `cat.json` (a caption, a list of captions, or an object
+with one of `CAPTION_KEYS`); `cat.png.txt` and `cat.png.json` too. Anywhere in the folder: a `.csv`, `.tsv` or `.jsonl`
+table, or a `.json` list, whose rows have one of `FILE_KEYS` (a path relative to the table) and one of `CAPTION_KEYS`;
+or a `.json` object from file to captions. Folders are searched recursively, and a picture's captions are gathered from
+everywhere.
 """
 
 import csv
@@ -30,16 +31,25 @@ class Captioned:
     captions: tuple[str, ...]
 
 
-def scan(folder: str | Path) -> list[Captioned]:
+def listing(folder: Path) -> list[Path]:
+    """Every file under `folder` but the hidden ones, in order. Raises `UserError` when the folder is missing."""
+    if not folder.is_dir():
+        raise UserError(f"the data folder {folder} does not exist; set data.path to a folder of pictures")
+    files = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files += [Path(parent, name) for name in names if not name.startswith(".")]
+    return sorted(files)
+
+
+def scan(folder: Path) -> list[Captioned]:
     """Every picture under `folder` with its captions (none, if there are none), ordered by path.
 
     Raises `UserError` when the folder is missing or has no pictures, when a caption's picture is missing, and when a
     caption file cannot be read.
     """
-    folder = Path(os.path.normpath(Path(folder).expanduser()))
-    if not folder.is_dir():
-        raise UserError(f"the data folder {folder} does not exist; set data.path to a folder of pictures")
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
+    folder = Path(os.path.normpath(folder))
+    files = listing(folder)
     found: dict[Path, list[str]] = {file: [] for file in files if file.suffix.lower() in SUFFIXES}
     if not found:
         raise UserError(f"{folder} has no pictures; put {', '.join(sorted(SUFFIXES))} files there or in its subfolders")

@@ -49,7 +49,11 @@ def _complete(config: Any) -> ml_collections.ConfigDict:
         if field not in complete:
             nearest = difflib.get_close_matches(field, list(complete), 1)
             raise UserError(f"data.{field} does not exist" + (f"; did you mean data.{nearest[0]}?" if nearest else ""))
-        complete[field] = value
+        try:
+            complete[field] = value
+        except TypeError as error:
+            kind = type(complete[field]).__name__
+            raise UserError(f"data.{field}={value!r} is of the wrong kind; write a value of type {kind}") from error
     choices = {"crop": ("center", "random"), "caption": ("any", "first")}
     for field, allowed in choices.items():
         if complete[field] not in allowed:
@@ -103,7 +107,7 @@ class Dataset:
         return [self.pictures.captions(index) for index in track(range(len(self)), "reading the captions", len(self))]
 
     def examples(self, indices: Sequence[int]) -> dict[str, Any]:
-        """`image` uint8 (n, size, size, channels), `captions` n tuples, and `label` int32 (n,), -1 where there is none."""
+        """`image` uint8 (n, size, size, channels), `captions` n tuples, `label` int32 (n,), -1 where there is none."""
         found = [self.pictures.example(int(index)) for index in indices]
         return {
             "image": np.stack([example.image for example in found]),
@@ -138,8 +142,9 @@ def _captioned_folder(config: ml_collections.ConfigDict, folder: Path) -> Any:
 
     if not config.path:
         raise UserError("data.path is empty; set it to your folder of pictures")
-    settings = captioned_folder.config(config.path, config.size, config.background, config.enlarge)
-    return prepared(lambda: captioned_folder.CaptionedFolder(config=settings, data_dir=folder))
+    path = Path(config.path).expanduser()
+    settings = captioned_folder.config(path, config.size, config.background, config.enlarge)
+    return prepared(lambda: captioned_folder.builder(settings, folder))
 
 
 def _named(config: ml_collections.ConfigDict, folder: Path) -> Any:
@@ -157,7 +162,8 @@ def _named(config: ml_collections.ConfigDict, folder: Path) -> Any:
         raise
     except Exception as error:  # noqa: BLE001  hundreds of builders fail in their own ways: no network, no package
         remedy = "check the network, or set data.data_dir to a folder that holds it"
-        raise UserError(f"cannot prepare {config.name}: {str(error).splitlines()[0]}; {remedy}") from error
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"cannot prepare {config.name}: {reason}; {remedy}") from error
 
 
 BUILDERS = {"openmoji": _openmoji, "captioned_folder": _captioned_folder}

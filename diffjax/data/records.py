@@ -33,7 +33,7 @@ def roles(features: Mapping[str, Any]) -> Roles:
     """The roles of a TFDS dataset's features, told by their types.
 
     The picture is `image` or else the first `Image`; the class is `label` or else the first `ClassLabel`; captions are
-    the first of `CAPTION_FEATURES` that is a `Text` or a `Sequence` of it. Raises `UserError` when no feature is a picture.
+    the first of `CAPTION_FEATURES` that is a `Text` or a `Sequence` of it. Raises `UserError` when there is no picture.
     """
     import tensorflow_datasets as tfds
 
@@ -76,8 +76,8 @@ class Records:
             raise UserError(f"{builder.data_path} does not hold array_record files; {remedy}") from error
         except (ValueError, KeyError) as error:
             splits = ", ".join(builder.info.splits)
-            reason = str(error).splitlines()[0]
-            raise UserError(f'data.split="{split}" cannot be read: {reason} {builder.info.name} has {splits}') from error
+            reason = f"{str(error).splitlines()[0]} {builder.info.name} has {splits}"
+            raise UserError(f'data.split="{split}" cannot be read: {reason}') from error
 
     def __len__(self) -> int:
         return len(self._source)

@@ -8,7 +8,7 @@ from diffjax import files
 
 @dataclass(frozen=True)
 class Skipped:
-    """What was left out of the data set `name` and why: a text file, one line each, that several processes may write."""
+    """What was left out of the data set `name` and why: a text file, a line each, that several processes may write."""
 
     name: str
 

@@ -239,6 +239,7 @@ def test_captions_are_chosen(captions, fields, possible):
 
 MISTAKES = [
     ({"siz": 3}, "data.siz does not exist; did you mean data.size?"),
+    ({"size": "big"}, "data.size='big' is of the wrong kind; write a value of type int"),
     ({"size": 0}, "data.size=0 is too small"),
     ({"crop": "left"}, 'data.crop="left" must be center or random'),
     ({"background": "blu"}, 'data.background="blu" is no colour'),
@@ -291,6 +292,7 @@ def test_what_goes_wrong_in_the_thread_is_raised_where_the_batch_is_asked_for(lo
     with pytest.raises(UserError, match="no room"):
         next(prefetch)
     assert json.loads(prefetch.get_state())["batch"] == 2
+    np.testing.assert_array_equal(next(prefetch)["index"], take(load().batches(4, seed=0), 3)[2]["index"])
     prefetch.close()
 
 
