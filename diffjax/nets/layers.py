@@ -179,6 +179,23 @@ def _chunk(k: Array, v: Array, fixed: dict, carry: None, moving: dict) -> tuple[
     return carry, y
 
 
+def stacked(
+    block: type[nn.Module], length: int, scan: bool, remat: bool = False, in_axes: Any = nn.broadcast
+) -> type[nn.Module]:
+    """`length` blocks `(carry, *inputs) -> (carry, None)` in a row, their parameters stacked along a first axis.
+
+    With `scan` one of them is compiled instead of all; with `remat` each is computed again in the backward pass.
+    """
+    return nn.scan(
+        nn.remat(block, prevent_cse=not scan) if remat else block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=in_axes,
+        length=length,
+        unroll=1 if scan else length,
+    )
+
+
 class ResBlock(nn.Module):
     """`shortcut(x) + conv(silu(norm(conv(silu(norm(x))))))`, told the time by `project(silu(emb))`.
 

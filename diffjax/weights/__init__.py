@@ -5,6 +5,7 @@ network of ours.
 """
 
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +20,45 @@ from diffjax.weights import safetensors
 from diffjax.weights.config import class_name, read_json
 from diffjax.weights.folder import read_tensors
 from diffjax.weights.format import Format
-from diffjax.weights.names import Params, read_params, write_params
+from diffjax.weights.names import Params, Placement, read_params, write_params
 from diffjax.weights.scheduler import Scheduler, write_scheduler
 
 FORMATS = {
     # published class: (our network, the module here whose FORMAT it is)
     "UNet2DModel": ("diffjax.nets.unet.UNet", "diffjax.weights.unet2d"),
+    "T5EncoderModel": ("diffjax.nets.t5.T5Encoder", "diffjax.weights.t5"),
+    "T5ForConditionalGeneration": ("diffjax.nets.t5.T5Encoder", "diffjax.weights.t5"),
+    "T5WithLMHeadModel": ("diffjax.nets.t5.T5Encoder", "diffjax.weights.t5"),
+    "CLIPTextModelWithProjection": ("diffjax.nets.clip.ClipText", "diffjax.weights.clip"),
+    "BertModel": ("diffjax.nets.bert.Bert", "diffjax.weights.bert"),
     "UNetUnconditionalModel": ("diffjax.nets.unet.UNet", "diffjax.weights.unet2d"),  # its name in the first releases
 }
 
 
-def load(path: str | Path, dtype: Any = None) -> tuple[nn.Module, dict[str, Any]]:
+def load(
+    path: str | Path, dtype: Any = None, sharding: Placement | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
     """The network of a component folder and its parameters.
 
-    With `dtype=None` parameters keep the file's dtype, and the network computes in it; else both are `dtype`.
+    With `dtype=None` parameters keep the file's dtype, and the network computes in it; else both are `dtype`. Tensors go
+    from the file to their devices one at a time; `sharding(path, shape)` says where (the default device without it).
     Raises `UserError` for a class or a field that is not implemented (naming it), and for damaged or ill-fitting weights.
     """
     folder = Path(path)
-    config = read_json(folder / "config.json")
-    kind = _format(class_name(config), folder)
-    module = kind.module(config, str(folder / "config.json"))
-    shapes = param_shapes(module, kind)
-    params = read_params(read_tensors(folder), shapes, kind.names(module), str(folder), dtype)
+    return assemble(read_json(folder / "config.json"), read_tensors(folder), str(folder), dtype, sharding)
+
+
+def assemble(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    source: str,
+    dtype: Any = None,
+    sharding: Placement | None = None,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """`load` of a configuration and tensors that were read already; errors name `source`."""
+    kind = _format(class_name(config), source)
+    module = kind.module(config, source)
+    params = read_params(tensors, param_shapes(module, kind), kind.names(module), source, dtype, sharding)
     compute = _common_dtype(params)
     return module.clone(dtype=compute, param_dtype=compute), params
 
@@ -77,9 +95,9 @@ def param_shapes(module: nn.Module, kind: Format) -> Params:
     return variables["params"]
 
 
-def _format(name: str | None, folder: Path) -> Format:
+def _format(name: str | None, source: str) -> Format:
     if name not in FORMATS:
-        raise UserError(f"{folder / 'config.json'} is for {name!a}; diffjax reads {', '.join(FORMATS)}")
+        raise UserError(f"{source} is for {name!a}; diffjax reads {', '.join(FORMATS)}")
     return importlib.import_module(FORMATS[name][1]).FORMAT
 
 

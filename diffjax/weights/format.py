@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from diffjax.weights.names import Names
@@ -23,3 +25,13 @@ class Format:
     example: Callable[[nn.Module], tuple[Any, ...]]
     names: Callable[[nn.Module], Names]
     stem: str = "diffusion_pytorch_model"
+
+
+def known_fields(config: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a transformers configuration what describes the network; the rest steers training, generation and logging."""
+    return {name: value for name, value in config.items() if name in fields}
+
+
+def tokens_example(module: nn.Module) -> tuple[Any, ...]:
+    """The shape of tokens, for any text encoder."""
+    return (jax.ShapeDtypeStruct((1, 8), jnp.int32),)

@@ -1,5 +1,6 @@
 """Tables of names: which tensor of a checkpoint is which parameter here, and how its axes lie; read in both directions."""
 
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -9,16 +10,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jaxtyping import Array
 
 from diffjax.errors import UserError
 
 Params = Mapping[str, Any]
+Placement = Callable[[str, tuple[int, ...]], Sharding]
 LISTED = 8
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The axes of one tensor: `read` turns the checkpoint's array into ours, `write` ours into the checkpoint's."""
+    """The axes of one tensor: `read` turns the checkpoint's array into ours, `write` ours into the checkpoint's.
+
+    Both take numpy arrays (and give views) as well as traced ones.
+    """
 
     read: Callable[[np.ndarray], np.ndarray]
     write: Callable[[np.ndarray], np.ndarray]
@@ -32,7 +39,10 @@ def _matrix(w: np.ndarray) -> np.ndarray:
 SAME = Layout(lambda w: w, lambda w: w)
 DENSE = Layout(lambda w: _matrix(w).T, lambda w: w.T)
 POINTWISE = Layout(lambda w: _matrix(w).T, lambda w: w.T[:, :, None, None])
-CONV = Layout(lambda w: np.moveaxis(w, (0, 1), (-1, -2)), lambda w: np.moveaxis(w, (-1, -2), (0, 1)))
+CONV = Layout(
+    lambda w: w.transpose(*range(2, w.ndim), 1, 0),
+    lambda w: w.transpose(w.ndim - 1, w.ndim - 2, *range(w.ndim - 2)),
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +51,7 @@ class Names:
 
     `renames` are pairs for `re.sub`, applied in turn to a path such as `down_blocks_0/conv/kernel`; then the leaf names
     kernel, scale and embedding become `weight` and slashes dots. A key with `{}` in it stands for one key per layer,
-    stacked along the leaf's first axis. Kernels are read as `DENSE` or, with more than two axes, `CONV`; `layouts` holds
+    stacked along the leaf's first axis; layers count from 0, or with `{7}` from 7. Kernels are read as `DENSE` or, with more than two axes, `CONV`; `layouts` holds
     the exceptions as (pattern of the path, layout). `aliases` turn keys of older files into today's; keys that match
     `ignored` may be present, and are not read.
     """
@@ -87,37 +97,49 @@ def table(params: Params, names: Names) -> Iterator[Row]:
     """The lines of all leaves of `params` (arrays or shapes)."""
     for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
         key = names.key(path)
-        stacked = "{}" in key
-        keys = tuple(key.format(i) for i in range(leaf.shape[0])) if stacked else (key,)
+        stacked = "{" in key
+        keys = tuple(_numbered(key, i) for i in range(leaf.shape[0])) if stacked else (key,)
         yield Row(path, leaf, keys, stacked, names.layout(path, len(leaf.shape) - stacked))
 
 
+def _numbered(key: str, layer: int) -> str:
+    """`{}` as the layer's number, `{7}` as that plus 7."""
+    return re.sub(r"\{(\d*)\}", lambda first: str(int(first[1] or 0) + layer), key)
+
+
 def read_params(
-    tensors: Mapping[str, np.ndarray], shapes: Params, names: Names, source: str, dtype: Any = None
+    tensors: Mapping[str, np.ndarray],
+    shapes: Params,
+    names: Names,
+    source: str,
+    dtype: Any = None,
+    sharding: Placement | None = None,
 ) -> dict[str, Any]:
     """The parameters of the given shapes out of a checkpoint's tensors, in the file's dtype or in `dtype`.
 
-    Raises one `UserError` that lists the missing, the unexpected and the misshapen keys.
+    Tensors go to their devices one at a time; `sharding` says where by a leaf's path and shape (the default device without
+    it). Raises one `UserError` that lists the missing, the unexpected and the misshapen keys.
     """
     tensors, repeated = _renamed(tensors, names)
     rows = list(table(shapes, names))
     wanted = {key for row in rows for key in row.keys}
-    leaves, misshapen = {}, []
-    for row in rows:
-        if not all(key in tensors for key in row.keys):
-            continue
-        parts = [row.layout.read(tensors[key]) for key in row.keys]
-        if any(part.shape != tuple(row.leaf.shape[row.stacked :]) for part in parts):
-            misshapen.append(f"{row.keys[0]} {list(tensors[row.keys[0]].shape)}")
-        elif not misshapen:
-            leaves[row.path] = _cast(np.stack(parts) if row.stacked else parts[0], dtype)
     problems = {
         "missing": sorted(wanted - set(tensors)),
         "unexpected": sorted(key for key in set(tensors) - wanted if not re.search(names.ignored, key)),
-        "of another shape": misshapen,
+        "of another shape": [
+            f"{key} {list(tensors[key].shape)}"
+            for row in rows
+            for key in row.keys
+            if key in tensors and row.layout.read(tensors[key]).shape != tuple(row.leaf.shape[row.stacked :])
+        ],
         "given twice": repeated,
     }
     _complain(problems, source)
+    leaves = {}
+    for row in rows:
+        parts = [tensors[key] for key in row.keys]
+        place = sharding(row.path, row.leaf.shape) if sharding else None
+        leaves[row.path] = (_stack if row.stacked else _single)(parts, row, _leaf_dtype(parts, dtype), place)
     return traverse_util.unflatten_dict(leaves, sep="/")
 
 
@@ -142,10 +164,43 @@ def _renamed(tensors: Mapping[str, np.ndarray], names: Names) -> tuple[dict[str,
     return renamed, repeated
 
 
-def _cast(array: np.ndarray, dtype: Any) -> jax.Array:
-    """A device array of its own, floats in `dtype`."""
-    floating = jnp.issubdtype(array.dtype, jnp.floating)
-    return jnp.array(array, dtype if floating else None)
+def _leaf_dtype(parts: list[np.ndarray], dtype: Any) -> Any:
+    """The dtype of a leaf: the file's, or `dtype` for floats."""
+    own = jnp.result_type(*parts)
+    return dtype if dtype is not None and jnp.issubdtype(own, jnp.floating) else own
+
+
+def _put(array: np.ndarray, place: Sharding | None) -> jax.Array:
+    """On the default device, or as `place` has it: every device is sent its own part."""
+    if place is None:
+        return jnp.array(array)
+    return jax.make_array_from_callback(array.shape, place, lambda index: np.ascontiguousarray(array[index]))
+
+
+def _single(parts: list[np.ndarray], row: Row, dtype: Any, place: Sharding | None) -> jax.Array:
+    """A leaf of one tensor."""
+    return _put(row.layout.read(parts[0]), place).astype(dtype)
+
+
+def _stack(parts: list[np.ndarray], row: Row, dtype: Any, place: Sharding | None) -> jax.Array:
+    """A stacked leaf, filled on the device layer by layer; the axes are put in order there, which is far quicker."""
+    leaf = jnp.zeros(row.leaf.shape, dtype, device=place)
+    for i, part in enumerate(parts):
+        leaf = _fill(leaf, _put(part, _shares(part, place)), i, row.layout)
+    return leaf
+
+
+def _shares(part: np.ndarray, place: Sharding | None) -> Sharding | None:
+    """How one layer's tensor travels: cut along its first axis so that no byte is sent twice, whole if it cannot be."""
+    if not isinstance(place, NamedSharding):
+        return place
+    even = part.ndim and part.shape[0] % place.mesh.size == 0
+    return NamedSharding(place.mesh, PartitionSpec(place.mesh.axis_names if even else None))
+
+
+@functools.partial(jax.jit, static_argnames="layout", donate_argnames="leaf")
+def _fill(leaf: Array, part: Array, layer: int, layout: Layout) -> Array:
+    return leaf.at[layer].set(layout.read(part).astype(leaf.dtype))
 
 
 def _complain(problems: dict[str, list[str]], source: str) -> None:
