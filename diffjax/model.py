@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from diffjax import build, guide, sample
 from diffjax import grid as grids
@@ -25,8 +25,8 @@ FIRST = 0xFFFFFFFF
 class Defaults:
     """What `sample` takes when nothing is said: the publisher's choice.
 
-    `grid` is a name or a function of the number of steps; `bound` clips or thresholds x0; `unit_start` starts from unit variance
-    instead of sigma(t0); `deviation` is the variance of ancestral steps; `batch` is the compiled batch shape.
+    `grid` is a name or a function of the number of steps; `bound` clips or thresholds x0; `unit_start` starts from unit
+    variance instead of sigma(t0); `deviation` is the variance of ancestral steps; `batch` is the compiled batch shape.
     """
 
     steps: int = 30
@@ -41,12 +41,35 @@ class Defaults:
 
 @struct.dataclass
 class Recipe:
-    """All that one run of sampling is made of, but for the images' own keys and conditions."""
+    """All that one run of sampling is made of, but for what each image has of its own.
+
+    `shape` is that of one state; `unit_start`: it starts from unit variance instead of sigma(t0).
+    """
 
     denoise: Callable[[Array, Array, Any], Estimate]
     process: Process
     sampler: sample.Sampler
     grid: Float[np.ndarray, "steps 2"]
+    shape: tuple[int, ...] = struct.field(pytree_node=False)
+    unit_start: bool = struct.field(pytree_node=False, default=False)
+
+    def begin(self, inputs: "Inputs") -> sample.State:
+        """The state at the grid's first time: noise (times sigma(t0), or of unit variance), or the noised picture."""
+        t0 = jnp.asarray(self.grid[0, 0], jnp.float32)
+        shape = self.shape if inputs.image is None else inputs.image.shape[1:]
+        z = sample.normal(inputs.keys, jnp.uint32(FIRST), shape, jnp.float32)
+        if inputs.image is not None:
+            return sample.start(self.sampler, perturb(self.process, inputs.image, z, t0))
+        return sample.start(self.sampler, z if self.unit_start else self.process.sigma(t0) * z)
+
+    def advance(
+        self, inputs: "Inputs", state: sample.State, noise: Float[Array, "steps b ..."] | None = None
+    ) -> sample.State:
+        """The state after the steps of the grid, compiled once for its length; a part of a run is another grid."""
+        denoise = self.denoise
+        if inputs.mask is not None:
+            denoise = guide.Inpaint(denoise, self.process, inputs.image, inputs.mask)
+        return sample.run(state, self.grid, noise, denoise, self.process, self.sampler, inputs.cond, inputs.keys)
 
 
 @struct.dataclass
@@ -54,7 +77,8 @@ class Model:
     """A pretrained or trained model: parameters are its leaves, everything else is static.
 
     `text(prompts) -> cond` encodes prompts. `shape` is that of one state x; for latent models `encode(images) -> x` and
-    `decode(x) -> images` lead to and from it, `factor` pixels to one of its cells.
+    `decode(x) -> images` lead to and from it, `factor` pixels to one of its cells. `name` and `revision` (a run's step,
+    a hub's commit) say where it was loaded from.
     """
 
     denoiser: Denoiser
@@ -66,6 +90,7 @@ class Model:
     factor: int = struct.field(pytree_node=False, default=1)
     classes: tuple[str, ...] = struct.field(pytree_node=False, default=())
     name: str = struct.field(pytree_node=False, default="")
+    revision: str = struct.field(pytree_node=False, default="")
 
     def recipe(
         self,
@@ -76,11 +101,14 @@ class Model:
         guidance: float | None = None,
         eta: float | None = None,
         strength: float = 1.0,
+        size: int | tuple[int, int] | None = None,
     ) -> Recipe:
-        """The denoiser, sampler and grid of a run; None is the model's default. Raises `UserError` for what does not exist."""
+        """How to draw; None is the model's default. Raises `UserError` for what does not exist."""
         steps = self.defaults.steps if steps is None else steps
         if steps < 1:
             raise UserError(f"steps is {steps}: sampling needs at least 1 step")
+        if not 0 < strength <= 1:
+            raise UserError(f"strength is {strength}: it must be above 0 (keep the picture) and at most 1 (forget it)")
         process = self.denoiser.process
         sampler = self.defaults.sampler if sampler is None else sampler
         chosen = build.sampler(sampler, eta)
@@ -94,10 +122,14 @@ class Model:
         grid = self.defaults.grid if grid is None else grid
         times = grid(steps) if callable(grid) else build.grid(grid, process, steps)
         times = grids.after(times, strength) if strength < 1 else times
-        return Recipe(self._guided(guidance), process, chosen, np.asarray(times, np.float32))
+        shape = self.shape if size is None else self.state_shape(size)
+        times = np.asarray(times, np.float32)
+        return Recipe(self._guided(guidance), process, chosen, times, shape, self.defaults.unit_start)
 
     def _guided(self, guidance: float | None) -> Callable:
         guidance = self.defaults.guidance if guidance is None else guidance
+        if guidance is not None and self.text is None and not self.classes:
+            raise UserError(f"{self._called} was trained without text and classes: leave the guidance out")
         return self.denoiser if guidance is None else guide.Guidance(self.denoiser, jnp.float32(guidance))
 
     def condition(
@@ -111,17 +143,34 @@ class Model:
         """What the denoiser is told about each of `num` images; with `guided` as the two branches of a guide."""
         cond: dict[str, Array] = {}
         if self.text is not None:
-            cond = self.text(_repeat("" if prompt is None else prompt, num))
-        elif prompt is not None:
-            raise UserError(f"{self.name or 'this model'} was trained without text: leave the prompt out")
+            cond = self._encoded(_repeat("" if prompt is None else prompt, num))
+        elif prompt is not None or negative_prompt is not None:
+            raise UserError(f"{self._called} was trained without text: leave the prompt out")
         if self.classes:
-            cond["label"] = jnp.asarray([self._class(name) for name in _repeat(-1 if label is None else label, num)], jnp.int32)
+            labels = [self._class(name) for name in _repeat(-1 if label is None else label, num)]
+            cond["label"] = jnp.asarray(labels, jnp.int32)
         elif label is not None:
-            raise UserError(f"{self.name or 'this model'} was trained without classes: leave the label out")
+            raise UserError(f"{self._called} was trained without classes: leave the label out")
+        if not guided and negative_prompt is not None:
+            raise UserError("a negative prompt acts through guidance: give a guidance scale above 1, or leave it out")
         if not guided:
             return cond
-        null = guide.null(cond) if negative_prompt is None else self.text(_repeat(negative_prompt, num))
+        null = guide.null(cond)
+        if negative_prompt is not None:
+            null |= self._encoded(_repeat(negative_prompt, num))
         return {"cond": cond, "null": null}
+
+    @property
+    def _called(self) -> str:
+        return self.name or "this model"
+
+    def _encoded(self, prompts: list[str]) -> dict[str, Array]:
+        """One row a prompt; each different prompt is encoded once, in groups of one shape, whatever the others are."""
+        different, batch = list(dict.fromkeys(prompts)), self.defaults.batch
+        filled = different + different[-1:] * (-len(different) % batch)
+        groups = [self.text(filled[i : i + batch]) for i in range(0, len(filled), batch)]
+        rows = np.asarray([different.index(prompt) for prompt in prompts])
+        return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[rows], *groups)
 
     def _class(self, label: int | str) -> int:
         if isinstance(label, str) and not label.lstrip("-").isdigit():
@@ -135,53 +184,26 @@ class Model:
     def inputs(
         self,
         key: Key[Array, ""],
-        num: int,
+        numbers: Int[np.ndarray, "b"],
         *,
         guided: bool = False,
         prompt: str | list[str] | None = None,
         negative_prompt: str | list[str] | None = None,
         label: int | str | list[int | str] | None = None,
-        size: int | tuple[int, int] | None = None,
-        image: Float[Array, "#num h w c"] | None = None,
-        mask: Float[Array, "#num h w 1"] | None = None,
+        image: Float[Array, "#b h w c"] | None = None,
+        mask: Float[Array, "#b h w 1"] | None = None,
     ) -> "Inputs":
-        """What each of `num` images has of its own; image i has the key `fold_in(key, i)`."""
-        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(num))
+        """What each of the images has of its own; image number i has the key `fold_in(key, i)`."""
+        num = len(numbers)
         cond = self.condition(num, prompt, negative_prompt, label, guided)
         repeat = lambda value: None if value is None else jnp.broadcast_to(value, (num, *value.shape[1:]))
         known = image if image is None or self.encode is None else self.encode(image)
-        shape = self.shape if known is None else known.shape[1:]
-        if size is not None:
-            shape = self.state_shape(size)
-        z = sample.normal(keys, jnp.uint32(FIRST), shape, jnp.float32)
-        return Inputs(keys, cond, z, repeat(known), repeat(mask))
+        return Inputs(_keys(key, np.asarray(numbers, np.uint32)), cond, repeat(known), repeat(mask))
 
     def state_shape(self, size: int | tuple[int, int]) -> tuple[int, ...]:
         """The shape of one state for pictures of `size` pixels, a number or (height, width)."""
         height, width = (size, size) if isinstance(size, int) else size
         return (height // self.factor, width // self.factor, self.shape[-1])
-
-    def begin(self, recipe: Recipe, inputs: "Inputs") -> sample.State:
-        """The state at the grid's first time: noise (times sigma(t0), or of unit variance), or the noised picture."""
-        t0 = jnp.float32(recipe.grid[0, 0])
-        if inputs.image is not None:
-            return sample.start(recipe.sampler, perturb(recipe.process, inputs.image, inputs.z, t0))
-        scale = 1.0 if self.defaults.unit_start else recipe.process.sigma(t0)
-        return sample.start(recipe.sampler, scale * inputs.z)
-
-    def advance(
-        self,
-        recipe: Recipe,
-        inputs: "Inputs",
-        state: sample.State,
-        grid: Float[np.ndarray, "steps 2"],
-        noise: Float[Array, "steps b ..."] | None = None,
-    ) -> sample.State:
-        """The state after the steps of `grid`, compiled once for its length."""
-        denoise = recipe.denoise
-        if inputs.mask is not None:
-            denoise = guide.Inpaint(denoise, recipe.process, inputs.image, inputs.mask)
-        return sample.run(state, grid, noise, denoise, recipe.process, recipe.sampler, inputs.cond, inputs.keys)
 
     def images(self, x: Float[Array, "b ..."]) -> Float[Array, "b h w c"]:
         """Pictures of states: themselves for pixel models, decoded and clamped to [-1, 1] for latent ones."""
@@ -198,35 +220,36 @@ class Model:
         guidance: float | None = None,
         eta: float | None = None,
         strength: float = 1.0,
+        size: int | tuple[int, int] | None = None,
         init: Float[Array, "num ..."] | None = None,
         noise: Float[Array, "steps num ..."] | None = None,
         **conditions: Any,
     ) -> Float[Array, "num h w c"]:
         """`num` images, float NHWC (pixel models: the sampler's last state, not clamped; latent models: in [-1, 1]).
 
-        `conditions` are those of `inputs`: prompt, negative_prompt, label, size, image, mask. Image i has the key `fold_in(key, i)`
-        and is computed in a batch of the model's own fixed shape, so it depends neither on `num` nor on its neighbours.
-        `image` with `strength` < 1 starts from a noised picture; `mask` is 1 where it must stay. `init` is the state at the
-        grid's first time, `noise` that of each step: with them another run is replayed, in one batch.
+        `conditions` are those of `inputs`: prompt, negative_prompt, label, image, mask. Image i has the key
+        `fold_in(key, i)` and is computed in a batch of the model's own fixed shape, so it depends neither on `num` nor
+        on its neighbours. `image` with `strength` < 1 starts from a noised picture; `mask` is 1 where it must stay.
+        `init` is the state at the grid's first time, `noise` that of each step: with them another run is replayed, in
+        one batch.
         """
-        recipe = self.recipe(steps=steps, sampler=sampler, grid=grid, guidance=guidance, eta=eta, strength=strength)
-        inputs = self.inputs(key, num, guided=recipe.denoise is not self.denoiser, **conditions)
+        recipe = self.recipe(
+            steps=steps, sampler=sampler, grid=grid, guidance=guidance, eta=eta, strength=strength, size=size
+        )
+        inputs = self.inputs(key, np.arange(num), guided=recipe.denoise is not self.denoiser, **conditions)
         if init is not None or noise is not None:
-            state = self.begin(recipe, inputs) if init is None else sample.start(recipe.sampler, jnp.asarray(init))
-            return self.images(self.advance(recipe, inputs, state, recipe.grid, noise).x)
-        outputs = []
-        for part in inputs.parts(self.defaults.batch):
-            outputs.append(self.images(self.advance(recipe, part, self.begin(recipe, part), recipe.grid).x))
-        return jnp.concatenate(outputs)[:num]
+            state = recipe.begin(inputs) if init is None else sample.start(recipe.sampler, jnp.asarray(init))
+            return self.images(recipe.advance(inputs, state, noise).x)
+        parts = inputs.parts(self.defaults.batch)
+        return jnp.concatenate([self.images(recipe.advance(part, recipe.begin(part)).x) for part in parts])[:num]
 
 
 @struct.dataclass
 class Inputs:
-    """What each image of a run has of its own, one row an image: key, condition, first noise, and a known picture."""
+    """What each image of a run has of its own, one row an image: key, condition, and a known picture."""
 
     keys: Key[Array, "b"]
     cond: dict[str, Any]
-    z: Float[Array, "b ..."]
     image: Float[Array, "b ..."] | None = None
     mask: Float[Array, "b h w 1"] | None = None
 
@@ -236,9 +259,14 @@ class Inputs:
 
     def parts(self, batch: int) -> Iterator["Inputs"]:
         """The images in batches of one shape, the last one filled up with its last image."""
-        num = len(self.z)
+        num = len(self.keys)
         for first in range(0, num, batch):
             yield self.rows(np.minimum(np.arange(first, first + batch), num - 1))
+
+
+@jax.jit
+def _keys(key: Key[Array, ""], numbers: Int[Array, "b"]) -> Key[Array, "b"]:
+    return jax.vmap(lambda number: jax.random.fold_in(key, number))(numbers)
 
 
 def _repeat(value: Any, num: int) -> list:

@@ -1,0 +1,121 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toys
+
+from diffjax import guide, sample
+from diffjax.errors import UserError
+
+KEY = jax.random.key(3)
+
+
+@pytest.fixture(scope="module")
+def unconditional():
+    return toys.model()
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return toys.model(text=True)
+
+
+@pytest.fixture(scope="module")
+def classes():
+    return toys.model(classes=("cat", "dog"))
+
+
+def test_an_image_depends_on_its_number_only(unconditional):
+    ten = unconditional.sample(KEY, num=10)
+    assert ten.shape == (10, 8, 8, 3) and jnp.isfinite(ten).all()
+    for num in (1, 4, 7):
+        assert (unconditional.sample(KEY, num=num) == ten[:num]).all()
+    assert not jnp.allclose(ten[0], ten[1])
+
+
+def test_an_image_does_not_depend_on_the_other_prompts(texts):
+    prompts = ["a", "bee", "a", "sea", "dee", "a"]
+    together = texts.sample(KEY, num=6, prompt=prompts)
+    for prompt in set(prompts):
+        alone = texts.sample(KEY, num=6, prompt=prompt)
+        for i in (i for i in range(6) if prompts[i] == prompt):
+            assert (together[i] == alone[i]).all()
+
+
+def test_nothing_is_traced_again_for_other_prompts_seeds_guidance_and_eta(texts):
+    texts.sample(KEY, num=2, prompt="a", guidance=2.0, eta=0.0)
+    before = sample.run._cache_size()
+    texts.sample(jax.random.key(9), num=5, prompt="something else", guidance=5.0, eta=0.5, negative_prompt="not this")
+    assert sample.run._cache_size() == before
+
+
+def test_guidance_1_is_the_conditional_estimate_and_0_the_null_one(texts):
+    draw = lambda **how: texts.sample(KEY, prompt="red heart", **how)
+    assert jnp.allclose(draw(guidance=0.0), texts.sample(KEY, prompt="", guidance=1.0), atol=1e-5)
+    assert not jnp.allclose(draw(guidance=1.0), draw(guidance=0.0), atol=1e-3)
+    assert jnp.allclose(draw(guidance=0.0, negative_prompt="blue"), texts.sample(KEY, prompt="blue", guidance=1.0), atol=1e-5)
+
+
+def test_labels_are_names_or_numbers(classes):
+    assert (classes.sample(KEY, label="dog") == classes.sample(KEY, label=1)).all()
+    assert (classes.sample(KEY, label="1") == classes.sample(KEY, label=1)).all()
+    assert not jnp.allclose(classes.sample(KEY, label="dog"), classes.sample(KEY))
+
+
+def test_a_run_can_be_replayed_from_its_start_and_noise(unconditional):
+    given = np.random.default_rng(0).normal(size=(4, 2, 8, 8, 3)).astype(np.float32)
+    images = unconditional.sample(KEY, num=2, sampler="ddpm", grid="uniform", steps=4, init=given[0], noise=given)
+    x = given[0]
+    recipe = unconditional.recipe(sampler="ddpm", grid="uniform", steps=4)
+    for row, z in zip(recipe.grid, given, strict=True):
+        est = unconditional.denoiser(x, row[0], {})
+        x = sample.move(recipe.process, est, row[0], row[1], recipe.sampler, z)
+    np.testing.assert_allclose(images, x, atol=1e-5)
+
+
+def test_what_the_mask_covers_is_kept(unconditional):
+    known = jnp.linspace(-1, 1, 192).reshape(1, 8, 8, 3)
+    mask = jnp.zeros((1, 8, 8, 1)).at[:, :4].set(1)
+    images = unconditional.sample(KEY, num=3, image=known, mask=mask)
+    np.testing.assert_allclose(images[:, :4], jnp.broadcast_to(known[:, :4], (3, 4, 8, 3)), atol=1e-5)
+    assert not np.allclose(images[0, 4:], images[1, 4:])
+
+
+def test_a_weak_strength_starts_late_from_the_noised_picture(unconditional):
+    recipe = unconditional.recipe(steps=10, strength=0.3, grid="uniform")
+    assert len(recipe.grid) == 3
+    np.testing.assert_allclose(recipe.grid[0, 0], 0.3, atol=1e-6)
+    known = jnp.ones((1, 8, 8, 3))
+    inputs = unconditional.inputs(KEY, np.arange(2), image=known)
+    z = (recipe.begin(inputs).x - 0.7) / 0.3
+    assert abs(float(z.mean())) < 0.2 and 0.8 < float(z.std()) < 1.2
+
+
+@pytest.mark.parametrize(
+    ("kind", "how", "said"),
+    [
+        ("unconditional", {"steps": 0}, "at least 1 step"),
+        ("unconditional", {"prompt": "a cat"}, "without text: leave the prompt out"),
+        ("unconditional", {"label": 1}, "without classes"),
+        ("unconditional", {"guidance": 3.0}, "without text and classes: leave the guidance out"),
+        ("unconditional", {"strength": 0.0}, "above 0"),
+        ("unconditional", {"sampler": "eular"}, "did you mean euler"),
+        ("classes", {"label": "cow"}, "the classes are cat, dog"),
+        ("classes", {"label": 2}, "the classes are 0 to 1"),
+        ("classes", {"negative_prompt": "no"}, "without text"),
+        ("texts", {"num": 3, "prompt": ["a", "b"]}, "2 prompts or labels for 3 images"),
+    ],
+)
+def test_bad_input_is_said(request, kind, how, said):
+    with pytest.raises(UserError, match=said):
+        request.getfixturevalue(kind).sample(KEY, **how)
+
+
+def test_a_negative_prompt_without_guidance_is_refused():
+    with pytest.raises(UserError, match="acts through guidance"):
+        toys.model(text=True, guidance=None).sample(KEY, prompt="a", negative_prompt="b")
+
+
+def test_without_guidance_there_is_no_null_branch():
+    recipe = toys.model(text=True, guidance=None).recipe()
+    assert not isinstance(recipe.denoise, guide.Guidance)
