@@ -1,7 +1,7 @@
 """Networks, and what each costs: parameters and floating-point operations."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import linen as nn
@@ -13,33 +13,73 @@ def parameter_count(module: nn.Module, *inputs: Any, **named: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes["params"]))
 
 
-def flops(module: nn.Module, *inputs: Any, **named: Any) -> float:
-    """Floating-point operations of one forward call: 2 for every multiply-add of a matrix product or a convolution.
+class Cost(NamedTuple):
+    """What a program does: floating-point operations of its matrix products (of 16-bit operands, and of wider ones) and
+    convolutions, and the bytes that these move."""
 
-    Read off the traced program, so it holds for every network, scanned or not; a training step costs about three times
-    it. Elementwise work is not counted.
+    products16: float = 0.0
+    products32: float = 0.0
+    convolutions: float = 0.0
+    traffic: float = 0.0
+
+    @property
+    def flops(self) -> float:
+        """All floating-point operations counted."""
+        return self.products16 + self.products32 + self.convolutions
+
+    def times(self, n: float) -> "Cost":
+        """The cost of n such programs."""
+        return Cost(*(n * value for value in self))
+
+    def plus(self, other: "Cost") -> "Cost":
+        """The cost of both."""
+        return Cost(*(a + b for a, b in zip(self, other)))
+
+
+def flops(module: nn.Module, *inputs: Any, **named: Any) -> float:
+    """Floating-point operations of one forward call: 2 for every multiply-add of a matrix product or a convolution."""
+    return cost(module, *inputs, **named).flops
+
+
+def cost(module: nn.Module, *inputs: Any, **named: Any) -> Cost:
+    """The cost of one forward call; a training step is about three of them.
+
+    Read off the traced program, so it holds for every network, scanned or not. Elementwise work is not counted.
     """
     variables = jax.eval_shape(module.init, jax.random.key(0), *inputs, **named)
     call = lambda variables, inputs, named: module.apply(variables, *inputs, **named)
-    return _count(jax.make_jaxpr(call)(variables, inputs, named).jaxpr)
+    return program_cost(jax.make_jaxpr(call)(variables, inputs, named).jaxpr)
 
 
-def _count(jaxpr: Any) -> float:
-    total = 0.0
+def program_cost(jaxpr: Any) -> Cost:
+    """The cost of a traced program; of a conditional, its dearest branch."""
+    total = Cost()
     for equation in jaxpr.eqns:
-        name, inner = equation.primitive.name, [_count(inner) for inner in _inner(equation.params)]
+        name, inner = equation.primitive.name, [program_cost(inner) for inner in _inner(equation.params)]
+        moved = float(sum(_bytes(value.aval) for value in (*equation.invars, *equation.outvars)))
         if name == "dot_general":
-            total += _dot(equation)
+            total = total.plus(_product(_dot(equation), equation.invars[0].aval).plus(Cost(traffic=moved)))
         elif name == "conv_general_dilated":
-            total += _convolution(equation)
+            total = total.plus(Cost(convolutions=_convolution(equation), traffic=moved))
         elif name.startswith("dot_product_attention"):
             (b, t, n, h), s = equation.invars[0].aval.shape, equation.invars[1].aval.shape[1]
-            total += 4.0 * b * n * t * s * h
+            total = total.plus(_product(4.0 * b * n * t * s * h, equation.invars[0].aval).plus(Cost(traffic=moved)))
+        elif name.startswith("reduce_"):
+            total = total.plus(Cost(traffic=moved))
         elif name == "cond":
-            total += max(inner)
+            total = total.plus(max(inner, key=lambda cost: cost.flops))
         else:
-            total += sum(inner) * equation.params.get("length", 1)
+            for part in inner:
+                total = total.plus(part.times(equation.params.get("length", 1)))
     return total
+
+
+def _product(operations: float, operand: Any) -> Cost:
+    return Cost(products16=operations) if operand.dtype.itemsize < 4 else Cost(products32=operations)
+
+
+def _bytes(aval: Any) -> int:
+    return math.prod(aval.shape) * aval.dtype.itemsize if hasattr(aval, "shape") else 0
 
 
 def _inner(params: dict) -> list:
