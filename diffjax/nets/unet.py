@@ -14,7 +14,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from diffjax.errors import UserError
-from diffjax.nets.layers import Dense, GroupNorm, ResBlock, attention, timestep_embedding
+from diffjax.nets.layers import Dense, GroupNorm, ResBlock, UpConv, attention, timestep_embedding
 
 Dtype = Any
 Tokens = tuple[Float[Array, "b l d"], Bool[Array, "b l"]] | None
@@ -80,7 +80,10 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """3 x 3 convolution of stride 2; `padding=0` pads a row below and a column to the right instead of all around."""
+    """3 x 3 convolution of stride 2; `padding=0` pads a row below and a column to the right instead of all around.
+
+    `emb` is not read: a stage calls all its ways to resize alike.
+    """
 
     padding: int
     dtype: Dtype = jnp.float32
@@ -94,15 +97,14 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubled size, then a 3 x 3 convolution."""
+    """Doubled size, then a 3 x 3 convolution; `emb` is not read."""
 
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], emb: Array) -> Float[Array, "b 2*h 2*w c"]:
-        policy = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        return nn.Conv(x.shape[-1], (3, 3), padding=1, **policy, name="conv")(double_size(x))
+        return UpConv(x.shape[-1], dtype=self.dtype, param_dtype=self.param_dtype, name="conv")(x)
 
 
 class EmbeddingMLP(nn.Module):

@@ -1,0 +1,32 @@
+"""Write tests/references/*.npz: small outputs of torch, diffusers and transformers on the random checkpoints of the tests.
+
+    python scripts/make_references.py [name ...]
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+TESTS = Path(__file__).parents[1] / "tests"
+# name: (test module with `outputs(name)`, every n-th position that is kept)
+REFERENCES = {
+    "t5_relu": ("test_t5", 10),
+    "t5_gated": ("test_t5", 10),
+    "clip_legacy": ("test_clip", 4),
+    "clip_eos": ("test_clip", 4),
+    "bert": ("test_bert", 4),
+}
+
+
+def main(names):
+    sys.path.insert(0, str(TESTS / "nets"))
+    for name in names or REFERENCES:
+        module, step = REFERENCES[name]
+        outputs = __import__(module).outputs(name)
+        kept = {key: value[:, ::step] if value.ndim > 2 else value for key, value in outputs.items()}
+        np.savez_compressed(TESTS / "references" / f"{name}.npz", **kept)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
