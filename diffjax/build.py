@@ -112,14 +112,14 @@ def prediction(choice: Choice) -> predict.Prediction:
 
 
 def network(config: Mapping[str, Any], **fixed: Any) -> nn.Module:
-    """The network that `config["network"]` names, with the fields of the table of that name (`config["dit"]`) and `fixed`.
+    """The network that `config["network"]` names, with the fields of the table of that name (`config["dit"]`, if any) and `fixed`.
 
     `config["classes"]` is the number of classes, 0 without.
     """
     name = config["network"]
     named("network", NETWORKS, name)
     classes = {"dit": {"classes": config["classes"]}, "unet": {"num_class_embeds": config["classes"] + 1}}[name]
-    fields = {key: _static(key, value) for key, value in config[name].items()}
+    fields = {key: _static(key, value) for key, value in config.get(name, {}).items()}
     return make("network", NETWORKS, {"name": name, **fields, **(classes if config["classes"] else {}), **fixed})
 
 

@@ -5,14 +5,19 @@ A row is `{"step": 100, "loss": 0.1, ..., "loss_by_logsnr": {"0": 0.2, ...}}`; a
 
 import importlib.util
 import json
-from collections.abc import Sequence
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import jax
 import numpy as np
+from jaxtyping import Float
 from ml_collections import ConfigDict
 
-from diffjax import files
+from diffjax import files, image, mesh
 from diffjax.errors import UserError
 from diffjax.train.step import BIN_EDGES
 
@@ -30,6 +35,48 @@ class Writer(Protocol):
 
     def close(self) -> None:
         """Finish."""
+
+
+class Terminal:
+    """A live bar with the loss, images a second and the time left; a line for each row where there is no terminal."""
+
+    def __init__(self, step: int, steps: int):
+        from rich import progress
+        from rich.console import Console
+
+        self.steps, self.console = steps, Console(file=sys.stderr)
+        columns = [
+            progress.TextColumn("training"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TextColumn("{task.fields[numbers]}"),
+            progress.TimeRemainingColumn(),
+            progress.TextColumn(mesh.describe()),
+        ]
+        self.bar = progress.Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+        self.task = self.bar.add_task("", completed=step, total=steps, numbers="compiling")
+        self.bar.start()
+
+    def advance(self, step: int) -> None:
+        """A step was started."""
+        self.bar.update(self.task, completed=step)
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        self.console.print(text, highlight=False)
+
+    def write(self, row: Row) -> None:
+        numbers = f"loss {row['loss']:.4f}, {row['images_per_second']:.0f} images/s"
+        self.bar.update(self.task, numbers=numbers)
+        if not self.console.is_terminal:
+            left = (self.steps - row["step"]) * row["seconds_per_step"]
+            self.say(f"step {row['step']} of {self.steps}: {numbers}, {left:.0f} s left")
+
+    def picture(self, step: int, path: Path) -> None:
+        self.say(f"step {step}: {path}")
+
+    def close(self) -> None:
+        self.bar.stop()
 
 
 class JsonLines:
@@ -66,9 +113,7 @@ class TensorBoard:
             self.writer.add_scalar(name, value, row["step"])
 
     def picture(self, step: int, path: Path) -> None:
-        from PIL import Image
-
-        self.writer.add_image("samples", np.asarray(Image.open(path)), step, dataformats="HWC")
+        self.writer.add_image("samples", image.read_png(path)[0], step, dataformats="HWC")
 
     def close(self) -> None:
         self.writer.close()
@@ -97,6 +142,74 @@ class Wandb:
 
     def close(self) -> None:
         self.run.finish()
+
+
+class Pending(NamedTuple):
+    """A step whose numbers are still on the devices; `rows` are the record numbers of its batch."""
+
+    step: int
+    rows: np.ndarray
+    values: dict[str, Any]
+
+
+class Log:
+    """The numbers of a run that goes on from `step`, read from the devices only when `flush` asks for them.
+
+    `factor(step)` is the schedule of the learning rates.
+    """
+
+    def __init__(self, workdir: Path, config: ConfigDict, step: int, factor: Callable[[int], float]):
+        self.config, self.factor, self.workdir = config, factor, workdir
+        self.terminal = Terminal(step, config.train.steps)
+        self.writers = [self.terminal, *writers(workdir, config, step)]
+        self.pending: list[Pending] = []
+        self.losses: list[float] = []
+        self.since: float | None = None
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for writer in self.writers:
+            writer.close()
+
+    def add(self, step: int, rows: np.ndarray, values: dict[str, Any], seconds: float) -> None:
+        """Take a step that was started in `seconds`; for the first one that is its compilation."""
+        if self.since is None:
+            self.terminal.say(f"compiled in {seconds:.1f} s")
+            self.since = time.perf_counter()
+        self.pending.append(Pending(step, rows, values))
+        self.terminal.advance(step)
+
+    def flush(self) -> Pending | None:
+        """Wait for the steps, write their summary, and return the first that is not finite, if one is."""
+        steps = [step._replace(values=jax.device_get(step.values)) for step in self.pending]
+        seconds = (time.perf_counter() - self.since) / len(steps)
+        broken = next((step for step in steps if not step.values["finite"]), None)
+        if broken is None:
+            done = steps[-1].step
+            row = {"step": done, **summary([step.values for step in steps])}
+            row["learning_rate"] = self.config.optimizer.learning_rate * self.factor(done - 1)
+            row |= {"images_per_second": self.config.train.batch / seconds, "seconds_per_step": seconds}
+            for writer in self.writers:
+                writer.write(row)
+            self.losses += [float(step.values["loss"]) for step in steps]
+        self.pending, self.since = [], time.perf_counter()
+        return broken
+
+    def mean_loss(self) -> float:
+        """The mean loss of the steps since the last time."""
+        mean, self.losses = float(np.mean(self.losses)), []
+        return mean
+
+    def picture(self, step: int, images: Float[np.ndarray, "b h w c"]) -> None:
+        """Save images in [-1, 1] as one grid, `samples/STEP.png`."""
+        path = self.workdir / "samples" / f"{step:07d}.png"
+        pictures = image.to_uint8(images)
+        image.write_png(path, image.sheet(pictures, columns=math.isqrt(len(pictures) - 1) + 1))
+        for writer in self.writers:
+            writer.picture(step, path)
+        self.since = time.perf_counter()
 
 
 def writers(workdir: Path, config: ConfigDict, step: int) -> list[Writer]:

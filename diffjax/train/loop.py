@@ -1,0 +1,164 @@
+"""The training loop: take a config, go on from the last checkpoint, step, and say what happens."""
+
+import contextlib
+import functools
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+import diffjax.data
+from diffjax import build, files, mesh, trained
+from diffjax.data.pipeline import Prefetch
+from diffjax.errors import UserError
+from diffjax.train import record
+from diffjax.train.checkpoint import Checkpoints
+from diffjax.train.metrics import Log, Pending
+from diffjax.train.parallel import Parallel, by_jit, by_pmap
+from diffjax.train.state import State, create
+from diffjax.train.step import make_step
+
+WAYS = {"jit": by_jit, "pmap": by_pmap}
+
+
+def train(config: ConfigDict, workdir: str | Path) -> None:
+    """Train `config` in `workdir` up to `config.train.steps`, from the last checkpoint there if there is one.
+
+    Stopped at any moment, even by `kill -9`, the same call goes on with the same numbers, bit for bit. Ctrl-C saves and then
+    raises `KeyboardInterrupt`. With more steps than before a finished run goes on; its learning rates follow the new length.
+
+    Raises `UserError` for a config that cannot be, a workdir that holds another run, and a loss that is not finite.
+    """
+    workdir = Path(workdir)
+    check(config)
+    with record.claim(workdir, config), contextlib.ExitStack() as stack:
+        checkpoints = Checkpoints(workdir, config.train.keep_last, config.train.keep_best)
+        stack.callback(checkpoints.close)
+        if (done := checkpoints.last() or 0) >= config.train.steps:
+            print(f"{workdir} is finished: {done} of {config.train.steps} steps are done; raise train.steps to go on")
+            return
+        data = diffjax.data.load(config.data)
+        plan = trained.plan(config, workdir, data)
+        optimizer, factor = build.optimizer(config.optimizer, config.train.steps)
+        step = make_step(plan.objective(), optimizer, config.train.ema, config.train.accumulate)
+        parallel = WAYS[config.train.parallel](step, mesh.data_mesh())
+        shard = (jax.process_index(), jax.process_count())
+        batches = Prefetch(
+            data.batches(config.train.batch, config.seed, plan.tokenize, shard), functools.partial(place, parallel, plan)
+        )
+        stack.callback(batches.close)
+        state = first_state(config, plan, optimizer, checkpoints, batches)
+        log = stack.enter_context(Log(workdir, config, int(state.step), lambda step: float(factor(step))))
+        run(config, workdir, state, parallel, batches, checkpoints, log, plan)
+
+
+def run(
+    config: ConfigDict,
+    workdir: Path,
+    state: State,
+    parallel: Parallel,
+    batches: Prefetch,
+    checkpoints: Checkpoints,
+    log: Log,
+    plan: trained.Plan,
+) -> None:
+    """Step to the end, logging, saving and drawing when they are due, or until a signal asks to stop."""
+    every, first = config.train, int(state.step)
+    state = parallel.place(state)
+    with stop_on_signal() as stop:
+        for done in range(first + 1, every.steps + 1):
+            batch, rows = next(batches)
+            begin = time.perf_counter()
+            state, values = parallel.step(state, batch)
+            log.add(done, rows, values, time.perf_counter() - begin)
+            last = done == every.steps or stop.is_set()
+            saves = last or done % every.save_every == 0
+            if (saves or done % every.log_every == 0) and (broken := log.flush()):
+                raise not_finite(broken, workdir, checkpoints)
+            if saves:
+                checkpoints.save(parallel.gather(state), batches.get_state().decode(), log.mean_loss())
+            if done == every.steps or (every.preview_every and done % every.preview_every == 0):
+                log.picture(done, plan.preview(parallel.gather(state).ema))
+            if stop.is_set():
+                checkpoints.last()
+                raise KeyboardInterrupt
+
+
+def check(config: ConfigDict) -> None:
+    """Raises `UserError` for numbers that no run can have."""
+    for name in ("steps", "batch", "accumulate", "log_every", "save_every", "keep_last"):
+        if config.train[name] < 1:
+            raise UserError(f"train.{name} is {config.train[name]}: it must be at least 1")
+    build.named("train.parallel", WAYS, config.train.parallel)
+    parts = config.train.accumulate * jax.device_count()
+    if config.train.batch % parts:
+        raise UserError(
+            f"train.batch {config.train.batch} cannot be split into {config.train.accumulate} micro-batches"
+            f" on {jax.device_count()} devices: choose a multiple of {parts}"
+        )
+
+
+def place(parallel: Parallel, plan: trained.Plan, batch: dict[str, np.ndarray]) -> tuple[dict[str, Any], np.ndarray]:
+    """What the step reads of a batch, on the devices, and the record numbers of its rows."""
+    return parallel.feed({name: batch[name] for name in ("image", *plan.conditions)}), batch["index"]
+
+
+def first_state(
+    config: ConfigDict,
+    plan: trained.Plan,
+    optimizer: optax.GradientTransformation,
+    checkpoints: Checkpoints,
+    batches: Prefetch,
+) -> State:
+    """The state to start from, new or restored; a restored one moves `batches` to where it was."""
+    init_key, key = jax.random.split(jax.random.key(config.seed))
+    new = lambda: create(plan.init(init_key), optimizer, key)
+    restored = checkpoints.restore(jax.eval_shape(new))
+    if restored is None:
+        return jax.jit(new)()
+    state, position = restored
+    batches.set_state(position.encode())
+    print(f"going on from step {int(state.step)} of {config.train.steps}")
+    return state
+
+
+def not_finite(broken: Pending, workdir: Path, checkpoints: Checkpoints) -> UserError:
+    """The error that ends a run whose loss or gradient is not finite; `not_finite.json` lists the batch."""
+    numbers = {name: float(broken.values[name]) for name in ("loss", "grad_norm")}
+    path = workdir / "not_finite.json"
+    files.write_json(path, {"step": broken.step, **{k: str(v) for k, v in numbers.items()}, "records": broken.rows.tolist()})
+    good = checkpoints.last()
+    return UserError(
+        f"step {broken.step}: the loss is {numbers['loss']:g} and the gradient's norm {numbers['grad_norm']:g}, on the records"
+        f" {', '.join(map(str, broken.rows[:8]))}, ... (all in {path}); the last good checkpoint is"
+        f" {'none' if good is None else f'step {good}'}; lower the learning rate and train in another --workdir"
+    )
+
+
+@contextlib.contextmanager
+def stop_on_signal() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C (or SIGTERM) sets; the second one interrupts as usual."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number: int, frame: Any) -> None:
+        asked.set()
+        signal.signal(number, before[number])
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

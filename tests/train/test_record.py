@@ -1,0 +1,75 @@
+import json
+import subprocess
+import sys
+
+import pytest
+from ml_collections import ConfigDict
+
+from diffjax.errors import UserError
+from diffjax.train import record
+
+
+def config(**changes):
+    base = {"seed": 0, "train": {"steps": 10, "batch": 4}, "dit": {"width": 8, "sizes": (1, 2)}}
+    config = ConfigDict(base)
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def claim(folder, **changes):
+    with record.claim(folder, config(**changes)):
+        pass
+
+
+def test_a_run_says_how_it_was_started(tmp_path):
+    claim(tmp_path / "run")
+    claim(tmp_path / "run", **{"train.steps": 20})
+    first, second = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert first["packages"]["jax"] and first["device"].startswith("CPU") and first["command"]
+    assert set(first) == {"time", "command", "git", "python", "packages", "device", "host"} == set(second)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["train"]["steps"] == 20
+
+
+def test_another_config_is_refused_and_the_difference_shown(tmp_path):
+    claim(tmp_path)
+    before = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(UserError) as error:
+        claim(tmp_path, **{"train.batch": 8, "dit.width": 16, "train.steps": 99})
+    assert "dit.width is 8 there and 16 here; train.batch is 4 there and 8 here" in str(error.value)
+    assert "steps" not in str(error.value) and "\n" not in str(error.value)
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_a_field_more_or_less_is_a_difference():
+    there, here = {"a": {"b": 1}}, {"a": {"b": 1, "c": None}, "d": 2}
+    assert record.differences(there, here) == ["d is null there and 2 here"]
+    assert record.differences(here, there) == ["d is 2 there and null here"]
+
+
+def test_two_processes_cannot_train_in_one_workdir(tmp_path):
+    code = f"import fcntl, sys; f = open({str(tmp_path / '.lock')!r}, 'a+'); fcntl.flock(f, fcntl.LOCK_EX); f.write('77'); f.flush(); print(flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(UserError, match="process 77 is training in"):
+            claim(tmp_path)
+        other.stdin.close()
+    claim(tmp_path)
+
+
+def test_a_workdir_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write to"):
+        claim(tmp_path / "file" / "run")
+
+
+def test_git_state(tmp_path):
+    git = lambda *words: subprocess.run(["git", "-C", tmp_path, *words], check=True, capture_output=True)
+    assert record.git_state(tmp_path) is None
+    git("init")
+    (tmp_path / "a").write_text("1")
+    git("add", "a")
+    git("-c", "user.name=a", "-c", "user.email=a", "commit", "-m", "a")
+    assert record.git_state(tmp_path)["changed"] is False
+    (tmp_path / "a").write_text("2")
+    state = record.git_state(tmp_path)
+    assert state["changed"] is True and len(state["commit"]) == 40
