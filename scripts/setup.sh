@@ -49,8 +49,9 @@ choose_build() { # sets build and why
 usable_python() { "$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 
 find_python() {
-    local candidate
-    for candidate in ${PYTHON:-python3.13 python3.12 python3.11 python3 python}; do
+    local candidate candidates=(python3.13 python3.12 python3.11 python3 python)
+    [ -z "${PYTHON:-}" ] || candidates=("$PYTHON")
+    for candidate in "${candidates[@]}"; do
         usable_python "$candidate" && printf '%s' "$candidate" && return
     done
     fail "no usable Python 3.11 or newer${PYTHON:+ at $PYTHON}: install one (on Debian and Ubuntu python3 and" \

@@ -1,6 +1,7 @@
 #!/bin/bash
 # Set up, then run the tests:  bash scripts/test.sh [--reference] [pytest's own arguments]
-# --reference also installs torch, diffusers and transformers and compares with them live.
+# --reference also installs torch, diffusers and transformers and compares with them live; torch comes as its CPU build
+# wherever the indexes or folders that pip is set to look in (PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS) offer one.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
