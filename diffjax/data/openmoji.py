@@ -179,7 +179,6 @@ class Openmoji(tfds.core.GeneratorBasedBuilder):
     """TFDS builder `openmoji`: `image` (size, size, 3), `captions` (name, aliases), `codepoints`; split `train`."""
 
     VERSION = tfds.core.Version("1.0.0")
-    BUILDER_CONFIGS = [config(32, "white", "no_skin_tones")]
 
     def _info(self) -> tfds.core.DatasetInfo:
         size = self.builder_config.size

@@ -1,11 +1,12 @@
 """Batches for training: batch number k of a seed is a pure function of k, which grain computes ahead of time.
 
-Position p of the endless stream of examples is record `order[p]`, where `order` visits every record once an epoch and
-is shuffled anew each epoch; its crop, flip and caption are drawn from a generator seeded with (seed, p). Batch k of
-size B holds positions k B to (k + 1) B - 1, of which each process takes its equal, contiguous part: the whole batch is
-the same for any number of processes, threads and workers, and the state of the stream is k.
+Position p of the endless stream of examples is a record of an order that is drawn anew from (seed, epoch) for every
+pass over the data; its crop, flip and caption are drawn from (seed, p). Batch k of size B holds positions k B to
+(k + 1) B - 1, of which each process takes its equal, contiguous part: the whole batch is the same for any number of
+processes, threads and workers, and the state of the stream is k.
 """
 
+import functools
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int64, UInt8
 
 from diffjax.data.images import colour, decode
 from diffjax.data.records import Records
@@ -119,16 +120,26 @@ def choose_caption(captions: tuple[str, ...], config: Any, rng: np.random.Genera
     return config.templates[rng.integers(len(config.templates))].format(caption)
 
 
+@functools.lru_cache(maxsize=2)
+def _order(count: int, seed: int, epoch: int) -> Int64[np.ndarray, "{count}"]:
+    return np.random.default_rng((seed, epoch, 1)).permutation(count)
+
+
 class _BatchSource:
     """`source[k]` is this process's part of batch k."""
 
-    def __init__(self, pictures: Pictures, config: Any, tokenize: Tokenize | None, batch_size: int, seed: int, shard):
-        import grain
-
+    def __init__(
+        self,
+        pictures: Pictures,
+        config: Any,
+        batch_size: int,
+        seed: int,
+        tokenize: Tokenize | None,
+        shard: tuple[int, int],
+    ):
         self._pictures, self._config, self._tokenize = pictures, config, tokenize
         self._batch_size, self._seed = batch_size, seed
         self._shard, self._shards = shard
-        self._order = grain.MapDataset.range(len(pictures)).seed(seed).shuffle().repeat()
 
     def __len__(self) -> int:
         return sys.maxsize // self._batch_size
@@ -148,7 +159,8 @@ class _BatchSource:
     def _view(self, position: int) -> tuple[Example, str]:
         rng = np.random.default_rng((self._seed, position))
         at = tuple(rng.random(2)) if self._config.crop == "random" else MIDDLE
-        example = self._pictures.example(int(self._order[position]), at)
+        epoch, offset = divmod(position, len(self._pictures))
+        example = self._pictures.example(int(_order(len(self._pictures), self._seed, epoch)[offset]), at)
         if self._config.flip and rng.random() < 0.5:
             example = example._replace(image=example.image[:, ::-1])
         return example, choose_caption(example.captions, self._config, rng) if self._tokenize else ""
@@ -233,7 +245,7 @@ def batches(
     """
     if batch_size < 1 or batch_size % shard[1]:
         raise UserError(f"the batch size {batch_size} cannot be shared equally by {shard[1]} processes; change it")
-    source = _BatchSource(pictures, config, tokenize, batch_size, seed, shard)
+    source = _BatchSource(pictures, config, batch_size, seed, tokenize, shard)
     workers = 0 if pictures.cached else config.workers
     threads = 0 if pictures.cached else 1 if workers else min(8, os.cpu_count() or 1)
     return Batches(source, workers, threads, identity | {"seed": seed, "batch_size": batch_size})
