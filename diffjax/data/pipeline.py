@@ -117,7 +117,7 @@ def choose_caption(captions: tuple[str, ...], config: Any, rng: np.random.Genera
     if config.tag_dropout:
         first, *tags = caption.split(",")
         caption = ",".join([first, *(tag for tag in tags if rng.random() >= config.tag_dropout)])
-    return config.templates[rng.integers(len(config.templates))].format(caption)
+    return config.templates[rng.integers(len(config.templates))].replace("{}", caption)
 
 
 @functools.lru_cache(maxsize=2)
