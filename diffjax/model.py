@@ -1,7 +1,7 @@
 """The facade: a model is a denoiser with what its publisher meant for it, and `sample` draws from it."""
 
 from dataclasses import dataclass
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -148,7 +148,7 @@ class Model:
             raise UserError(f"{self._called} was trained without text: leave the prompt out")
         if self.classes:
             labels = [self._class(name) for name in _repeat(-1 if label is None else label, num)]
-            cond["label"] = jnp.asarray(labels, jnp.int32)
+            cond["label"] = np.asarray(labels, np.int32)
         elif label is not None:
             raise UserError(f"{self._called} was trained without classes: leave the label out")
         if not guided and negative_prompt is not None:
@@ -164,13 +164,20 @@ class Model:
     def _called(self) -> str:
         return self.name or "this model"
 
-    def _encoded(self, prompts: list[str]) -> dict[str, Array]:
+    def _encoded(self, prompts: list[str]) -> dict[str, np.ndarray]:
         """One row a prompt; each different prompt is encoded once, in groups of one shape, whatever the others are."""
         different, batch = list(dict.fromkeys(prompts)), self.defaults.batch
         filled = different + different[-1:] * (-len(different) % batch)
         groups = [self.text(filled[i : i + batch]) for i in range(0, len(filled), batch)]
         rows = np.asarray([different.index(prompt) for prompt in prompts])
-        return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[rows], *groups)
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves)[rows], *groups)
+
+    def with_encoded(self, prompts: Iterable[str]) -> "Model":
+        """The model with these prompts encoded in place of its text encoder, whose memory is then free."""
+        if self.text is None:
+            return self
+        different = tuple(dict.fromkeys(["", *prompts]))
+        return self.replace(text=Encoded(different, self._encoded(list(different))))
 
     def _class(self, label: int | str) -> int:
         if isinstance(label, str) and not label.lstrip("-").isdigit():
@@ -262,6 +269,18 @@ class Inputs:
         num = len(self.keys)
         for first in range(0, num, batch):
             yield self.rows(np.minimum(np.arange(first, first + batch), num - 1))
+
+
+@struct.dataclass
+class Encoded:
+    """A text encoder that knows some prompts by heart."""
+
+    prompts: tuple[str, ...] = struct.field(pytree_node=False)
+    cond: dict[str, np.ndarray]
+
+    def __call__(self, prompts: list[str]) -> dict[str, np.ndarray]:
+        rows = np.asarray([self.prompts.index(prompt) for prompt in prompts])
+        return jax.tree.map(lambda leaf: leaf[rows], self.cond)
 
 
 @jax.jit

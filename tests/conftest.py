@@ -32,3 +32,19 @@ def private_home(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DIFFJAX_HOME", str(tmp_path_factory.mktemp("home")))
         yield
+
+
+@pytest.fixture
+def compilations():
+    """A function: how many programs XLA has compiled so far in this test."""
+    from jax import monitoring
+
+    seen = []
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            seen.append(duration)
+
+    monitoring.register_event_duration_secs_listener(listen)
+    yield lambda: len(seen)
+    monitoring.unregister_event_duration_listener(listen)

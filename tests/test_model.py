@@ -42,11 +42,12 @@ def test_an_image_does_not_depend_on_the_other_prompts(texts):
             assert (together[i] == alone[i]).all()
 
 
-def test_nothing_is_traced_again_for_other_prompts_seeds_guidance_and_eta(texts):
-    texts.sample(KEY, num=2, prompt="a", guidance=2.0, eta=0.0)
-    before = sample.run._cache_size()
-    texts.sample(jax.random.key(9), num=5, prompt="something else", guidance=5.0, eta=0.5, negative_prompt="not this")
-    assert sample.run._cache_size() == before
+def test_nothing_is_compiled_again_for_other_prompts_seeds_guidance_and_eta(texts, compilations):
+    texts.sample(KEY, num=2, prompt="a", guidance=2.0, eta=0.0, negative_prompt="b")
+    before = compilations()
+    assert before > 0
+    texts.sample(jax.random.key(9), num=2, prompt="something else", guidance=5.0, eta=0.5, negative_prompt="not this")
+    assert compilations() == before
 
 
 def test_guidance_1_is_the_conditional_estimate_and_0_the_null_one(texts):

@@ -1,0 +1,217 @@
+"""A job of many images: batches of one shape on every device, advanced a few steps at a time.
+
+One program serves a whole job, and the jobs after it: it makes up to `CHUNK` steps of one batch on each device. How many
+steps a call makes, which images share a batch and how many devices there are change no bit of an image on a CPU.
+"""
+
+import contextlib
+import functools
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Key, PyTree, UInt8
+
+from diffjax import image, mesh, sample
+from diffjax.model import Inputs, Model, Recipe
+
+CHUNK = 8
+SECONDS = 1.0
+
+
+class Picture(NamedTuple):
+    """What tells one image from the others of a job: image number i has the key `fold_in(key, i)`."""
+
+    number: int
+    prompt: str | None = None
+    label: str | None = None
+
+
+class Part(NamedTuple):
+    """A batch: its pictures, at most as many as it has rows, and where it stands if it was begun before."""
+
+    pictures: tuple[Picture, ...]
+    done: int = 0
+    state: sample.State | None = None
+
+
+Group = tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A group of parts, one on each device, after `done` steps, `made` of them since the last stage; `state` has the devices
+    as its first axis."""
+
+    parts: Group
+    state: sample.State
+    done: int
+    made: int
+    finished: bool
+
+    @property
+    def pictures(self) -> list[Picture]:
+        """Those of all parts."""
+        return [picture for part in self.parts for picture in part.pictures]
+
+    def standing(self) -> list[Part]:
+        """The parts as they stand now, in numpy arrays."""
+        state = jax.tree.map(np.asarray, self.state)
+        return [Part(part.pictures, self.done, _lane(state, i)) for i, part in enumerate(self.parts)]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How a job draws; `conditions` (negative_prompt, image, mask) are common to all its pictures."""
+
+    model: Model
+    recipe: Recipe
+    key: Key[Array, ""]
+    batch: int
+    conditions: Mapping[str, Any]
+
+    @property
+    def steps(self) -> int:
+        """Steps of one image."""
+        return len(self.recipe.grid)
+
+    def parts(self, pictures: Sequence[Picture]) -> list[Part]:
+        """The pictures in batches, none begun."""
+        return [Part(tuple(pictures[i : i + self.batch])) for i in range(0, len(pictures), self.batch)]
+
+    def groups(self, parts: Sequence[Part]) -> list[Group]:
+        """The parts that run together: those that stand at the same step, as many as there are devices."""
+        size = 1 if _is_spread(self.recipe) else jax.local_device_count()
+        alike = itertools.groupby(sorted(parts, key=lambda part: -part.done), key=lambda part: part.done)
+        runs = [list(run) for _, run in alike]
+        return [tuple(run[i : i + size]) for run in runs for i in range(0, len(run), size)]
+
+    def inputs(self, part: Part) -> Inputs:
+        """What the rows of a part have of their own; the rows that are left have what the last picture has."""
+        rows = [part.pictures[min(i, len(part.pictures) - 1)] for i in range(self.batch)]
+        told = {
+            name: [getattr(row, name) for row in rows]
+            for name in ("prompt", "label")
+            if getattr(rows[0], name) is not None
+        }
+        guided = self.recipe.denoise is not self.model.denoiser
+        return self.model.inputs(self.key, [row.number for row in rows], guided=guided, **told, **self.conditions)
+
+    def stages(self, groups: Sequence[Group], every: int = 0) -> Iterator[Stage]:
+        """What the groups pass, one after the other; with `every`, a stage after each so many steps is among it."""
+        devices = None if _is_spread(self.recipe) else mesh.data_mesh(jax.local_devices()[: max(map(len, groups))])
+        recipe = mesh.replicate(self.recipe, devices) if devices else self.recipe
+        pace = Pace()
+        for group in groups:
+            inputs = _placed([_plain(self.inputs(part)) for part in group], devices)
+            state = _placed([part.state for part in group], devices) if group[0].state else None
+            done = group[0].done
+            while done < self.steps:
+                rows = min(pace.steps(), self.steps - done, every - done % every if every else CHUNK)
+                chunk = recipe.replace(grid=_filled(self.recipe.grid[done : done + rows]))
+                with pace.measured(rows):
+                    state = _begin(devices, chunk, inputs) if state is None else state
+                    state = jax.block_until_ready(_advance(devices, chunk, inputs, state))
+                done += rows
+                yield Stage(group, state, done, rows, done == self.steps)
+
+    def images(self, stage: Stage, x: Float[Array, "devices b ..."]) -> UInt8[np.ndarray, "n h w c"]:
+        """The pictures of states x of a stage: its `state.x`, or its estimates `state.x0`."""
+        lanes = zip(np.asarray(x), stage.parts, strict=False)
+        return np.concatenate([image.to_uint8(self.model.images(rows))[: len(part.pictures)] for rows, part in lanes])
+
+
+class Pace:
+    """How many steps the next call makes, for it to take `SECONDS`: one until that is known, at most `CHUNK`."""
+
+    def __init__(self):
+        self.calls, self.seconds = 0, SECONDS
+
+    def steps(self) -> int:
+        """Steps of the next call."""
+        return min(CHUNK, max(1, int(SECONDS / self.seconds)))
+
+    @contextlib.contextmanager
+    def measured(self, steps: int) -> Iterator[None]:
+        """Time a call of so many steps, unless it is the first one, which is compiled."""
+        begin = time.perf_counter()
+        yield
+        end = time.perf_counter()
+        self.calls += 1
+        if self.calls > 1:
+            self.seconds = max(end - begin, 1e-6) / steps
+
+
+def shown(stages: Iterator[Stage], groups: Sequence[Group], steps: int, title: str) -> Iterator[Stage]:
+    """The same stages, with one bar over the steps of all groups and the time that is left."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps")
+    times = TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
+    with Progress(*columns, *times, console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=steps * len(groups), completed=sum(group[0].done for group in groups))
+        for stage in stages:
+            bar.advance(task, stage.made)
+            yield stage
+
+
+def _on_devices(function: Callable[..., sample.State]) -> Callable[..., sample.State]:
+    """`function(recipe, *trees)` for trees with the devices as their first axis, each device with its own part.
+
+    Without devices the trees have one part, and the parameters lie where they lie.
+    """
+
+    def one(recipe: Recipe, *lanes: PyTree) -> sample.State:
+        out = function(recipe, *_lane(lanes, 0))
+        return jax.tree.map(lambda leaf: leaf[None], out)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(devices: Mesh | None, recipe: Recipe, *lanes: PyTree) -> sample.State:
+        if devices is None:
+            return one(recipe, *lanes)
+        each = PartitionSpec("data")
+        specs = (PartitionSpec(), *(each for _ in lanes))
+        return jax.shard_map(one, mesh=devices, in_specs=specs, out_specs=each, check_vma=False)(recipe, *lanes)
+
+    return run
+
+
+_begin = _on_devices(lambda recipe, inputs: recipe.begin(_typed(inputs)))
+_advance = _on_devices(lambda recipe, inputs, state: recipe.advance(_typed(inputs), state))
+
+
+def _plain(inputs: Inputs) -> Inputs:
+    """In numpy arrays, keys as their bits."""
+    return jax.tree.map(np.asarray, inputs.replace(keys=jax.random.key_data(inputs.keys)))
+
+
+def _typed(inputs: Inputs) -> Inputs:
+    return inputs.replace(keys=jax.random.wrap_key_data(inputs.keys))
+
+
+def _placed(lanes: list[PyTree], devices: Mesh | None) -> PyTree:
+    """Trees of numpy arrays as one, each on its device; devices that are left have what the last one has."""
+    lanes = lanes + lanes[-1:] * ((devices.size if devices else 1) - len(lanes))
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *lanes)
+    return jax.device_put(stacked, NamedSharding(devices, PartitionSpec("data"))) if devices else stacked
+
+
+def _lane(tree: PyTree, i: int) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf[i], tree)
+
+
+def _filled(rows: Float[np.ndarray, "n 2"]) -> Float[np.ndarray, "chunk 2"]:
+    """`CHUNK` rows: those of (0, 0) do nothing."""
+    return np.concatenate([rows, np.zeros((CHUNK - len(rows), 2), rows.dtype)])
+
+
+def _is_spread(recipe: Recipe) -> bool:
+    """Whether the parameters are split over several devices."""
+    leaves = jax.tree.leaves(recipe.denoise)
+    return any(isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1 for leaf in leaves)
