@@ -2,10 +2,7 @@
 
 import contextlib
 import functools
-import signal
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ import diffjax.data
 from diffjax import build, files, mesh, trained
 from diffjax.data.pipeline import Prefetch
 from diffjax.errors import UserError
+from diffjax.interrupt import stop_on_signal
 from diffjax.train import record
 from diffjax.train.checkpoint import Checkpoints
 from diffjax.train.metrics import Log, Pending
@@ -140,25 +138,3 @@ def not_finite(broken: Pending, workdir: Path, checkpoints: Checkpoints) -> User
         f" {', '.join(map(str, broken.rows[:8]))}, ... (all in {path}); the last good checkpoint is"
         f" {'none' if good is None else f'step {good}'}; lower the learning rate and train in another --workdir"
     )
-
-
-@contextlib.contextmanager
-def stop_on_signal() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C (or SIGTERM) sets; the second one interrupts as usual."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def ask(number: int, frame: Any) -> None:
-        asked.set()
-        signal.signal(number, before[number])
-
-    for number in before:
-        signal.signal(number, ask)
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
