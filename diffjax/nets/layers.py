@@ -31,7 +31,7 @@ def timestep_embedding(
     """
     half = dim // 2
     exponent = np.float32(-math.log(max_period)) * np.arange(half, dtype=np.float32) / np.float32(half - freq_shift)
-    angles = t.astype(jnp.float32)[:, None] * np.exp(exponent)
+    angles = t.astype(jnp.float32)[:, None] * np.exp(exponent, dtype=np.float64).astype(np.float32)
     parts = [jnp.cos(angles), jnp.sin(angles)] if flip_sin_to_cos else [jnp.sin(angles), jnp.cos(angles)]
     return jnp.pad(jnp.concatenate(parts, axis=-1), ((0, 0), (0, dim % 2)))
 
@@ -86,14 +86,51 @@ class RMSNorm(nn.Module):
 
 
 def matmul(x: Float[Array, "*batch i"], kernel: Float[Array, "i o"], dtype: Dtype) -> Float[Array, "*batch o"]:
-    """`x @ kernel` read in `dtype` and accumulated in float32, which is also what it returns."""
-    y = lax.dot_general(
-        x.reshape(-1, x.shape[-1]).astype(dtype),
-        kernel.astype(dtype),
-        (((1,), (0,)), ((), ())),
-        preferred_element_type=jnp.float32,
-    )
+    """`x @ kernel` read in `dtype` and accumulated in float32 or wider, which is also what it returns.
+
+    In bfloat16 and float16 both products of the backward pass read `dtype` as well (autodiff alone would take a float32
+    cotangent to a float32 product), and only reverse mode is defined.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    if jnp.dtype(dtype).itemsize < 4:
+        y = _half_matmul(rows, kernel, dtype)
+    else:
+        y = rows.astype(dtype) @ kernel.astype(dtype)
     return y.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _half_matmul(x: Array, kernel: Array, dtype: Dtype) -> Array:
+    return _product(x.astype(dtype), kernel.astype(dtype), 1, 0)
+
+
+def _half_matmul_forward(x: Array, kernel: Array, dtype: Dtype) -> tuple[Array, tuple]:
+    half = x.astype(dtype), kernel.astype(dtype)
+    return _product(*half, 1, 0), (*half, x[:0], kernel[:0])
+
+
+def _half_matmul_backward(dtype: Dtype, saved: tuple, cotangent: Array) -> tuple[Array, Array]:
+    x, kernel, like_x, like_kernel = saved
+    cotangent = cotangent.astype(dtype)
+    to_kernel = lax.platform_dependent(x, cotangent, cpu=_outer_product_cpu, default=_outer_product)
+    return _product(cotangent, kernel, 1, 1).astype(like_x.dtype), to_kernel.astype(like_kernel.dtype)
+
+
+_half_matmul.defvjp(_half_matmul_forward, _half_matmul_backward)
+
+
+def _outer_product(x: Array, y: Array) -> Array:
+    return _product(x, y, 0, 0)
+
+
+def _outer_product_cpu(x: Array, y: Array) -> Array:
+    """`x^T y`; XLA's fast CPU product reads rows, so `x` is transposed first, exactly, by a product with 1."""
+    transposed = _product(jnp.eye(x.shape[1], dtype=x.dtype), x, 1, 1).astype(x.dtype)
+    return _product(transposed, y, 1, 0)
+
+
+def _product(x: Array, y: Array, x_axis: int, y_axis: int) -> Array:
+    return lax.dot_general(x, y, (((x_axis,), (y_axis,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 class Dense(nn.Module):
@@ -127,8 +164,11 @@ def attention(
     `mask` is True where a key is seen. On a GPU that has it, cuDNN's flash attention; elsewhere the score matrix, in
     chunks of queries when it would pass `MAX_SCORES` numbers, each chunk recomputed in the backward pass.
     """
-    (b, t, n, h), s = q.shape, k.shape[1]
-    if _flash(q, k, bias):
+    (b, t, n, h), s, dtype = q.shape, k.shape[1], q.dtype
+    flash = _flash(q, k, bias)
+    if dtype == jnp.float16 and not flash:  # which XLA's CPU products do not know
+        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    if flash:
         y = jax.nn.dot_product_attention(q, k, v, bias, mask, implementation="cudnn")
     elif b * n * t * s <= MAX_SCORES:
         y = jax.nn.dot_product_attention(q, k, v, bias, mask, implementation="xla")
@@ -137,7 +177,7 @@ def attention(
     if mask is not None:
         seen = jnp.any(mask, axis=-1)
         y = jnp.where(jnp.swapaxes(seen, 1, 2)[..., None], y, 0)
-    return y
+    return y.astype(dtype)
 
 
 def _flash(q: Array, k: Array, bias: Array | None) -> bool:
@@ -177,6 +217,64 @@ def _chunk(k: Array, v: Array, fixed: dict, carry: None, moving: dict) -> tuple[
     part = fixed | moving
     y = jax.nn.dot_product_attention(part["q"], k, v, part["bias"], part["mask"], implementation="xla")
     return carry, y
+
+
+def rotary(
+    positions: Float[np.ndarray, "t axes"], head_dim: int, max_period: float = 100.0
+) -> Float[np.ndarray, "2 t f"]:
+    """Cosine and sine of every token's angles, `position * w_i`, `w_i = max_period^(-i / n)`, for `rotate`.
+
+    Each axis of the position turns `n = head_dim / (2 axes)` pairs of channels; the position 0 turns none (RoPE,
+    arXiv:2104.09864, by axis).
+    """
+    pairs = head_dim // (2 * positions.shape[1])
+    frequencies = max_period ** -(np.arange(pairs) / pairs)
+    angles = (positions[:, :, None] * frequencies).reshape(len(positions), -1)
+    angles = np.pad(angles, ((0, 0), (0, head_dim // 2 - angles.shape[1])))
+    return np.stack([np.cos(angles), np.sin(angles)]).astype(np.float32)
+
+
+def rotate(x: Float[Array, "b t n h"], turn: Float[Array, "2 t f"]) -> Float[Array, "b t n h"]:
+    """Each pair `(x_i, x_{i + h/2})` turned by its angle of `rotary`."""
+    cos, sin = turn[:, :, None]
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+class SelfAttention(nn.Module):
+    """`attention` of a sequence over itself, with RMS-normed (arXiv:2302.05442) and rotated queries and keys.
+
+    Projections are separate: their gradients then need no concatenation, which costs a CPU more than the products do.
+    """
+
+    heads: int
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b t c"], turn: Float[Array, "2 t f"], mask: Bool[Array, "b 1 1 t"] | None = None
+    ) -> Float[Array, "b t c"]:
+        policy = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        dense = functools.partial(Dense, x.shape[-1], use_bias=False, **policy)
+        q, k, v = (dense(name=name)(x).reshape(*x.shape[:2], self.heads, -1) for name in "qkv")
+        q, k = (RMSNorm(param_dtype=self.param_dtype, name=f"{name}_norm")(y) for name, y in (("q", q), ("k", k)))
+        y = attention(rotate(q, turn).astype(self.dtype), rotate(k, turn).astype(self.dtype), v, mask)
+        return dense(name="out")(y.reshape(x.shape))
+
+
+class SwiGLU(nn.Module):
+    """`(silu(x W) * x V) U` with `hidden` inner channels (arXiv:2002.05202)."""
+
+    hidden: int
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch c"]) -> Float[Array, "*batch c"]:
+        dense = functools.partial(Dense, use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype)
+        y = nn.silu(dense(self.hidden, name="gate")(x)) * dense(self.hidden, name="up")(x)
+        return dense(x.shape[-1], name="down")(y)
 
 
 def stacked(
