@@ -276,7 +276,7 @@ class UNet(nn.Module):
         width = self.time_embedding_dim or 4 * self.block_out_channels[0]
         normal = nn.initializers.normal(1.0)
         rows = self.param("class_embedding", normal, (self.num_class_embeds, width), self.param_dtype)
-        return rows[label].astype(self.dtype)
+        return jnp.asarray(rows)[label].astype(self.dtype)
 
     def _embed_pooled(self, pooled: Array | None, told: Array | None) -> Float[Array, "b e"] | float:
         if not self.pooled_width:
@@ -297,7 +297,7 @@ class UNet(nn.Module):
         if mask is None:
             return context.astype(self.dtype), jnp.ones(context.shape[:2], bool)
         context = jnp.where(told[:, None, None], context, null).astype(self.dtype)
-        return context, mask.at[:, 0].set(mask[:, 0] | ~told)
+        return context, mask | (~told[:, None] & (jnp.arange(mask.shape[1]) == 0))
 
     def _resnet(self, features: int, **changes: Any) -> Callable[..., nn.Module]:
         return functools.partial(

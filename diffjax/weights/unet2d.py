@@ -13,7 +13,8 @@ from diffjax.weights.config import BOOLEAN, Field, either, integer, list_of, num
 from diffjax.weights.format import Format
 from diffjax.weights.names import POINTWISE, Names
 
-SIZE = integer(1, 2**16)
+SIZES = 2**16
+SIZE = integer(1, SIZES)
 
 # The defaults are the published class's own: a key that a file leaves out has this value, whatever ours is.
 FIELDS = {
@@ -26,14 +27,14 @@ FIELDS = {
     "freq_shift": Field(0, number(0, 1)),
     "flip_sin_to_cos": Field(True, BOOLEAN),
     "down_block_types": Field(
-        ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"), list_of(one_of(*DOWN_BLOCKS), 1, 16)
+        ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"), list_of(one_of(*DOWN_BLOCKS), 1, 10)
     ),
     "mid_block_type": Field("UNetMidBlock2D", one_of("UNetMidBlock2D", None)),
     "up_block_types": Field(
-        ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"), list_of(one_of(*UP_BLOCKS), 1, 16)
+        ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"), list_of(one_of(*UP_BLOCKS), 1, 10)
     ),
-    "block_out_channels": Field((224, 448, 672, 896), list_of(SIZE, 1, 16)),
-    "layers_per_block": Field(2, integer(1, 64)),
+    "block_out_channels": Field((224, 448, 672, 896), list_of(SIZE, 1, 10)),
+    "layers_per_block": Field(2, integer(1, 16)),
     "mid_block_scale_factor": Field(1, number(1e-6, 1e6)),
     "downsample_padding": Field(1, integer(0, 1)),
     "downsample_type": Field("conv", one_of("conv", "resnet")),
@@ -103,10 +104,17 @@ def check(module: UNet, path: str) -> None:
         raise UserError(f"{path}: norm_num_groups = {module.norm_num_groups} does not divide {odd[0]} channels; mend it")
     if module.block_out_channels[-1] % (module.attn_norm_num_groups or 1):
         raise UserError(f"{path}: attn_norm_num_groups does not divide the last of block_out_channels; mend it")
-    if (module.attention_head_dim or 1) > min(module.block_out_channels):
-        raise UserError(f"{path}: attention_head_dim = {module.attention_head_dim} is wider than a block; mend it")
+    if (module.attention_head_dim or 1) > min(_attended(module), default=SIZES):
+        raise UserError(f"{path}: attention_head_dim = {module.attention_head_dim} is wider than its block; mend it")
     if module.block_out_channels[0] < 4:
         raise UserError(f"{path}: block_out_channels begins below 4, too few for a time embedding; mend it")
+
+
+def _attended(module: UNet) -> list[int]:
+    """The widths at which there is attention."""
+    blocks = zip(module.down_block_types + module.up_block_types, module.block_out_channels + module.block_out_channels[::-1])
+    mid = [module.block_out_channels[-1]] if module.add_attention and module.mid_block_type else []
+    return mid + [width for block, width in blocks if block.startswith("Attn")]
 
 
 def _renewed(config: Mapping[str, Any], path: str) -> dict[str, Any]:
