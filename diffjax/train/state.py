@@ -5,8 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import struct
 from jaxtyping import Array, Int, Key, PyTree
+
+from diffjax import struct
 
 
 @struct.dataclass

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import struct
 from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 
+from diffjax import struct
 from diffjax.denoise import Denoiser, thousand_t
 from diffjax.loss import Times, Weight, loss
 from diffjax.predict import Prediction

@@ -9,11 +9,12 @@ import time
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
 from diffjax import config as configs
 from diffjax.errors import UserError
-from diffjax.train import loop
+from diffjax.train import loop, metrics
 from diffjax.train.checkpoint import load_run
 
 @pytest.fixture(scope="module")
@@ -24,6 +25,20 @@ def pictures(tmp_path_factory):
         Image.fromarray(draw.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / f"{number}.png")
         (folder / f"{number}.txt").write_text(f"picture {number}")
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """The tests share their programs."""
+    fields = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {field: getattr(jax.config, field) for field in fields}
+    for field, value in zip(fields, (str(tmp_path_factory.mktemp("programs")), 0.1)):
+        jax.config.update(field, value)
+    compilation_cache.reset_cache()
+    yield
+    for field, value in before.items():
+        jax.config.update(field, value)
+    compilation_cache.reset_cache()
 
 
 def command(pictures, workdir, **changes):
@@ -57,3 +72,105 @@ def test_a_run(pictures, tmp_path, capsys):
     assert (tmp_path / "run.json").is_file() and "compiled in" in capsys.readouterr().err
     train(pictures, tmp_path)
     assert "is finished: 8 of 8 steps" in capsys.readouterr().out
+
+
+def one_device():
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+
+
+def start(arguments, **named):
+    return subprocess.Popen(
+        [sys.executable, "-m", "diffjax", "train", *arguments], env=one_device(), stderr=subprocess.PIPE, text=True, **named
+    )
+
+
+def wait_for(path, lines, process):
+    """Until the file has so many lines; fails when the process ends first."""
+    while not path.exists() or path.read_bytes().count(b"\n") < lines:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+
+
+def test_killed_at_any_moment_a_run_goes_on_bit_for_bit(pictures, tmp_path):
+    arguments = dict(**{"train.steps": 40, "train.save_every": 3, "train.log_every": 1})
+    whole = start(command(pictures, tmp_path / "whole", **arguments))
+    assert whole.wait() == 0, whole.communicate()
+    killed = tmp_path / "killed"
+    for lines in (2, 15):
+        process = start(command(pictures, killed, **arguments))
+        wait_for(killed / "metrics.jsonl", lines, process)
+        process.kill()
+        process.communicate()
+    last = start(command(pictures, killed, **arguments))
+    assert last.wait() == 0, last.communicate()
+    assert digest(killed) == digest(tmp_path / "whole")
+    numbers = lambda workdir: [(row["step"], row["loss"], row["grad_norm"]) for row in rows(workdir)]
+    assert numbers(killed) == numbers(tmp_path / "whole")
+
+
+def interrupt_at(step, monkeypatch):
+    """Press Ctrl-C while that step runs."""
+    add = metrics.Log.add
+
+    def press(self, done, *rest):
+        add(self, done, *rest)
+        if done == step:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(metrics.Log, "add", press)
+
+
+def test_ctrl_c_saves_and_leaves(pictures, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(5, patch)
+        train(pictures, tmp_path)
+    assert digest(tmp_path)[0] == 5 and rows(tmp_path)[-1]["step"] == 5
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    train(pictures, tmp_path)
+    assert digest(tmp_path)[0] == 8
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(pictures, tmp_path):
+    with pytest.raises(UserError, match=r"step \d+: the loss is nan.*last good checkpoint is step \d+") as error:
+        train(pictures, tmp_path, **{"optimizer.learning_rate": 1e38, "optimizer.adam_learning_rate": 1e38, "train.save_every": 1})
+    broken = json.loads((tmp_path / "not_finite.json").read_text())
+    assert f"step {broken['step']}:" in str(error.value) and len(broken["records"]) == 8
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(load_run(tmp_path, ema=False).params))
+
+
+def test_more_steps_go_on_and_another_config_does_not(pictures, tmp_path, capsys):
+    train(pictures, tmp_path)
+    with pytest.raises(UserError, match="train.batch is 8 there and 16 here"):
+        train(pictures, tmp_path, **{"train.batch": 16})
+    train(pictures, tmp_path, **{"train.steps": 10})
+    assert "going on from step 8 of 10" in capsys.readouterr().out
+    assert digest(tmp_path)[0] == 10 and [row["step"] for row in rows(tmp_path)] == [2, 3, 4, 6, 8, 9, 10]
+
+
+def test_a_corrupt_checkpoint_is_named_and_passed_over(pictures, tmp_path, monkeypatch, caplog, capsys):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(5, patch)
+        train(pictures, tmp_path)
+    for path in (tmp_path / "checkpoints" / "5" / "params").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    train(pictures, tmp_path)
+    assert "checkpoint 5 cannot be read" in caplog.text
+    assert "going on from step 3 of 8" in capsys.readouterr().out and digest(tmp_path)[0] == 8
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"train.steps": 0}, "train.steps is 0: it must be at least 1"),
+        ({"train.batch": 12}, "choose a multiple of 8"),
+        ({"train.accumulate": 3}, "choose a multiple of 24"),
+        ({"train.parallel": "pmpa"}, "did you mean pmap"),
+        ({"network": "uunet"}, "did you mean unet"),
+        ({"classes": 10}, "classes is 10 and captioned_folder has 0"),
+    ],
+)
+def test_what_cannot_be_trained_is_said_before_anything_is_written(pictures, tmp_path, changes, said):
+    with pytest.raises(UserError, match=said):
+        train(pictures, tmp_path, **changes)
+    assert not (tmp_path / "checkpoints").exists() or not list((tmp_path / "checkpoints").iterdir())

@@ -10,11 +10,7 @@ def get_config():
     config = runpy.run_path(EXPERIMENTS / "emoji.py")["get_config"]()
     config.data.update(name="captioned_folder", size=16)
     config.text = None
-    config.network = "unet"
-    config.unet = dict(
-        block_out_channels=(8,), norm_num_groups=4, layers_per_block=1, down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-    )  # fmt: skip
+    config.dit.update(patch=8, width=32, depth=1, heads=2, hidden=32, rank=4, dtype="float32")
     config.optimizer.schedule.warmup = 2
     config.train.update(steps=8, batch=8, log_every=2, save_every=3)
     config.log.tensorboard = False
