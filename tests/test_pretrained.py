@@ -1,0 +1,115 @@
+"""Published DDPM pipelines: sampled step for step as diffusers samples them."""
+
+import functools
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "nets"))
+import reference
+
+from diffjax import grid, pretrained, weights
+from diffjax.nets.unet import UNet
+from diffjax.weights import safetensors
+from diffjax.weights.scheduler import Scheduler
+from diffjax.weights.unet2d import FORMAT
+
+UNET = dict(
+    sample_size=8,
+    block_out_channels=(32, 32),
+    layers_per_block=1,
+    down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+    up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    attention_head_dim=None,
+    norm_num_groups=8,
+    norm_eps=1e-6,
+    downsample_padding=0,
+    flip_sin_to_cos=False,
+    freq_shift=1,
+)
+# name: (sampler, steps, fields of the published scheduler, arguments of one step)
+CASES = {
+    "ddpm": ("ddpm", 20, {}, {}),
+    "ddpm_large": ("ddpm", 20, {"variance_type": "fixed_large"}, {}),
+    "ddpm_v": ("ddpm", 20, {"prediction_type": "v_prediction", "beta_schedule": "squaredcos_cap_v2"}, {}),
+    "ddpm_x0": ("ddpm", 20, {"prediction_type": "sample", "timestep_spacing": "trailing"}, {}),
+    "ddpm_threshold": ("ddpm", 10, {"thresholding": True, "clip_sample": False, "sample_max_value": 1.5}, {}),
+    "ddpm_zero_snr": ("ddpm", 10, {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, {}),
+    "ddim": ("ddim", 10, {"clip_sample": False}, {"eta": 0.0}),
+    "ddim_half": ("ddim", 20, {}, {"eta": 0.5}),
+    "dpmpp_2m": ("dpmpp_2m", 10, {}, {}),
+    "dpmpp_2m_20": ("dpmpp_2m", 20, {}, {}),
+    "unipc": ("unipc", 10, {}, {}),
+    "unipc_20": ("unipc", 20, {}, {}),
+    "euler": ("euler", 10, {"timestep_spacing": "leading"}, {}),
+}
+STORED = ("ddpm", "ddpm_large", "ddpm_v", "ddim_half", "dpmpp_2m", "unipc", "euler")
+THEIRS = {
+    "ddpm": "DDPMScheduler",
+    "ddim": "DDIMScheduler",
+    "dpmpp_2m": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+}
+
+
+@functools.cache
+def tensors():
+    return reference.checkpoint(FORMAT, UNet(**UNET))
+
+
+def inputs(steps):
+    random = np.random.RandomState(1)
+    return random.standard_normal((1, 8, 8, 3)).astype(np.float32), random.standard_normal((steps, 1, 8, 8, 3)).astype(np.float32)
+
+
+def outputs(name):
+    """The last state and the integer times of diffusers' own loop, by a scheduler of theirs with the given noise."""
+    import diffusers
+    import torch
+
+    sampler, steps, fields, arguments = CASES[name.removeprefix("sample_")]
+    module = diffusers.UNet2DModel(**UNET)
+    module.load_state_dict({key: torch.from_numpy(value) for key, value in tensors().items()})
+    scheduler = getattr(diffusers, THEIRS[sampler])(**fields)
+    scheduler.set_timesteps(steps)
+    init, noise = inputs(steps)
+    x = torch.from_numpy(init).permute(0, 3, 1, 2) * float(scheduler.init_noise_sigma)
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        for i, t in enumerate(scheduler.timesteps):
+            z = torch.from_numpy(noise[i]).permute(0, 3, 1, 2)
+            patch.setattr(sys.modules[type(scheduler).__module__], "randn_tensor", lambda *a, **k: z, raising=False)
+            y = module(scheduler.scale_model_input(x, t), t).sample
+            x = scheduler.step(y, t, x, **arguments).prev_sample
+    return {"x": x.permute(0, 2, 3, 1).numpy(), "times": np.asarray(scheduler.timesteps, np.float64)}
+
+
+def ours(name, times, folder):
+    """The same by us: the published scheduler's own grid for ancestral sampling, theirs as an array for the solvers."""
+    sampler, steps, fields, arguments = CASES[name]
+    published = {**fields, "clip_sample": fields.get("clip_sample", sampler in ("ddpm", "ddim"))}
+    module = UNet(**UNET)
+    params = reference.params(FORMAT, module, tensors())
+    kind = "DDIMScheduler" if sampler == "ddim" else "DDPMScheduler"
+    weights.save_pipeline(folder, module, params, Scheduler(class_name=kind, **published))
+    model = pretrained.ddpm(folder)
+    init, noise = inputs(steps)
+    chosen = None if sampler in ("ddpm", "ddim") else grid.pairs(np.append((times + 1) / 1000, 0.0))
+    with jax.default_matmul_precision("highest"):
+        return model.sample(jax.random.key(0), steps=steps, sampler=sampler, grid=chosen, init=init, noise=noise, **arguments)
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_as_published(name, tmp_path):
+    theirs = reference.stored(f"sample_{name}")
+    assert np.abs(np.asarray(ours(name, theirs["times"], tmp_path)) - theirs["x"]).max() < 1e-4 * max(1, np.abs(theirs["x"]).max())
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("name", CASES)
+def test_as_published_live(name, tmp_path):
+    theirs = outputs(name)
+    assert np.abs(np.asarray(ours(name, theirs["times"], tmp_path)) - theirs["x"]).max() < 1e-4 * max(1, np.abs(theirs["x"]).max())
