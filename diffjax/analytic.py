@@ -2,9 +2,9 @@
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Float
 
+from diffjax import struct
 from diffjax.predict import Estimate
 from diffjax.process import Process, Time, expand
 

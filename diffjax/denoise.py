@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Callable
 
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Float
 
+from diffjax import struct
 from diffjax.predict import Estimate, Prediction, estimate
 from diffjax.process import Process, Time, expand
 

@@ -12,9 +12,9 @@ from typing import Any, Callable
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Float
 
+from diffjax import struct
 from diffjax.predict import Estimate, Prediction, Velocity, estimate, target, with_x0
 from diffjax.process import Process, Time, expand
 

@@ -11,9 +11,9 @@ and errors of one are errors of the other: `|dy|^2 = (det / sigma)^2 |dx0|^2`.
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Float
 
+from diffjax import struct
 from diffjax.process import Process, Time, expand
 
 

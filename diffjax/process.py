@@ -11,8 +11,9 @@ Nothing is clipped: the ends are exact. (Kingma et al. 2021, "Variational Diffus
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Float
+
+from diffjax import struct
 
 Time = Float[Array, "*b"] | float
 

@@ -16,9 +16,9 @@ from typing import Any, Callable
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Float, Key
 
+from diffjax import struct
 from diffjax.guide import Denoise, Scale, project
 from diffjax.predict import Estimate, Velocity, target, with_x0
 from diffjax.process import Process, Time, expand

@@ -9,9 +9,9 @@ from typing import Any, Callable
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Float, Int, Key
 
+from diffjax import struct
 from diffjax.guide import Denoise, Scale
 from diffjax.predict import Estimate
 from diffjax.process import Process, Time

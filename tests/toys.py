@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from flax import struct
 
+from diffjax import struct
 from diffjax.denoise import Apply, Denoiser
 from diffjax.model import Defaults, Model
 from diffjax.predict import X0

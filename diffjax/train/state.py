@@ -9,6 +9,8 @@ from jaxtyping import Array, Int, Key, PyTree
 
 from diffjax import struct
 
+from diffjax import struct
+
 
 @struct.dataclass
 class State:
