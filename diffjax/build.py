@@ -23,6 +23,7 @@ from diffjax.nets.dit import DiT
 from diffjax.nets.unet import UNet
 from diffjax.refine import Chain, Refine, adams, extrapolate, heun, unipc
 from diffjax.sample import Sampler, ddim_law
+from diffjax.text import TextTransformer
 
 Choice = Mapping[str, Any]
 
@@ -56,6 +57,7 @@ TIMES = {
     "lognormal_sigma": loss.lognormal_sigma,
 }
 UNIFORMS = {"independent": loss.independent, "antithetic": loss.antithetic}
+TEXTS = {"words": TextTransformer}
 NETWORKS = {"dit": DiT, "unet": UNet}
 SAMPLERS = {
     "ddpm": Sampler(Chain(()), eta=1.0),
@@ -121,6 +123,12 @@ def network(config: Mapping[str, Any], **fixed: Any) -> nn.Module:
     classes = {"dit": {"classes": config["classes"]}, "unet": {"num_class_embeds": config["classes"] + 1}}[name]
     fields = {key: _static(key, value) for key, value in config.get(name, {}).items()}
     return make("network", NETWORKS, {"name": name, **fields, **(classes if config["classes"] else {}), **fixed})
+
+
+def text(choice: Choice, vocabulary: int) -> nn.Module:
+    """The text encoder that is trained with the network, for so many tokens; `tokens` is how many of them a prompt has at most."""
+    fields = {key: _static(key, value) for key, value in choice.items() if key != "tokens"}
+    return make("text", TEXTS, {"vocabulary": vocabulary, **fields})
 
 
 def sampler(choice: str | Refine | Sampler, eta: float | None = None) -> Sampler:

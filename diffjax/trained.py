@@ -1,6 +1,7 @@
 """Our own runs: what a config and its data make of each other, and a run's folder as a model."""
 
 import functools
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from flax import struct
 from jaxtyping import Array, Float, Key, PyTree
 from ml_collections import ConfigDict
 
-from diffjax import build, files
+from diffjax import build, files, struct
 from diffjax.data.pipeline import Tokenize
 from diffjax.denoise import Apply, Denoiser
 from diffjax.errors import UserError
@@ -22,7 +22,10 @@ from diffjax.model import Defaults, Model
 from diffjax.predict import Prediction
 from diffjax.process import Process
 from diffjax.train.checkpoint import load_run
+from diffjax.text import CaptionTokenizer
 from diffjax.train.step import Objective
+
+TOKENIZER = "tokenizer.json"
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Plan:
         network_key, text_key = jax.random.split(key)
         params, cond = {}, {"label": jnp.zeros(1, jnp.int32)} if self.classes else {}
         if self.text:
-            told = self.tokenize([""])
+            told = jax.tree.map(jnp.asarray, self.tokenize([""]))
             params["text"] = self.text.init(text_key, told["tokens"], told["mask"])["params"]
             cond = self.encode(params, told)
         params["network"] = self.network.init(network_key, jnp.zeros((1, *self.shape)), jnp.zeros(1), **cond)["params"]
@@ -61,8 +64,7 @@ class Plan:
         """What the network reads of a batch's conditions: tokens become states."""
         if not self.text:
             return cond
-        context, pooled = self.text.apply({"params": params["text"]}, cond["tokens"], cond["mask"])
-        return {"context": context, "mask": cond["mask"], "pooled": pooled}
+        return self.text.apply({"params": params["text"]}, cond["tokens"], cond["mask"])
 
     def objective(self) -> Objective:
         """What training minimises."""
@@ -108,12 +110,11 @@ class Prompts:
 
     def __call__(self, prompts: list[str]) -> dict[str, Array]:
         told = self.tokenize(prompts)
-        context, pooled = _encode(self.text, self.params, told["tokens"], told["mask"])
-        return {"context": context, "mask": jnp.asarray(told["mask"]), "pooled": pooled}
+        return _encode(self.text, self.params, told["tokens"], told["mask"])
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _encode(text: nn.Module, params: PyTree, tokens: Array, mask: Array) -> tuple[Array, Array]:
+def _encode(text: nn.Module, params: PyTree, tokens: Array, mask: Array) -> dict[str, Array]:
     return text.apply({"params": params}, tokens, mask)
 
 
@@ -127,6 +128,9 @@ def plan(config: ConfigDict, workdir: Path, data: Any) -> Plan:
     names = data.class_names if config.classes else ()
     if not (workdir / "data.json").exists():
         files.write_json(workdir / "data.json", {"shape": [data.size, data.size, data.channels], "classes": names})
+    if config.text and not (workdir / TOKENIZER).exists():
+        captions = itertools.chain.from_iterable(data.captions())
+        files.write_atomic(workdir / TOKENIZER, CaptionTokenizer.train(captions, config.text.tokens).to_json().encode())
     return _plan(config, workdir)
 
 
@@ -136,18 +140,25 @@ def load(workdir: str | Path, step: int | None = None, ema: bool = True) -> Mode
     Raises `UserError` as `load_run` does.
     """
     run = load_run(workdir, step, ema)
-    return _plan(run.config, run.workdir).model(jax.tree.map(jnp.asarray, run.params))
+    model = _plan(run.config, run.workdir).model(jax.tree.map(jnp.asarray, run.params))
+    return model.replace(revision=str(run.step))
 
 
 def _plan(config: ConfigDict, workdir: Path) -> Plan:
     told = json.loads((workdir / "data.json").read_text())
+    text = tokenize = None
+    widths = {}
+    if config.text:
+        tokenize = CaptionTokenizer.from_json((workdir / TOKENIZER).read_text())
+        text = build.text(config.text, tokenize.size)
+        widths = {"context_width": text.width, "pooled_width": text.width}
     return Plan(
         config,
         build.process(config.process),
         build.prediction(config.prediction),
-        build.network(config),
-        None,
-        None,
+        build.network(config, **widths),
+        text,
+        tokenize,
         tuple(told["shape"]),
         tuple(told["classes"]),
     )

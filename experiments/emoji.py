@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
             "seed": 0,
             "data": {"name": "openmoji", "path": "", "subset": "200", "size": 32, "background": "white"},
             "classes": 0,
-            "text": {"tokens": 12, "width": 256, "depth": 1, "heads": 4},
+            "text": {"name": "words", "tokens": 12, "width": 256, "depth": 1, "heads": 4},
             "process": {"name": "flow", "shift": 1.0},
             "prediction": {"name": "x0"},
             "network": "dit",

@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
             "seed": 0,
             "data": {"name": "openmoji", "path": "", "subset": "all", "size": 64, "background": "white"},
             "classes": 0,
-            "text": {"tokens": 16, "width": 512, "depth": 2, "heads": 8},
+            "text": {"name": "words", "tokens": 16, "width": 512, "depth": 2, "heads": 8},
             "process": {"name": "flow", "shift": 1.0},
             "prediction": {"name": "x0"},
             "network": "dit",
