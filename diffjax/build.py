@@ -120,7 +120,7 @@ def network(config: Mapping[str, Any], **fixed: Any) -> nn.Module:
     """
     name = config["network"]
     named("network", NETWORKS, name)
-    classes = {"dit": {"classes": config["classes"]}, "unet": {"num_class_embeds": config["classes"] + 1}}[name]
+    classes = {"num_class_embeds": config["classes"] + 1} if name == "unet" else {"classes": config["classes"]}
     fields = {key: _static(key, value) for key, value in config.get(name, {}).items()}
     return make("network", NETWORKS, {"name": name, **fields, **(classes if config["classes"] else {}), **fixed})
 
