@@ -59,8 +59,8 @@ class DiT(nn.Module):
     """A transformer on patches of `patch` x `patch` pixels; the residual stream and the output are float32.
 
     Text: with `context_width`, the token states `context` stand before the patches in one sequence, where those that
-    `mask` leaves out are not seen; with `pooled_width`, `pooled` joins the time embedding. A row whose mask is all False
-    has a learned null token and a learned null vector in their place. Classes: `label` in [0, classes), or -1 for the
+    `mask` leaves out are not seen; with `pooled_width`, `pooled` joins the time embedding. A row whose mask is False
+    throughout has a learned null token and null vector in their place. Classes: `label` in [0, classes), or -1 for the
     learned null class. Positions are relative, so any size divisible by `patch` is read.
 
     `scan` compiles one block instead of `depth`, at the price of speed on a CPU; parameters are stacked either way.
