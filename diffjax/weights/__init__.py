@@ -30,6 +30,7 @@ FORMATS = {
     "T5ForConditionalGeneration": ("diffjax.nets.t5.T5Encoder", "diffjax.weights.t5"),
     "T5WithLMHeadModel": ("diffjax.nets.t5.T5Encoder", "diffjax.weights.t5"),
     "CLIPTextModelWithProjection": ("diffjax.nets.clip.ClipText", "diffjax.weights.clip"),
+    "AutoencoderKL": ("diffjax.nets.vae.AutoencoderKL", "diffjax.weights.vae"),
     "BertModel": ("diffjax.nets.bert.Bert", "diffjax.weights.bert"),
     "UNetUnconditionalModel": ("diffjax.nets.unet.UNet", "diffjax.weights.unet2d"),  # its name in the first releases
 }
@@ -59,7 +60,7 @@ def assemble(
     kind = _format(class_name(config), source)
     module = kind.module(config, source)
     params = read_params(tensors, param_shapes(module, kind), kind.names(module), source, dtype, sharding)
-    compute = _common_dtype(params)
+    compute = _common_dtype(params, source)
     return module.clone(dtype=compute, param_dtype=compute), params
 
 
@@ -109,7 +110,9 @@ def _format_of(module: nn.Module) -> Format:
     raise UserError(f"{network} has no published class to be saved as; keep the run's own checkpoint")
 
 
-def _common_dtype(params: Params) -> Any:
+def _common_dtype(params: Params, source: str) -> Any:
     """The dtype to compute in: that of all floating parameters, or the widest of them."""
-    dtypes = {np.dtype(leaf.dtype) for leaf in jax.tree.leaves(params)}
-    return jnp.result_type(*(dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating)))
+    dtypes = {np.dtype(leaf.dtype) for leaf in jax.tree.leaves(params) if jnp.issubdtype(leaf.dtype, jnp.floating)}
+    if any(dtype.itemsize == 1 for dtype in dtypes):
+        raise UserError(f"{source} keeps its weights in 8 bits: name the dtype to compute in, for example bfloat16")
+    return jnp.result_type(*dtypes)

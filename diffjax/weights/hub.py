@@ -32,7 +32,7 @@ def fetch(name: str | Path, revision: str | None = None, patterns: Sequence[str]
     model is not there, not cached, or behind a licence.
     """
     path = Path(name).expanduser()
-    if path.exists():
+    if str(name) and path.exists():
         return Fetched(path, None)
     if path.is_absolute() or str(name).startswith(".") or not ID.fullmatch(str(name)):
         raise UserError(f"there is no folder {name}; give an existing folder or a hub id such as google/ddpm-cat-256")

@@ -118,23 +118,11 @@ def read_params(
     """The parameters of the given shapes out of a checkpoint's tensors, in the file's dtype or in `dtype`.
 
     Tensors go to their devices one at a time; `sharding` says where by a leaf's path and shape (the default device without
-    it). Raises one `UserError` that lists the missing, the unexpected and the misshapen keys.
+    it). Raises one `UserError` that lists the missing, the unexpected and the ill-fitting keys.
     """
     tensors, repeated = _renamed(tensors, names)
     rows = list(table(shapes, names))
-    wanted = {key for row in rows for key in row.keys}
-    problems = {
-        "missing": sorted(wanted - set(tensors)),
-        "unexpected": sorted(key for key in set(tensors) - wanted if not re.search(names.ignored, key)),
-        "of another shape": [
-            f"{key} {list(tensors[key].shape)}"
-            for row in rows
-            for key in row.keys
-            if key in tensors and row.layout.read(tensors[key]).shape != tuple(row.leaf.shape[row.stacked :])
-        ],
-        "given twice": repeated,
-    }
-    _complain(problems, source)
+    _complain(_problems(tensors, rows, names) | {"given twice": repeated}, source)
     leaves = {}
     for row in rows:
         parts = [tensors[key] for key in row.keys]
@@ -162,6 +150,31 @@ def _renamed(tensors: Mapping[str, np.ndarray], names: Names) -> tuple[dict[str,
         repeated += [key] if key in renamed else []
         renamed[key] = tensor
     return renamed, repeated
+
+
+def _problems(tensors: Mapping[str, np.ndarray], rows: list[Row], names: Names) -> dict[str, list[str]]:
+    """The keys that are wrong, by what is wrong with them."""
+    wanted = {key: row for row in rows for key in row.keys}
+    given = {key: row for key, row in wanted.items() if key in tensors}
+    return {
+        "missing": sorted(wanted.keys() - tensors.keys()),
+        "unexpected": sorted(key for key in tensors.keys() - wanted.keys() if not re.search(names.ignored, key)),
+        "of another shape": [
+            f"{key} {list(tensors[key].shape)}" for key, row in given.items() if not _fits(tensors[key], row)
+        ],
+        "not floating": [
+            key
+            for key, row in given.items()
+            if jnp.issubdtype(row.leaf.dtype, jnp.floating) and not jnp.issubdtype(tensors[key].dtype, jnp.floating)
+        ],
+    }
+
+
+def _fits(tensor: np.ndarray, row: Row) -> bool:
+    try:
+        return row.layout.read(tensor).shape == tuple(row.leaf.shape[row.stacked :])
+    except (ValueError, IndexError):
+        return False
 
 
 def _leaf_dtype(parts: list[np.ndarray], dtype: Any) -> Any:

@@ -119,9 +119,11 @@ def read_scheduler(folder: str | Path) -> Scheduler:
 
 
 def _check(scheduler: Scheduler, path: Path) -> None:
-    if len(scheduler.betas()) != scheduler.num_train_timesteps:
+    with np.errstate(all="ignore"):
+        betas = scheduler.betas()
+        signal = process.discrete(betas).alpha2
+    if len(betas) != scheduler.num_train_timesteps:
         raise UserError(f"{path}: trained_betas has not num_train_timesteps = {scheduler.num_train_timesteps} values")
-    signal = process.discrete(scheduler.betas()).alpha2
     if not np.all(np.isfinite(signal)) or signal[0] == 1:
         raise UserError(f"{path}: beta_start, beta_end or trained_betas give a table without noise; mend them")
     if signal[-1] == 0 and scheduler.prediction_type == "epsilon":

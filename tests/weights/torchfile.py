@@ -70,6 +70,6 @@ def write(path, value, storages, compression=zipfile.ZIP_STORED):
 
 def write_state(path, tensors, **options):
     """`torch.save(state_dict)`."""
-    storages = {str(i): array for i, array in enumerate(tensors.values())}
-    value = {name: tensor(str(i), array) for i, (name, array) in enumerate(tensors.items())}
+    storages = {str(i): np.ascontiguousarray(array) for i, array in enumerate(tensors.values())}
+    value = {name: tensor(key, array) for name, (key, array) in zip(tensors, storages.items())}
     write(path, value, storages, **options)
