@@ -21,8 +21,8 @@ from diffjax.errors import UserError
 from diffjax.model import Defaults, Model
 from diffjax.predict import Prediction
 from diffjax.process import Process
-from diffjax.train.checkpoint import load_run
 from diffjax.text import CaptionTokenizer
+from diffjax.train.checkpoint import load_run
 from diffjax.train.step import Objective
 
 TOKENIZER = "tokenizer.json"

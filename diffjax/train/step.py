@@ -14,7 +14,6 @@ import optax
 from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 
 from diffjax import struct
-from diffjax import struct
 from diffjax.denoise import Denoiser, thousand_t
 from diffjax.loss import Times, Weight, loss
 from diffjax.predict import Prediction
