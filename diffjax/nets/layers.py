@@ -165,11 +165,11 @@ def attention(
     chunks of queries when it would pass `MAX_SCORES` numbers, each chunk recomputed in the backward pass.
     """
     (b, t, n, h), s, dtype = q.shape, k.shape[1], q.dtype
-    flash = _flash(q, k, bias)
+    flash = _flash_reads(q)
     if dtype == jnp.float16 and not flash:  # which XLA's CPU products do not know
         q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
     if flash:
-        y = jax.nn.dot_product_attention(q, k, v, bias, mask, implementation="cudnn")
+        y = _flash(q, k, v, mask, bias)
     elif b * n * t * s <= MAX_SCORES:
         y = jax.nn.dot_product_attention(q, k, v, bias, mask, implementation="xla")
     else:
@@ -180,13 +180,28 @@ def attention(
     return y.astype(dtype)
 
 
-def _flash(q: Array, k: Array, bias: Array | None) -> bool:
-    """Whether cuDNN's fused attention takes these operands on this process's devices."""
-    if q.dtype not in (jnp.float16, jnp.bfloat16) or q.shape[-1] % 8 or jax.default_backend() != "gpu":
+def _flash_reads(q: Array) -> bool:
+    """Whether cuDNN's fused attention takes this width and dtype on this process's devices."""
+    if q.dtype not in (jnp.float16, jnp.bfloat16) or jax.default_backend() != "gpu":
         return False
-    capability = getattr(jax.local_devices()[0], "compute_capability", "0.0")
-    widest = 256 if float(capability) >= 9 else 128 if float(capability) >= 8 else 0
-    return q.shape[-1] <= widest
+    capability = getattr(jax.local_devices()[0], "compute_capability", "")
+    generation = int(capability.split(".")[0]) if capability.replace(".", "").isdigit() else 0
+    widest = 256 if generation >= 9 else 128 if generation >= 8 else 0
+    return q.shape[-1] % 8 == 0 and q.shape[-1] <= widest
+
+
+def _flash(q: Array, k: Array, v: Array, mask: Array | None, bias: Array | None) -> Array:
+    """cuDNN's fused attention; its gradient wants even lengths, so an odd one gets a token that is left out again."""
+    (b, t), s = q.shape[:2], k.shape[1]
+    even = lambda x: jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
+    whole = lambda x: jnp.pad(jnp.broadcast_to(x, (*x.shape[:2], t, s)), ((0, 0), (0, 0), (0, t % 2), (0, s % 2)))
+    mask = None if mask is None else whole(mask)
+    bias = None if bias is None else whole(bias.astype(q.dtype))
+    lengths = {"query_seq_lengths": jnp.full(b, t, jnp.int32), "key_value_seq_lengths": jnp.full(b, s, jnp.int32)}
+    y = jax.nn.dot_product_attention(
+        even(q), even(k), even(v), bias, mask, implementation="cudnn", **(lengths if t % 2 or s % 2 else {})
+    )
+    return y[:, :t]
 
 
 def _chunked(q: Array, k: Array, v: Array, mask: Array | None, bias: Array | None, size: int) -> Array:
