@@ -1,7 +1,7 @@
 """A job of many images: batches of one shape on every device, advanced a few steps at a time.
 
-One program serves a whole job, and the jobs after it: it makes up to `CHUNK` steps of one batch on each device. How many
-steps a call makes, which images share a batch and how many devices there are change no bit of an image on a CPU.
+One program serves a whole job, and the jobs after it: it makes up to `CHUNK` steps of one batch on each device. How
+many steps a call makes, which images share a batch and how many devices there are change no bit of an image on a CPU.
 """
 
 import contextlib
@@ -45,8 +45,10 @@ Group = tuple[Part, ...]
 
 @dataclass(frozen=True)
 class Stage:
-    """A group of parts, one on each device, after `done` steps, `made` of them since the last stage; `state` has the devices
-    as its first axis."""
+    """A group of parts, one on each device, after `done` steps, `made` of them since the last stage.
+
+    The first axis of `state` are the devices.
+    """
 
     parts: Group
     state: sample.State
@@ -102,6 +104,10 @@ class Drawing:
         guided = self.recipe.denoise is not self.model.denoiser
         return self.model.inputs(self.key, [row.number for row in rows], guided=guided, **told, **self.conditions)
 
+    def blank(self, part: Part) -> sample.State:
+        """The shapes of a part's state; nothing is computed."""
+        return jax.eval_shape(self.recipe.begin, self.inputs(part))
+
     def stages(self, groups: Sequence[Group], every: int = 0) -> Iterator[Stage]:
         """What the groups pass, one after the other; with `every`, a stage after each so many steps is among it."""
         devices = None if _is_spread(self.recipe) else mesh.data_mesh(jax.local_devices()[: max(map(len, groups))])
@@ -149,12 +155,17 @@ class Pace:
 
 def shown(stages: Iterator[Stage], groups: Sequence[Group], steps: int, title: str) -> Iterator[Stage]:
     """The same stages, with one bar over the steps of all groups and the time that is left."""
+    from rich import progress
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps")
-    times = TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
-    with Progress(*columns, *times, console=Console(stderr=True)) as bar:
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TextColumn("steps, left"),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(title, total=steps * len(groups), completed=sum(group[0].done for group in groups))
         for stage in stages:
             bar.advance(task, stage.made)

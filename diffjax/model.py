@@ -1,21 +1,25 @@
 """The facade: a model is a denoiser with what its publisher meant for it, and `sample` draws from it."""
 
+import zlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Float, Int, Key
 
-from diffjax import build, guide, sample
+from diffjax import build, guide, sample, struct
 from diffjax import grid as grids
-from diffjax.denoise import Denoiser
+from diffjax.denoise import Apply, Denoiser
 from diffjax.errors import UserError
 from diffjax.predict import Estimate
 from diffjax.process import Process, perturb
 from diffjax.refine import Chain, Clip, Refine
+
+Guide = float | Callable[[Denoiser], guide.Denoise]
+"""The scale of classifier-free guidance, or a guide of one's own."""
 
 FIRST = 0xFFFFFFFF
 """The number folded into an image's key for the noise it starts from; steps fold in 0, 1, 2, ..."""
@@ -98,7 +102,7 @@ class Model:
         steps: int | None = None,
         sampler: str | Refine | sample.Sampler | None = None,
         grid: str | Float[np.ndarray, "steps 2"] | None = None,
-        guidance: float | None = None,
+        guidance: Guide | None = None,
         eta: float | None = None,
         strength: float = 1.0,
         size: int | tuple[int, int] | None = None,
@@ -126,11 +130,13 @@ class Model:
         times = np.asarray(times, np.float32)
         return Recipe(self._guided(guidance), process, chosen, times, shape, self.defaults.unit_start)
 
-    def _guided(self, guidance: float | None) -> Callable:
+    def _guided(self, guidance: Guide | None) -> Callable:
         guidance = self.defaults.guidance if guidance is None else guidance
-        if guidance is not None and self.text is None and not self.classes:
+        if guidance is None:
+            return self.denoiser
+        if self.text is None and not self.classes:
             raise UserError(f"{self._called} was trained without text and classes: leave the guidance out")
-        return self.denoiser if guidance is None else guide.Guidance(self.denoiser, jnp.float32(guidance))
+        return guidance(self.denoiser) if callable(guidance) else guide.Guidance(self.denoiser, jnp.float32(guidance))
 
     def condition(
         self,
@@ -212,6 +218,13 @@ class Model:
         height, width = (size, size) if isinstance(size, int) else size
         return (height // self.factor, width // self.factor, self.shape[-1])
 
+    def checksum(self) -> int:
+        """CRC-32 of all parameters, in the order of the tree."""
+        crc = 0
+        for leaf in jax.tree.leaves(self):
+            crc = zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8), crc)
+        return crc
+
     def images(self, x: Float[Array, "b ..."]) -> Float[Array, "b h w c"]:
         """Pictures of states: themselves for pixel models, decoded and clamped to [-1, 1] for latent ones."""
         return x if self.decode is None else jnp.clip(self.decode(x), -1, 1)
@@ -224,7 +237,7 @@ class Model:
         steps: int | None = None,
         sampler: str | Refine | sample.Sampler | None = None,
         grid: str | Float[np.ndarray, "steps 2"] | None = None,
-        guidance: float | None = None,
+        guidance: Guide | None = None,
         eta: float | None = None,
         strength: float = 1.0,
         size: int | tuple[int, int] | None = None,
@@ -249,6 +262,39 @@ class Model:
             return self.images(recipe.advance(inputs, state, noise).x)
         parts = inputs.parts(self.defaults.batch)
         return jnp.concatenate([self.images(recipe.advance(part, recipe.begin(part)).x) for part in parts])[:num]
+
+
+def load(name: str | Path, dtype: Any = None, revision: str | None = None) -> Model:
+    """The model of one of our runs, of a folder in a published layout, or of a hub id.
+
+    A path that exists or is absolute never asks the hub. With `dtype=None` parameters keep the file's dtype and the
+    network computes as it was trained; else both are `dtype`. `revision` is the step of a run's checkpoint (None: the
+    newest) or a commit of the hub. Raises `UserError` for what is not there, cannot be read or is not implemented.
+    """
+    from diffjax import pretrained, trained
+    from diffjax.weights import hub
+
+    folder = Path(name).expanduser()
+    if (folder / "run.json").exists() or (folder / "checkpoints").is_dir():
+        if revision is not None and not revision.isdigit():
+            raise UserError(f"revision {revision} of a run: give the step of one of its checkpoints")
+        model = trained.load(folder, None if revision is None else int(revision))
+        return _cast(model, dtype).replace(name=str(folder.resolve()))
+    folder, commit = hub.fetch(name, revision)
+    if not any((folder / part).exists() for part in ("config.json", "model_index.json", "unet")):
+        raise UserError(f"{folder} holds no model: give a run's folder, one in the layout of diffusers, or a hub id")
+    model = pretrained.ddpm(folder, dtype)
+    return model.replace(name=str(name) if commit else str(folder.resolve()), revision=commit or "")
+
+
+def _cast(model: Model, dtype: Any) -> Model:
+    """The network in `dtype`, parameters and computation; None changes nothing."""
+    if dtype is None:
+        return model
+    denoiser, dtype = model.denoiser, jnp.dtype(dtype)
+    apply = Apply(denoiser.apply.module.clone(dtype=dtype, param_dtype=dtype))
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), denoiser.params)
+    return model.replace(denoiser=denoiser.replace(apply=apply, params=params))
 
 
 @struct.dataclass

@@ -34,23 +34,23 @@ class Net(nn.Module):
 class Letters:
     """Prompts as the counts of their letters."""
 
-    table: jax.Array
+    table: np.ndarray
 
     def __call__(self, prompts):
         counts = np.stack([np.bincount(np.frombuffer(p.encode(), np.uint8) % 16, minlength=16) for p in prompts])
         pooled = counts.astype(np.float32) @ self.table
-        return {"context": pooled[:, None], "mask": jnp.asarray(counts.sum(1, keepdims=True) > 0), "pooled": pooled}
+        return {"context": pooled[:, None], "mask": counts.sum(1, keepdims=True) > 0, "pooled": pooled}
 
 
 def model(text=False, classes=(), size=8, seed=0, **defaults):
     """A model of `size` pixels with random weights."""
-    net = Net(text=text, classes=len(classes))
-    key = jax.random.key(seed)
-    words = Letters(jax.random.normal(key, (16, 8)))
+    net, draw = Net(text=text, classes=len(classes)), np.random.default_rng(seed)
+    words = Letters(draw.normal(size=(16, 8)).astype(np.float32))
     told = words([""]) if text else {}
     if classes:
-        told["label"] = jnp.zeros(1, jnp.int32)
-    params = net.init(key, jnp.zeros((1, size, size, 3)), jnp.zeros(1), **told)["params"]
+        told["label"] = np.zeros(1, np.int32)
+    shapes = jax.eval_shape(net.init, jax.random.key(0), np.zeros((1, size, size, 3)), np.zeros(1), **told)["params"]
+    params = jax.tree.map(lambda leaf: jnp.asarray(draw.normal(size=leaf.shape) / 4, jnp.float32), shapes)
     denoiser = Denoiser(Flow(), X0(), params, Apply(net))
     defaults = Defaults(**{"steps": 6, "batch": 4, "guidance": 2.0 if text or classes else None} | defaults)
     return Model(denoiser, (size, size, 3), defaults, words if text else None, classes=tuple(classes), name="toy")

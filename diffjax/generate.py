@@ -1,0 +1,249 @@
+"""The sampling job: from a request to a folder of pictures that can be continued, and replayed to the same bytes."""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.multihost_utils import sync_global_devices
+from jaxtyping import UInt8
+
+from diffjax import image
+from diffjax.draw import Drawing, Part, Picture, Stage, shown
+from diffjax.errors import UserError
+from diffjax.gallery import Background, Gallery, read_manifest, sha256
+from diffjax.interrupt import stop_on_signal
+from diffjax.model import Model, load
+from diffjax.train.record import differences
+
+SAVE_SECONDS = 10.0
+PREVIEW_SECONDS = 3.0
+KEPT_STRENGTH = 0.6
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for; None is the model's own choice. `num` images of each prompt (or label, or pair of both).
+
+    `image` is where to start from, `strength` how much of it may change; `mask` is white where it is drawn anew.
+    """
+
+    model: str
+    revision: str = ""
+    dtype: str | None = None
+    prompts: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
+    negative_prompt: str | None = None
+    num: int = 1
+    steps: int | None = None
+    sampler: str | None = None
+    grid: str | None = None
+    guidance: float | None = None
+    eta: float | None = None
+    seed: int = 0
+    batch: int | None = None
+    image: str | None = None
+    mask: str | None = None
+    strength: float | None = None
+
+    def __post_init__(self):
+        for name, least in (("num", 1), ("steps", 1), ("batch", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"--{name} is {value}: it must be at least {least}")
+        if self.image is None and (self.mask is not None or self.strength not in (None, 1.0)):
+            raise UserError("--mask and --strength say what may change of a picture: give the picture with --image")
+
+    @property
+    def subjects(self) -> list[tuple[str | None, str | None]]:
+        """Every prompt with every label."""
+        prompts, labels = dict.fromkeys(self.prompts or [None]), dict.fromkeys(self.labels or [None])
+        return list(itertools.product(prompts, labels))
+
+
+def generate(
+    request: Request,
+    out: str | Path,
+    *,
+    preview: int | None = None,
+    overwrite: bool = False,
+    save_seconds: float = SAVE_SECONDS,
+    expected: dict[str, Any] | None = None,
+) -> Gallery:
+    """Draw what is asked for into the folder `out`, going on where an earlier call stopped.
+
+    Previews are written every `preview` steps (0: never; None: every few seconds). Every `save_seconds` the state is
+    kept, so that a killed job goes on from there with the same bits. Raises `UserError` for what cannot be drawn, when
+    `out` holds something else, and when the recipe is not the `expected` one; `KeyboardInterrupt` once all is saved
+    after Ctrl-C.
+    """
+    model = load(request.model, request.dtype, request.revision or None)
+    request = completed(request, model)
+    drawing = prepared(request, model)
+    recipe = recipe_of(request, model)
+    if expected is not None and (lines := differences(expected, recipe)):
+        raise UserError(f"this is not what the manifest was made with: {'; '.join(lines)}")
+    gallery = Gallery(Path(out), recipe, request.subjects, request.num)
+    if jax.process_index() == 0:
+        gallery.claim(overwrite)
+    sync_global_devices("claimed")
+    if missing := gallery.missing():
+        parts = to_draw(gallery, drawing, missing)[jax.process_index() :: jax.process_count()]
+        Job(drawing, gallery, preview, save_seconds).run(parts)
+        sync_global_devices("drawn")
+    else:
+        print(f"all {len(gallery.names)} images are in {out} already; --overwrite draws them again")
+    if jax.process_index() == 0:
+        gallery.finish()
+    return gallery
+
+
+def replay(manifest: str | Path, out: str | Path, *, preview: int | None = None, overwrite: bool = False) -> bool:
+    """Draw again what a manifest lists, and compare: whether all files have the same bytes.
+
+    Raises `UserError` when the model is not the one that the manifest names.
+    """
+    listed = read_manifest(Path(manifest))
+    names = {field.name for field in dataclasses.fields(Request)}
+    asked = {name: value for name, value in listed["recipe"].items() if name in names}
+    request = Request(**{name: tuple(value) if isinstance(value, list) else value for name, value in asked.items()})
+    gallery = generate(request, out, preview=preview, overwrite=overwrite, expected=listed["recipe"])
+    differ = [e["file"] for e in listed["images"] if sha256(gallery.folder / e["file"]) != e.get("sha256")]
+    total = len(listed["images"])
+    but = f"; not {', '.join(differ[:5])}" if differ else ""
+    print(f"{total - len(differ)} of {total} images are the same, byte for byte{but}")
+    return not differ
+
+
+def completed(request: Request, model: Model) -> Request:
+    """The request with the model's choices filled in, so that it means the same whatever the defaults become."""
+    default = model.defaults
+    first = lambda *values: next((value for value in values if value is not None), None)
+    recipe = model.recipe(steps=request.steps, sampler=request.sampler, eta=request.eta)
+    return dataclasses.replace(
+        request,
+        model=model.name,
+        revision=model.revision,
+        steps=first(request.steps, default.steps),
+        sampler=first(request.sampler, default.sampler),
+        grid=first(request.grid, default.grid if isinstance(default.grid, str) else None),
+        guidance=first(request.guidance, default.guidance),
+        eta=float(recipe.sampler.eta),
+        batch=first(request.batch, default.batch),
+        strength=first(request.strength, KEPT_STRENGTH if request.image and not request.mask else 1.0),
+    )
+
+
+def prepared(request: Request, model: Model) -> Drawing:
+    """How to draw a completed request, prompts encoded. Raises `UserError` for what the model cannot be told."""
+    how = ("steps", "sampler", "grid", "guidance", "eta", "strength")
+    recipe = model.recipe(**{name: getattr(request, name) for name in how})
+    model = model.with_encoded([*request.prompts, *filter(None, [request.negative_prompt])])
+    drawing = Drawing(model, recipe, jax.random.key(request.seed), request.batch, conditions(request, model))
+    for subject in request.subjects:
+        drawing.inputs(Part((Picture(0, *subject),)))
+    return drawing
+
+
+def conditions(request: Request, model: Model) -> dict[str, Any]:
+    """What all pictures of a request have in common."""
+    height, width, channels = model.shape
+    common: dict[str, Any] = {}
+    if request.negative_prompt is not None:
+        common["negative_prompt"] = request.negative_prompt
+    if request.image is not None:
+        size = height * model.factor, width * model.factor
+        known = image.read(request.image, size, channels if model.encode is None else 3)
+        common["image"] = jnp.asarray(image.from_uint8(known)[None])
+    if request.mask is not None:
+        common["mask"] = jnp.asarray(1 - image.read(request.mask, (height, width), 1)[None] / 255, jnp.float32)
+    return common
+
+
+def recipe_of(request: Request, model: Model) -> dict[str, Any]:
+    """All that the pixels depend on, in JSON types: the request, and checksums of the model and of files it names.
+
+    A model of the hub is known by its commit.
+    """
+    named = {name: sha256(Path(path)) for name in ("image", "mask") if (path := getattr(request, name))}
+    recipe = dataclasses.asdict(request) | {"checksum": None, "files": named}
+    if Path(model.name).exists():
+        recipe["checksum"] = model.checksum()
+    return json.loads(json.dumps(recipe))
+
+
+def to_draw(gallery: Gallery, drawing: Drawing, missing: Sequence[Picture]) -> list[Part]:
+    """The batches that an earlier call left under way, then the pictures that are in none of them."""
+    saved = gallery.saved(drawing.blank)
+    begun = {picture for part in saved for picture in part.pictures}
+    return saved + drawing.parts([picture for picture in missing if picture not in begun])
+
+
+class Job:
+    """Drawing parts into a gallery: pictures at once, previews and states when they are due."""
+
+    def __init__(self, drawing: Drawing, gallery: Gallery, preview: int | None, save_seconds: float):
+        self.drawing, self.gallery, self.preview = drawing, gallery, preview
+        self.background = Background()
+        self.saves, self.previews = Every(save_seconds), Every(PREVIEW_SECONDS)
+
+    def run(self, parts: Sequence[Part]) -> None:
+        """Draw all of them. Raises `KeyboardInterrupt` after a signal, once what is under way is kept."""
+        groups, begin = self.drawing.groups(parts), time.perf_counter()
+        total = sum(len(part.pictures) for part in parts)
+        stages = self.drawing.stages(groups, self.preview or 0)
+        with stop_on_signal() as stop, contextlib.closing(self.background):
+            for stage in shown(stages, groups, self.drawing.steps, f"{total} images"):
+                self.take(stage)
+                if stop.is_set() and not stage.finished:
+                    self.background.write(self.keep, stage)
+                if stop.is_set():
+                    break
+        if stop.is_set():
+            raise KeyboardInterrupt
+        print(f"{total} images in {time.perf_counter() - begin:.1f} s: {self.gallery.folder}")
+
+    def take(self, stage: Stage) -> None:
+        """Hand over what is due of a stage to the thread that writes."""
+        if stage.finished:
+            self.background.write(self.finish, stage, self.drawing.images(stage, stage.state.x))
+            return
+        if self.previews.due() if self.preview is None else self.preview and stage.done % self.preview == 0:
+            self.background.offer("preview", self.show, stage)
+        if self.saves.due():
+            self.background.offer("state", self.keep, stage)
+
+    def finish(self, stage: Stage, images: UInt8[np.ndarray, "n h w c"]) -> None:
+        """Write the pictures of a finished stage."""
+        self.gallery.write(stage.pictures, images)
+        self.gallery.forget(stage.parts)
+
+    def show(self, stage: Stage) -> None:
+        """Write its previews: the estimates of x0."""
+        self.gallery.preview(stage.pictures, self.drawing.images(stage, stage.state.x0))
+
+    def keep(self, stage: Stage) -> None:
+        """Write its state."""
+        self.gallery.save(stage.standing())
+
+
+class Every:
+    """A clock that says now and then that something is due."""
+
+    def __init__(self, seconds: float):
+        self.seconds, self.last = seconds, time.monotonic()
+
+    def due(self) -> bool:
+        """Whether so many seconds have passed since it last said yes."""
+        if time.monotonic() - self.last < self.seconds:
+            return False
+        self.last = time.monotonic()
+        return True

@@ -1,0 +1,357 @@
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import toys
+
+from diffjax import draw, generate, image
+from diffjax.errors import UserError
+from diffjax.gallery import Background, Gallery, file_name, read_manifest, sheet_columns
+from diffjax.generate import Request
+
+TWO = ("red heart", "pizza")
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+    monkeypatch.setattr(jax, "local_device_count", lambda: 1)
+
+
+@pytest.fixture
+def models(monkeypatch, tmp_path_factory):
+    """Models that `generate` loads, by name."""
+    texts, classes = toys.model(text=True, steps=11), toys.model(classes=("cat", "dog"))
+    found = {"texts": texts, "classes": classes, "plain": toys.model()}
+    folder = tmp_path_factory.mktemp("runs")
+
+    def load(name, dtype=None, revision=None):
+        (folder / Path(name).name).mkdir(exist_ok=True)
+        return found[Path(name).name].replace(name=str(folder / Path(name).name), revision="7")
+
+    monkeypatch.setattr(generate, "load", load)
+    return found
+
+
+def pictures(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).glob("*.png")}
+
+
+def test_a_job_writes_pictures_a_sheet_and_a_manifest(models, tmp_path, capsys):
+    out = tmp_path / "new" / "out"
+    generate.generate(Request("texts", prompts=TWO, num=3, seed=5), out)
+    names = [f"000_red-heart_{i:04d}.png" for i in range(3)] + [f"001_pizza_{i:04d}.png" for i in range(3)]
+    assert sorted(path.name for path in out.iterdir()) == sorted([*names, "grid.png", "manifest.json"])
+    expected = image.to_uint8(models["texts"].sample(jax.random.key(5), num=3, prompt="pizza"))
+    found, text = image.read_png(out / names[4])
+    assert (found == expected[1]).all()
+    told = {"prompt": "pizza", "number": "1", "seed": "5", "sampler": "dpmpp_2m", "steps": "11", "guidance": "2.0"}
+    assert told.items() <= text.items() and text["model"] == "texts" and text["revision"] == "7"
+    manifest = read_manifest(out / "manifest.json")
+    assert [entry["file"] for entry in manifest["images"]] == names and len(manifest["images"][0]["sha256"]) == 64
+    assert manifest["recipe"]["batch"] == 4 and manifest["recipe"]["grid"] == "logsnr"
+    assert {"packages", "device", "command", "time"} <= manifest["made_by"].keys()
+    assert "6 images in" in capsys.readouterr().out
+
+
+def test_a_manifest_replays_to_the_same_bytes(models, tmp_path, capsys):
+    how = {"steps": 5, "sampler": "ddim", "eta": 0.4, "guidance": 3.0}
+    request = Request("texts", prompts=TWO, num=2, negative_prompt="blue", **how)
+    generate.generate(request, tmp_path / "first")
+    assert generate.replay(tmp_path / "first" / "manifest.json", tmp_path / "second")
+    assert pictures(tmp_path / "first") == pictures(tmp_path / "second")
+    assert "4 of 4 images are the same" in capsys.readouterr().out
+
+
+def test_a_replay_with_another_model_is_refused(models, tmp_path):
+    generate.generate(Request("texts", prompts=TWO), tmp_path / "first")
+    models["texts"] = toys.model(text=True, steps=11, seed=1)
+    with pytest.raises(UserError, match="checksum is .* there and .* here"):
+        generate.replay(tmp_path / "first" / "manifest.json", tmp_path / "second")
+    assert not (tmp_path / "second").exists()
+
+
+def test_a_replay_tells_which_pictures_differ(models, tmp_path, capsys):
+    generate.generate(Request("plain"), tmp_path / "first")
+    manifest = json.loads((tmp_path / "first" / "manifest.json").read_text())
+    manifest["images"][0]["sha256"] = "0"
+    (tmp_path / "changed.json").write_text(json.dumps(manifest))
+    assert not generate.replay(tmp_path / "changed.json", tmp_path / "second")
+    assert "0 of 1 images are the same, byte for byte; not 0000.png" in capsys.readouterr().out
+
+
+def test_the_same_command_draws_what_is_missing_and_more(models, tmp_path, capsys):
+    generate.generate(Request("plain", num=6), tmp_path)
+    before = pictures(tmp_path)
+    (tmp_path / "0004.png").unlink()
+    kept = (tmp_path / "0003.png").stat().st_mtime_ns
+    generate.generate(Request("plain", num=6), tmp_path)
+    assert pictures(tmp_path) == before and (tmp_path / "0003.png").stat().st_mtime_ns == kept
+    generate.generate(Request("plain", num=6), tmp_path)
+    assert "all 6 images are in" in capsys.readouterr().out
+    generate.generate(Request("plain", num=9), tmp_path)
+    more = pictures(tmp_path)
+    assert len(more) == 10 and all(more[f"{i:04d}.png"] == before[f"{i:04d}.png"] for i in range(6))
+
+
+def test_another_recipe_is_refused_unless_it_may_overwrite(models, tmp_path):
+    generate.generate(Request("texts", prompts=TWO, steps=5), tmp_path)
+    before = pictures(tmp_path)
+    with pytest.raises(UserError, match=r"prompts is .*pizza.* there.* seed is 0 there and 1 here; steps is 5"):
+        generate.generate(Request("texts", prompts=("pizza",), seed=1, steps=6), tmp_path)
+    assert pictures(tmp_path) == before
+    generate.generate(Request("texts", prompts=("pizza",), seed=1, steps=6), tmp_path, overwrite=True)
+    assert sorted(pictures(tmp_path)) == ["000_pizza_0000.png", "grid.png"]
+
+
+def test_other_peoples_pictures_are_not_overwritten(models, tmp_path):
+    (tmp_path / "0000.png").write_text("mine")
+    with pytest.raises(UserError, match="was not drawn by diffjax"):
+        generate.generate(Request("plain"), tmp_path)
+    assert (tmp_path / "0000.png").read_text() == "mine"
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill_after(monkeypatch, steps):
+    """The job dies when a batch has made so many steps."""
+    take = generate.Job.take
+
+    def dying(self, stage):
+        take(self, stage)
+        if stage.done >= steps:
+            raise Killed
+
+    monkeypatch.setattr(generate.Job, "take", dying)
+
+
+def write_at_once(monkeypatch):
+    monkeypatch.setattr(Background, "offer", lambda self, kind, function, *arguments: function(*arguments))
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp_2m_sde", "unipc"])
+def test_a_killed_job_goes_on_to_the_same_bits(models, tmp_path, monkeypatch, sampler):
+    request = Request("texts", prompts=TWO, num=3, sampler=sampler)
+    generate.generate(request, tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_after(patch, 6)
+        write_at_once(patch)
+        generate.generate(request, tmp_path / "killed", preview=2, save_seconds=0)
+    assert list((tmp_path / "killed" / ".state").glob("*.npz")) and not pictures(tmp_path / "killed")
+    assert (tmp_path / "killed" / "preview" / "000_red-heart_0000.png").exists()
+    begun, take = [], generate.Job.take
+    noting = lambda self, stage: (begun.append(stage.done - stage.made), take(self, stage))
+    monkeypatch.setattr(generate.Job, "take", noting)
+    generate.generate(request, tmp_path / "killed")
+    assert begun[0] == 6
+    assert pictures(tmp_path / "killed") == pictures(tmp_path / "whole")
+    assert not (tmp_path / "killed" / ".state").exists() and not (tmp_path / "killed" / "preview").exists()
+
+
+def test_ctrl_c_keeps_the_state(models, tmp_path, monkeypatch):
+    request = Request("texts", prompts=TWO, num=3)
+    generate.generate(request, tmp_path / "whole")
+    take = generate.Job.take
+
+    def interrupted(self, stage):
+        take(self, stage)
+        if stage.done == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(generate.Job, "take", interrupted)
+        generate.generate(request, tmp_path / "stopped")
+    (state,) = (tmp_path / "stopped" / ".state").glob("*.npz")
+    with np.load(state) as file:
+        assert json.loads(str(file["about"]))["done"] == 2
+    generate.generate(request, tmp_path / "stopped")
+    assert pictures(tmp_path / "stopped") == pictures(tmp_path / "whole")
+
+
+def test_a_damaged_state_is_not_used(models, tmp_path, caplog):
+    generate.generate(Request("plain"), tmp_path / "whole")
+    out = tmp_path / "out"
+    gallery = generate.generate(Request("plain"), out)
+    (out / "0000.png").unlink()
+    (out / ".state").mkdir()
+    (out / ".state" / "0000.npz").write_bytes(b"PK damaged")
+    generate.generate(Request("plain"), out)
+    assert "drawn from their first step" in caplog.text
+    assert pictures(out) == pictures(tmp_path / "whole") and gallery.missing() == []
+
+
+def test_previews_come_every_few_steps_and_go(models, tmp_path, monkeypatch):
+    shown = []
+    show = generate.Job.show
+    monkeypatch.setattr(generate.Job, "show", lambda self, stage: (show(self, stage), shown.append(stage.done)))
+    write_at_once(monkeypatch)
+    generate.generate(Request("texts", prompts=TWO), tmp_path, preview=4)
+    assert shown == [4, 8]
+    assert not (tmp_path / "preview").exists()
+    shown.clear()
+    generate.generate(Request("texts", prompts=TWO, seed=1), tmp_path / "none", preview=0)
+    assert shown == []
+
+
+def test_previews_change_neither_pictures_nor_programs(models, tmp_path):
+    request = Request("texts", prompts=TWO, num=3)
+    generate.generate(request, tmp_path / "without", preview=0)
+    before = draw._advance._cache_size()
+    generate.generate(request, tmp_path / "with", preview=1)
+    assert draw._advance._cache_size() == before
+    assert pictures(tmp_path / "with") == pictures(tmp_path / "without")
+
+
+def test_nothing_is_compiled_for_another_prompt_seed_guidance_eta_or_number(models, tmp_path, compilations):
+    models["texts"] = toys.model(text=True, size=6)
+    generate.generate(Request("texts", prompts=("a",), sampler="ddim"), tmp_path / "first", preview=1)
+    before = compilations()
+    assert before > 0
+    how = {"sampler": "ddim", "guidance": 4.0, "eta": 0.7}
+    request = Request("texts", prompts=TWO, num=5, seed=8, negative_prompt="no", **how)
+    generate.generate(request, tmp_path / "second", preview=2)
+    assert compilations() == before
+
+
+def test_labels_and_pictures_of_nothing(models, tmp_path):
+    generate.generate(Request("classes", labels=("dog", "0"), num=2), tmp_path / "labels")
+    expected = image.to_uint8(models["classes"].sample(jax.random.key(0), num=2, label="dog"))
+    assert (image.read_png(tmp_path / "labels" / "000_dog_0001.png")[0] == expected[1]).all()
+    generate.generate(Request("plain", num=2, batch=2), tmp_path / "plain")
+    assert sorted(pictures(tmp_path / "plain")) == ["0000.png", "0001.png", "grid.png"]
+
+
+def test_a_picture_is_changed_where_the_mask_is_white(models, tmp_path):
+    known = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    mask = np.zeros((8, 8, 1), np.uint8)
+    mask[4:] = 255
+    image.write_png(tmp_path / "known.png", known)
+    image.write_png(tmp_path / "mask.png", mask)
+    request = Request("plain", image=str(tmp_path / "known.png"), mask=str(tmp_path / "mask.png"))
+    gallery = generate.generate(request, tmp_path / "out")
+    found, _ = image.read_png(tmp_path / "out" / "0000.png")
+    assert (found[:4] == known[:4]).all() and (found[4:] != known[4:]).any()
+    assert gallery.recipe["strength"] == 1.0 and gallery.recipe["files"].keys() == {"image", "mask"}
+    weak = Request("plain", image=str(tmp_path / "known.png"))
+    assert generate.generate(weak, tmp_path / "weak").recipe["strength"] == 0.6
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"model": "plain", "steps": 0}, "--steps is 0"),
+        ({"model": "plain", "num": 0}, "--num is 0"),
+        ({"model": "plain", "batch": 0}, "--batch is 0"),
+        ({"model": "plain", "seed": -1}, "--seed is -1"),
+        ({"model": "plain", "strength": 0.5}, "give the picture with --image"),
+        ({"model": "plain", "prompts": ("a cat",)}, "without text: leave the prompt out"),
+        ({"model": "plain", "guidance": 2.0}, "leave the guidance out"),
+        ({"model": "plain", "image": "nowhere.png"}, "no picture that can be read"),
+        ({"model": "plain", "sampler": "unipcc"}, "did you mean unipc"),
+        ({"model": "plain", "grid": "kerras"}, "did you mean karras"),
+        ({"model": "plain", "sampler": "unipc", "eta": 1.0}, "deterministic"),
+        ({"model": "classes", "labels": ("cow",)}, "the classes are cat, dog"),
+        ({"model": "texts", "labels": ("3",)}, "without classes"),
+    ],
+)
+def test_bad_input_is_said_before_anything_is_written(models, tmp_path, asked, said):
+    with pytest.raises(UserError, match=said):
+        generate.generate(Request(**asked), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_loses_nothing(models, tmp_path, monkeypatch):
+    request = Request("plain", num=6)
+    generate.generate(request, tmp_path / "whole")
+    replace = os.replace
+
+    def full(source, target):
+        if Path(target).name in ("0002.png", "0005.png"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="0002.png: No space left on device; free some"):
+        patch.setattr(os, "replace", full)
+        generate.generate(request, tmp_path / "full")
+    assert "0001.png" in pictures(tmp_path / "full")
+    generate.generate(request, tmp_path / "full")
+    assert pictures(tmp_path / "full") == pictures(tmp_path / "whole")
+
+
+def test_a_manifest_that_is_none_is_said(tmp_path):
+    (tmp_path / "other.json").write_text("[1]")
+    (tmp_path / "broken.json").write_text("{")
+    for name in ("missing.json", "other.json", "broken.json"):
+        with pytest.raises(UserError, match="manifest"):
+            generate.replay(tmp_path / name, tmp_path / "out")
+
+
+def test_names_say_what_they_are_of():
+    assert file_name(3, ("Ein Löwe, schläft!", None), 12) == "003_ein-löwe-schläft_0012.png"
+    assert file_name(0, (None, None), 2) == "0002.png"
+    assert file_name(0, ("x/../../y", "cat"), 0) == "000_x-y-cat_0000.png"
+    assert len(file_name(1, ("word " * 100, None), 0)) < 60
+
+
+def test_the_sheet_is_about_square():
+    assert [sheet_columns(*of) for of in ((1, 8), (1, 1), (64, 1), (8, 2), (3, 8))] == [3, 1, 8, 4, 8]
+
+
+def test_the_sheet_of_many_pictures_shows_the_first(models, tmp_path, monkeypatch):
+    from diffjax import gallery
+
+    monkeypatch.setattr(gallery, "ON_SHEET", 4)
+    generate.generate(Request("plain", num=7), tmp_path)
+    sheet, _ = image.read_png(tmp_path / "grid.png")
+    assert sheet.shape == (2 * 8 + image.GAP, 2 * 8 + image.GAP, 3)
+
+
+def test_a_gallery_reads_only_its_own_states(models, tmp_path):
+    drawing = generate.prepared(generate.completed(Request("plain"), models["plain"]), models["plain"])
+    part = drawing.parts([draw.Picture(0), draw.Picture(1)])[0]
+    state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), drawing.blank(part))
+    gallery = Gallery(tmp_path, {}, [(None, None)], 2)
+    gallery.save([part._replace(done=3, state=state)])
+    (found,) = gallery.saved(drawing.blank)
+    assert found.done == 3 and found.pictures == part.pictures
+    assert jax.tree.structure(found.state) == jax.tree.structure(state)
+    assert Gallery(tmp_path, {}, [(None, None)], 1).saved(drawing.blank) == []
+
+
+SCRIPT = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+import toys
+from diffjax import generate
+model = toys.model().replace(name="toy")
+generate.load = lambda *_: model
+take = generate.Job.take
+generate.Job.take = lambda self, stage: (take(self, stage), time.sleep(1))
+generate.generate(generate.Request("toy", num=3, steps=40, sampler="dpmpp_2m_sde"), sys.argv[2], save_seconds=0)
+"""
+
+
+def test_kill_9_then_the_same_command(models, tmp_path, monkeypatch):
+    command = [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), str(tmp_path / "killed")]
+    job = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    state = tmp_path / "killed" / ".state" / "0000.npz"
+    while not state.exists():
+        assert job.poll() is None
+        time.sleep(0.01)
+    job.kill()
+    job.wait()
+    assert state.exists() and not pictures(tmp_path / "killed")
+    monkeypatch.setattr(generate, "load", lambda *_: models["plain"].replace(name="toy"))
+    for name in ("killed", "whole"):
+        generate.generate(Request("toy", num=3, steps=40, sampler="dpmpp_2m_sde"), tmp_path / name)
+    assert pictures(tmp_path / "killed") == pictures(tmp_path / "whole")
