@@ -16,6 +16,8 @@ REFERENCES = {
     "clip_legacy": ("test_clip", 4),
     "clip_eos": ("test_clip", 4),
     "bert": ("test_bert", 4),
+    "vae_sd3": ("test_vae", 2),
+    "vae_quant": ("test_vae", 2),
     "unet_google": ("test_unet", 1),
     "unet_heads_left_out": ("test_unet", 1),
     "unet_scale_shift": ("test_unet", 1),
