@@ -1,0 +1,213 @@
+"""One forward of the cat-256 U-Net (113.7 M parameters, 256 px, float32) on this CPU: diffjax against diffusers on torch.
+
+    python scripts/bench_ddpm.py [--quick] [--batch 1 4] [--rounds 5] [--out bench.json]
+
+Every variant is a process of its own; they take turns, one forward each a round, so that a busy machine is unfair to none.
+Each runs as installed and with the tuned allocator (glibc keeps its memory). Needs the extra `reference`.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+TUNED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "64000000000", "MALLOC_TOP_PAD_": "268435456"}
+VARIANTS = ("diffjax", "torch eager", "torch channels_last", "torch compile")
+CAT = dict(
+    sample_size=256,
+    attention_head_dim=None,
+    norm_eps=1e-6,
+    freq_shift=1,
+    flip_sin_to_cos=False,
+    downsample_padding=0,
+    block_out_channels=(128, 128, 256, 256, 512, 512),
+    down_block_types=("DownBlock2D",) * 4 + ("AttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "AttnUpBlock2D") + ("UpBlock2D",) * 4,
+)
+
+
+def torch_forward(variant, batch):
+    """A function that runs the network once."""
+    import torch
+    from diffusers import UNet2DModel
+
+    torch.manual_seed(0)
+    model = UNet2DModel(**CAT).eval()
+    x, t = torch.randn(batch, 3, 256, 256), torch.full((batch,), 500)
+    if variant != "torch eager":
+        model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+    network = torch.compile(model) if variant == "torch compile" else model
+
+    def forward():
+        with torch.inference_mode():
+            return network(x, t).sample
+
+    return forward
+
+
+def jax_network():
+    """The module and random parameters."""
+    import jax
+    import numpy as np
+
+    from diffjax import weights
+    from diffjax.nets.unet import UNet
+    from diffjax.weights.unet2d import FORMAT
+
+    module, random = UNet(**CAT), np.random.default_rng(0)
+    draw = lambda leaf: jax.numpy.asarray(random.standard_normal(leaf.shape, np.float32) / np.sqrt(np.prod(leaf.shape[:-1])))
+    return module, jax.tree.map(draw, weights.param_shapes(module, FORMAT))
+
+
+def jax_forward(batch, cache):
+    """A function that runs the network once."""
+    import jax
+    import jax.numpy as jnp
+
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    module, params = jax_network()
+    x = jax.random.normal(jax.random.key(0), (batch, 256, 256, 3))
+    network = jax.jit(lambda params, x: module.apply({"params": params}, x, jnp.full(batch, 500.0)))
+    return lambda: network(params, x).block_until_ready()
+
+
+def timed(function):
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def worker(variant, batch, cache):
+    """Answer every line on stdin with the seconds of one forward; the first answer is that of the first call."""
+    forward = jax_forward(batch, cache) if variant == "diffjax" else torch_forward(variant, batch)
+    say = lambda **values: print(json.dumps(values), flush=True)
+    say(seconds=timed(forward))
+    for _ in sys.stdin:
+        say(seconds=timed(forward))
+    say(peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+class Worker:
+    """A variant in its process."""
+
+    def __init__(self, variant, batch, tuned, cache):
+        command = [sys.executable, __file__, "--worker", variant, "--batch", str(batch), "--cache", cache]
+        environment = os.environ | {"JAX_PLATFORMS": "cpu"} | (TUNED if tuned else {})
+        self.process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        self.first = self.answer("seconds")
+        self.seconds = []
+
+    def answer(self, name):
+        """The value that the process says next."""
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)[name]
+        raise SystemExit(f"{self.process.args[3]} ended without an answer (exit code {self.process.wait()})")
+
+    def run(self):
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        self.seconds.append(self.answer("seconds"))
+
+    def close(self):
+        """The peak of memory, in MB."""
+        self.process.stdin.close()
+        peak = self.answer("peak")
+        self.process.wait()
+        return peak
+
+
+def measure(variants, batch, rounds):
+    """One line a variant: median and best seconds, the first call's, the peak of memory."""
+    with tempfile.TemporaryDirectory() as cache:
+        chosen = [(variant, tuned) for variant in variants for tuned in (False, True)]
+        workers = [Worker(*one, cache) for one in ((variant, batch, tuned) for variant, tuned in chosen)]
+        for _ in range(rounds):
+            for one in workers:
+                one.run()
+        lines = [
+            dict(
+                variant=variant,
+                batch=batch,
+                tuned=tuned,
+                median=statistics.median(one.seconds),
+                best=min(one.seconds),
+                first=one.first,
+                peak=one.close(),
+            )
+            for (variant, tuned), one in zip(chosen, workers)
+        ]
+        show(lines)
+        if "diffjax" in variants:
+            warm = Worker("diffjax", batch, False, cache)
+            print(f"diffjax, first call with a warm cache: {warm.first:.1f} s\n", flush=True)
+            warm.close()
+    return lines
+
+
+def show(lines):
+    base = next((line["median"] for line in lines if line["variant"] == "torch eager" and not line["tuned"]), None)
+    print(f"{'variant':22}{'allocator':12}{'batch':>6}{'median s':>10}{'best s':>9}{'/ eager':>9}{'first s':>9}{'peak MB':>9}")
+    for line in lines:
+        ratio = f"{line['median'] / base:.2f}" if base else ""
+        print(
+            f"{line['variant']:22}{'tuned' if line['tuned'] else 'installed':12}{line['batch']:6}{line['median']:10.3f}"
+            f"{line['best']:9.3f}{ratio:>9}{line['first']:9.1f}{line['peak']:9.0f}"
+        )
+
+
+def idle(params, x, t):
+    """A network that costs nothing."""
+    return 0.1 * x
+
+
+def loop(step):
+    """The cost of everything around the network: a step of the sampler at 256 px with an idle one, against `step` s."""
+    import jax
+
+    from diffjax import predict, process
+    from diffjax.denoise import Denoiser, table_step
+    from diffjax.model import Model
+
+    table = process.discrete(process.linear_betas())
+    model = Model(Denoiser(table, predict.Eps(), {}, idle, table_step), (256, 256, 3))
+    for sampler in ("ddpm", "ddim", "unipc"):
+        draw = lambda steps: jax.block_until_ready(model.sample(jax.random.key(0), num=1, steps=steps, sampler=sampler))
+        draw(20), draw(220)
+        spent = min((timed(lambda: draw(220)) - timed(lambda: draw(20))) / 200 for _ in range(3))
+        print(f"loop, {sampler}: {1e3 * spent:.2f} ms a step, {spent / step:.2%} of a step of the network", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument("--quick", action="store_true", help="batch 1, three rounds, no torch.compile")
+    parser.add_argument("--out", help="also write the lines to this JSON file")
+    parser.add_argument("--worker", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--cache", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        return worker(args.worker, args.batch[0], args.cache)
+    if args.quick:
+        args.batch, args.rounds, args.variants = [1], 3, VARIANTS[:3]
+    lines = [line for batch in args.batch for line in measure(args.variants, batch, args.rounds)]
+    ours = [line["best"] for line in lines if line["variant"] == "diffjax" and line["batch"] == 1]
+    if ours:
+        loop(min(ours))
+    if args.out:
+        with open(args.out, "w") as file:
+            json.dump(lines, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
