@@ -30,6 +30,7 @@ FORMATS = {
     "T5ForConditionalGeneration": ("diffjax.nets.t5.T5Encoder", "diffjax.weights.t5"),
     "T5WithLMHeadModel": ("diffjax.nets.t5.T5Encoder", "diffjax.weights.t5"),
     "CLIPTextModelWithProjection": ("diffjax.nets.clip.ClipText", "diffjax.weights.clip"),
+    "SD3Transformer2DModel": ("diffjax.nets.mmdit.MMDiT", "diffjax.weights.mmdit"),
     "AutoencoderKL": ("diffjax.nets.vae.AutoencoderKL", "diffjax.weights.vae"),
     "BertModel": ("diffjax.nets.bert.Bert", "diffjax.weights.bert"),
     "UNetUnconditionalModel": ("diffjax.nets.unet.UNet", "diffjax.weights.unet2d"),  # its name in the first releases
@@ -47,6 +48,15 @@ def load(
     """
     folder = Path(path)
     return assemble(read_json(folder / "config.json"), read_tensors(folder), str(folder), dtype, sharding)
+
+
+def describe(path: str | Path) -> nn.Module:
+    """The network of a component folder, from its config.json alone.
+
+    Raises `UserError` for a class or a field that is not implemented, naming it.
+    """
+    config = read_json(Path(path) / "config.json")
+    return _format(class_name(config), str(path)).module(config, str(path))
 
 
 def assemble(
