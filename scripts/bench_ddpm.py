@@ -1,9 +1,9 @@
-"""One forward of the cat-256 U-Net (113.7 M parameters, 256 px, float32) on this CPU: diffjax against diffusers on torch.
+"""One forward of the cat-256 U-Net (113.7 M parameters, 256 px, float32) on this CPU: diffjax against diffusers.
 
     python scripts/bench_ddpm.py [--quick] [--batch 1 4] [--rounds 5] [--out bench.json]
 
-Every variant is a process of its own; they take turns, one forward each a round, so that a busy machine is unfair to none.
-Each runs as installed and with the tuned allocator (glibc keeps its memory). Needs the extra `reference`.
+Every variant is a process of its own; they take turns, one forward each a round, so that a busy machine is unfair to
+none. Each runs as installed and with the tuned allocator (glibc keeps its memory). Needs the extra `reference`.
 """
 
 import argparse
@@ -60,7 +60,10 @@ def jax_network():
     from diffjax.weights.unet2d import FORMAT
 
     module, random = UNet(**CAT), np.random.default_rng(0)
-    draw = lambda leaf: jax.numpy.asarray(random.standard_normal(leaf.shape, np.float32) / np.sqrt(np.prod(leaf.shape[:-1])))
+
+    def draw(leaf):
+        return jax.numpy.asarray(random.standard_normal(leaf.shape, np.float32) / np.sqrt(np.prod(leaf.shape[:-1])))
+
     return module, jax.tree.map(draw, weights.param_shapes(module, FORMAT))
 
 
@@ -99,9 +102,8 @@ class Worker:
     def __init__(self, variant, batch, tuned, cache):
         command = [sys.executable, __file__, "--worker", variant, "--batch", str(batch), "--cache", cache]
         environment = os.environ | {"JAX_PLATFORMS": "cpu"} | (TUNED if tuned else {})
-        self.process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(command, env=environment, text=True, **pipes)
         self.first = self.answer("seconds")
         self.seconds = []
 
@@ -155,7 +157,7 @@ def measure(variants, batch, rounds):
 
 def show(lines):
     base = next((line["median"] for line in lines if line["variant"] == "torch eager" and not line["tuned"]), None)
-    print(f"{'variant':22}{'allocator':12}{'batch':>6}{'median s':>10}{'best s':>9}{'/ eager':>9}{'first s':>9}{'peak MB':>9}")
+    print("variant               allocator    batch  median s   best s  / eager  first s  peak MB")
     for line in lines:
         ratio = f"{line['median'] / base:.2f}" if base else ""
         print(
@@ -175,10 +177,10 @@ def loop(step):
 
     from diffjax import predict, process
     from diffjax.denoise import Denoiser, table_step
-    from diffjax.model import Model
+    from diffjax.model import Defaults, Model
 
     table = process.discrete(process.linear_betas())
-    model = Model(Denoiser(table, predict.Eps(), {}, idle, table_step), (256, 256, 3))
+    model = Model(Denoiser(table, predict.Eps(), {}, idle, table_step), (256, 256, 3), Defaults(batch=1))
     for sampler in ("ddpm", "ddim", "unipc"):
         draw = lambda steps: jax.block_until_ready(model.sample(jax.random.key(0), num=1, steps=steps, sampler=sampler))
         draw(20), draw(220)

@@ -121,7 +121,7 @@ class EmbeddingMLP(nn.Module):
 
 
 class Stage(nn.Module):
-    """The layers of one resolution: residual blocks, each after taking in a skip and followed by attention, then a resize.
+    """The layers of one resolution: residual blocks, each given a skip and followed by attention, then a resize.
 
     `resnet`, `attend`, `cross` and `resize` make those parts; the last three may be `None`.
     """
@@ -176,13 +176,13 @@ class UNet(nn.Module):
 
     `t` is what the network was trained to read: the step 0..999 of a published model. Attention heads are
     `attention_head_dim` wide, `None` meaning one head. The class table has `num_class_embeds` rows; the label -1 reads
-    the last one, which is where classifier-free training keeps the null class. With `class_embed_type="timestep"` labels
-    are embedded as times are, with `"identity"` they are vectors as wide as the time embedding.
+    the last one, which is where classifier-free training keeps the null class. With `class_embed_type="timestep"`
+    labels are embedded as times are, with `"identity"` they are vectors as wide as the time embedding.
 
-    Text: with `context_width`, every attention layer is followed by attention over the token states `context`, masked by
-    `mask`; with `pooled_width`, `pooled` joins the time embedding. A row whose mask is all False has learned null values in
-    their place. `remat` recomputes residual blocks and attention in the backward pass; `out_dtype` is the output's.
-    `dropout` acts when a "dropout" key is given.
+    Text: with `context_width`, every attention layer is followed by attention over the token states `context`, masked
+    by `mask`; with `pooled_width`, `pooled` joins the time embedding. A row whose mask is all False has learned null
+    values in their place. `remat` recomputes residual blocks and attention in the backward pass; `out_dtype` is the
+    output's. `dropout` acts when a "dropout" key is given.
     """
 
     sample_size: int | tuple[int, int] | None = None
@@ -316,7 +316,9 @@ class UNet(nn.Module):
         kind = nn.remat(Attention) if self.remat else Attention
         return functools.partial(kind, self.attention_head_dim or features, groups, self.norm_eps, **self._policy())
 
-    def _stage(self, block: str, features: int, layers: int, resize: Callable[..., nn.Module] | None, name: str) -> Stage:
+    def _stage(
+        self, block: str, features: int, layers: int, resize: Callable[..., nn.Module] | None, name: str
+    ) -> Stage:
         attend = self._attention(features, self.norm_num_groups) if block.startswith("Attn") else None
         cross = attend if self.context_width else None
         return Stage(layers, self._resnet(features), attend, cross, resize, name=name)

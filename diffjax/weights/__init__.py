@@ -1,7 +1,7 @@
 """Other people's checkpoints, in and out: `load` and `save` for one component folder (config.json and its weights).
 
-A class of component is one `Format`, in a module of its own; `FORMATS` says which serves which published class and which
-network of ours.
+A class of component is one `Format`, in a module of its own; `FORMATS` says which serves which published class and
+which network of ours.
 """
 
 import importlib
@@ -42,9 +42,10 @@ def load(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The network of a component folder and its parameters.
 
-    With `dtype=None` parameters keep the file's dtype, and the network computes in it; else both are `dtype`. Tensors go
-    from the file to their devices one at a time; `sharding(path, shape)` says where (the default device without it).
-    Raises `UserError` for a class or a field that is not implemented (naming it), and for damaged or ill-fitting weights.
+    With `dtype=None` parameters keep the file's dtype, and the network computes in it; else both are `dtype`. Tensors
+    go from the file to their devices one at a time; `sharding(path, shape)` says where (the default device without it).
+    Raises `UserError` for a class or a field that is not implemented (naming it), and for weights that are damaged or
+    do not fit.
     """
     folder = Path(path)
     return assemble(read_json(folder / "config.json"), read_tensors(folder), str(folder), dtype, sharding)

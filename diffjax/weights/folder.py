@@ -73,6 +73,6 @@ def _read_sharded(index: Path) -> dict[str, np.ndarray]:
         shard = _read_file(index.parent / name)
         absent = [key for key, place in places.items() if place == name and key not in shard]
         if absent:
-            raise UserError(f"{index.parent / name} lacks {absent[0]!a}, which {index.name} says it holds; download both")
+            raise UserError(f"{index.parent / name} lacks {absent[0]!a}, which {index.name} promises; download both")
         tensors |= shard
     return tensors

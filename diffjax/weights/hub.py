@@ -28,8 +28,8 @@ def fetch(name: str | Path, revision: str | None = None, patterns: Sequence[str]
     """The folder of a model: `name` itself when it exists or is absolute, else the cached files of that hub id.
 
     Of the repository's files those that match `patterns` are downloaded, and of several forms of the same weights only
-    the best. With HF_HUB_OFFLINE=1, or no network, what is cached is used. Raises `UserError` saying what to do when the
-    model is not there, not cached, or behind a licence.
+    the best. With HF_HUB_OFFLINE=1, or no network, what is cached is used. Raises `UserError` saying what to do when
+    the model is not there, not cached, or behind a licence.
     """
     path = Path(name).expanduser()
     if str(name) and path.exists():
@@ -53,7 +53,7 @@ def _download(repo: str, revision: str | None, patterns: Sequence[str]) -> Fetch
         return Fetched(Path(folder), info.sha)
     except errors.GatedRepoError as error:
         raise UserError(
-            f"{repo} asks for its licence to be accepted: do so on the model's page, then `hf auth login` (or set HF_TOKEN)"
+            f"{repo} wants its licence accepted: do so on the model's page, then `hf auth login` (or set HF_TOKEN)"
         ) from error
     except errors.RevisionNotFoundError as error:
         raise UserError(f"{repo} has no revision {revision}; leave --revision out for the newest") from error
@@ -68,12 +68,12 @@ def _download(repo: str, revision: str | None, patterns: Sequence[str]) -> Fetch
 def _without_network(repo: str, revision: str | None, cache: Path, error: Exception) -> Fetched:
     """The cached model, when the hub does not answer."""
     if isinstance(error, OSError) and error.errno is not None:
-        raise UserError(f"cannot keep {repo} in {cache}: {error.strerror}; free some space or set DIFFJAX_HOME") from error
+        raise UserError(f"cannot write {cache}: {error.strerror}; free some space, or set DIFFJAX_HOME") from error
     try:
         return _cached(repo, revision, cache)
     except UserError:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{repo} could not be downloaded ({reason}); run again to go on from where it stopped") from error
+        raise UserError(f"{repo} could not be downloaded ({reason}); run again to go on where it stopped") from error
 
 
 def _cached(repo: str, revision: str | None, cache: Path) -> Fetched:

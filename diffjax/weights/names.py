@@ -1,4 +1,4 @@
-"""Tables of names: which tensor of a checkpoint is which parameter here, and how its axes lie; read in both directions."""
+"""Tables of names, read in both directions: which tensor of a checkpoint is which parameter here, and how it lies."""
 
 import functools
 import re
@@ -51,9 +51,9 @@ class Names:
 
     `renames` are pairs for `re.sub`, applied in turn to a path such as `down_blocks_0/conv/kernel`; then the leaf names
     kernel, scale and embedding become `weight` and slashes dots. A key with `{}` in it stands for one key per layer,
-    stacked along the leaf's first axis; layers count from 0, or with `{7}` from 7. Kernels are read as `DENSE` or, with more than two axes, `CONV`; `layouts` holds
-    the exceptions as (pattern of the path, layout). `aliases` turn keys of older files into today's; keys that match
-    `ignored` may be present, and are not read.
+    stacked along the leaf's first axis; layers count from 0, or with `{7}` from 7. Kernels are read as `DENSE` or, with
+    more than two axes, `CONV`; `layouts` holds the exceptions as (pattern of the path, layout). `aliases` turn keys of
+    older files into today's; keys that match `ignored` may be present, and are not read.
     """
 
     renames: tuple[tuple[str, str], ...] = ()
@@ -117,8 +117,8 @@ def read_params(
 ) -> dict[str, Any]:
     """The parameters of the given shapes out of a checkpoint's tensors, in the file's dtype or in `dtype`.
 
-    Tensors go to their devices one at a time; `sharding` says where by a leaf's path and shape (the default device without
-    it). Raises one `UserError` that lists the missing, the unexpected and the ill-fitting keys.
+    Tensors go to their devices one at a time; `sharding` says where by a leaf's path and shape (the default device
+    without it). Raises one `UserError` that lists the missing, the unexpected and the ill-fitting keys.
     """
     tensors, repeated = _renamed(tensors, names)
     rows = list(table(shapes, names))

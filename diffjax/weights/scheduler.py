@@ -35,8 +35,9 @@ class Scheduler:
 
     `variance_type` is DDPMScheduler's, `set_alpha_to_one` DDIMScheduler's; the other class leaves them at the default.
     The `_log` variances are the plain ones by another route, and `learned`, `learned_range` take the second half of the
-    network's channels. With `thresholding`, x0 is clipped at the quantile `dynamic_thresholding_ratio` of its magnitude,
-    itself held within [1, sample_max_value], and divided by it; else, with `clip_sample`, at `clip_sample_range`.
+    network's channels. With `thresholding`, x0 is clipped at the quantile `dynamic_thresholding_ratio` of its
+    magnitude, itself held within [1, sample_max_value], and divided by it; else, with `clip_sample`, at
+    `clip_sample_range`.
     """
 
     class_name: str = "DDPMScheduler"

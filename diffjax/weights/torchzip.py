@@ -49,7 +49,7 @@ def read(path: str | Path) -> Any:
     except _Malformed as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, EOFError, OverflowError, struct.error) as error:
-        raise UserError(f"{path} is not a sound file of torch.save (torch >= 1.6): {error}; download it again") from error
+        raise UserError(f"{path} is no sound file of torch.save (torch >= 1.6): {error}; download it again") from error
 
 
 class _Malformed(Exception):
@@ -214,7 +214,8 @@ class _Machine:
     def push_global(self, module: str, name: str) -> None:
         """A name, if it is one of those that a file of tensors needs."""
         if (module, name) not in GLOBALS and not (module == "torch" and name in STORAGES):
-            raise _Malformed(f"it names {f'{module}.{name}'[:80]!a}, which is not allowed; keep only tensors in the file")
+            full = f"{module}.{name}"[:80]
+            raise _Malformed(f"it names {full!a}, which is not allowed; keep only tensors in the file")
         self.stack.append(_Global(module, name))
 
     def do_mark(self) -> None:

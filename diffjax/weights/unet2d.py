@@ -101,7 +101,7 @@ def check(module: UNet, path: str) -> None:
         raise UserError(f"{path}: block_out_channels, down_block_types and up_block_types differ in length; mend them")
     odd = [width for width in module.block_out_channels if width % module.norm_num_groups]
     if odd:
-        raise UserError(f"{path}: norm_num_groups = {module.norm_num_groups} does not divide {odd[0]} channels; mend it")
+        raise UserError(f"{path}: norm_num_groups = {module.norm_num_groups} does not divide {odd[0]}; mend it")
     if module.block_out_channels[-1] % (module.attn_norm_num_groups or 1):
         raise UserError(f"{path}: attn_norm_num_groups does not divide the last of block_out_channels; mend it")
     if (module.attention_head_dim or 1) > min(_attended(module), default=SIZES):
@@ -112,8 +112,9 @@ def check(module: UNet, path: str) -> None:
 
 def _attended(module: UNet) -> list[int]:
     """The widths at which there is attention."""
-    blocks = zip(module.down_block_types + module.up_block_types, module.block_out_channels + module.block_out_channels[::-1])
-    mid = [module.block_out_channels[-1]] if module.add_attention and module.mid_block_type else []
+    widths = module.block_out_channels
+    blocks = zip(module.down_block_types + module.up_block_types, widths + widths[::-1])
+    mid = [widths[-1]] if module.add_attention and module.mid_block_type else []
     return mid + [width for block, width in blocks if block.startswith("Attn")]
 
 

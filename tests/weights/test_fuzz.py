@@ -1,4 +1,4 @@
-"""Damaged and hostile files: each is read, or refused by one clear line, and never asks for more memory than it has bytes."""
+"""Damaged and hostile files: each is read, or refused by one clear line, and its memory is bounded by its size."""
 
 import copy
 import json
@@ -21,7 +21,9 @@ TENSORS = {f"layers.{i}.weight": np.arange(12, dtype=np.float32).reshape(3, 4) +
 VALUES = [None, True, False, -1, 0, 1, 2, 3, 8, 10**9, 2**63, 10**400, 0.5, -1e308, 1e-3, float("nan"), float("inf")]
 VALUES += ["", "silu", "F64", "BF16", "default", "\ud800", "x" * 300, [], [1], [8, 8], [2**62, 2**62], {}, [[[]]]]
 VALUES += ["AttnDownBlock2D", "linear", "v_prediction"]
-MODULE = UNet(block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), norm_num_groups=4)
+MODULE = UNet(
+    block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), norm_num_groups=4
+)
 
 
 def outcome(read, *arguments):

@@ -13,12 +13,13 @@ DDPM = ["README.md", "config.json", "diffusion_pytorch_model.bin", "diffusion_py
 @pytest.fixture
 def hub(monkeypatch):
     """A hub that holds one model and records what is asked of it."""
-    asked = types.SimpleNamespace(downloads=[], error=None, siblings=DDPM)
+    asked = types.SimpleNamespace(downloads=[], error=None)
 
     def model_info(self, repo, revision=None):
         if asked.error:
             raise asked.error
-        return types.SimpleNamespace(sha=SHA, siblings=[types.SimpleNamespace(rfilename=name) for name in asked.siblings])
+        siblings = [types.SimpleNamespace(rfilename=name) for name in DDPM]
+        return types.SimpleNamespace(sha=SHA, siblings=siblings)
 
     def snapshot_download(repo, **options):
         asked.downloads.append((repo, options))
@@ -47,7 +48,7 @@ def failure(kind, *message):
 def test_downloads_only_what_is_needed_at_the_revision_it_resolved(hub):
     folder, revision = fetch("google/ddpm-cat-256", "main")
     assert revision == SHA and folder.name == SHA and files.home() in folder.parents
-    (repo, options), = hub.downloads
+    ((repo, options),) = hub.downloads
     assert (repo, options["revision"]) == ("google/ddpm-cat-256", SHA)
     assert options["allow_patterns"] == ["config.json", "diffusion_pytorch_model.safetensors"]
 

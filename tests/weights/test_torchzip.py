@@ -76,7 +76,8 @@ def test_impossible_tensors_are_refused(tmp_path, value):
 
 
 @pytest.mark.parametrize(
-    "program", [b"", b"\x80\x02", b"\x80\x02.", b"\x80\x02(.", b"\x80\x02h\x00.", b"\x80\x02K\x01K\x02s.", b"cos\nsystem\n."]
+    "program",
+    [b"", b"\x80\x02", b"\x80\x02.", b"\x80\x02(.", b"\x80\x02h\x00.", b"\x80\x02K\x01K\x02s.", b"cos\nsystem\n."],
 )
 def test_broken_pickles_are_refused(tmp_path, program):
     with pytest.raises(UserError, match="model.bin"):
@@ -114,8 +115,9 @@ def test_equals_torch(tmp_path, protocol):
     import torch
 
     layer = torch.nn.Conv2d(3, 4, 3).to(torch.bfloat16)
-    state = layer.state_dict() | {"turned": torch.arange(6.0).reshape(2, 3).T, "parameter": torch.nn.Parameter(torch.ones(3))}
-    state |= {"number": torch.tensor(3), "none": torch.zeros(0, 3), "flags": torch.tensor([True, False])}
+    state = layer.state_dict() | {"parameter": torch.nn.Parameter(torch.ones(3))}
+    state |= {"turned": torch.arange(6.0).reshape(2, 3).T, "number": torch.tensor(3)}
+    state |= {"none": torch.zeros(0, 3), "flags": torch.tensor([True, False])}
     torch.save(state, tmp_path / "model.bin", pickle_protocol=protocol)
     found = torchzip.read(tmp_path / "model.bin")
     assert list(found) == list(state)
