@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from diffjax import build, guide, sample, struct
+from diffjax import build, cascade, guide, sample, struct
 from diffjax import grid as grids
 from diffjax.denoise import Apply, Denoiser
 from diffjax.errors import UserError
@@ -24,13 +24,17 @@ Guide = float | Callable[[Denoiser], guide.Denoise]
 FIRST = 0xFFFFFFFF
 """The number folded into an image's key for the noise it starts from; steps fold in 0, 1, 2, ..."""
 
+LOW_RES = 0xFFFFFFFE
+"""The same for the noise in its low-res picture."""
+
 
 @dataclass(frozen=True)
 class Defaults:
     """What `sample` takes when nothing is said: the publisher's choice.
 
     `grid` is a name or a function of the number of steps; `bound` clips or thresholds x0; `unit_start` starts from unit
-    variance instead of sigma(t0); `deviation` is the variance of ancestral steps; `batch` is the compiled batch shape.
+    variance instead of sigma(t0); `deviation` is the variance of ancestral steps; `batch` is the compiled batch shape;
+    `level` is the noise in low-res pictures.
     """
 
     steps: int = 30
@@ -41,6 +45,7 @@ class Defaults:
     unit_start: bool = False
     deviation: sample.Deviation = sample.small
     batch: int = 8
+    level: float = 0.0
 
 
 @struct.dataclass
@@ -81,8 +86,8 @@ class Model:
     """A pretrained or trained model: parameters are its leaves, everything else is static.
 
     `text(prompts) -> cond` encodes prompts. `shape` is that of one state x; for latent models `encode(images) -> x` and
-    `decode(x) -> images` lead to and from it, `factor` pixels to one of its cells. `name` and `revision` (a run's step,
-    a hub's commit) say where it was loaded from.
+    `decode(x) -> images` lead to and from it, `factor` pixels to one of its cells. A model that enlarges pictures reads
+    `low_res` pixels a side. `name` and `revision` (a run's step, a hub's commit) say where it was loaded from.
     """
 
     denoiser: Denoiser
@@ -92,6 +97,7 @@ class Model:
     decode: Any = None
     encode: Any = None
     factor: int = struct.field(pytree_node=False, default=1)
+    low_res: int = struct.field(pytree_node=False, default=0)
     classes: tuple[str, ...] = struct.field(pytree_node=False, default=())
     name: str = struct.field(pytree_node=False, default="")
     revision: str = struct.field(pytree_node=False, default="")
@@ -173,7 +179,7 @@ class Model:
     def _encoded(self, prompts: list[str]) -> dict[str, np.ndarray]:
         """One row a prompt; each different prompt is encoded once, in groups of one shape, whatever the others are."""
         different, batch = list(dict.fromkeys(prompts)), self.defaults.batch
-        filled = different + different[-1:] * (-len(different) % batch)
+        filled = different + [""] * (-len(different) % batch)
         groups = [self.text(filled[i : i + batch]) for i in range(0, len(filled), batch)]
         rows = np.asarray([different.index(prompt) for prompt in prompts])
         return jax.tree.map(lambda *leaves: np.concatenate(leaves)[rows], *groups)
@@ -205,13 +211,34 @@ class Model:
         label: int | str | list[int | str] | None = None,
         image: Float[Array, "#b h w c"] | None = None,
         mask: Float[Array, "#b h w 1"] | None = None,
+        low_res: Float[Array, "#b h w c"] | None = None,
+        level: float | None = None,
     ) -> "Inputs":
-        """What each of the images has of its own; image number i has the key `fold_in(key, i)`."""
-        num = len(numbers)
+        """What each of the images has of its own; image number i has the key `fold_in(key, i)`.
+
+        A model that enlarges is told `low_res`, with noise of `level` (see `cascade.condition`).
+        """
+        num, keys = len(numbers), _keys(key, np.asarray(numbers, np.uint32))
         cond = self.condition(num, prompt, negative_prompt, label, guided)
         repeat = lambda value: None if value is None else jnp.broadcast_to(value, (num, *value.shape[1:]))
+        if self.low_res:
+            told = self._enlarged(repeat(low_res), self.defaults.level if level is None else level, keys)
+            cond = {branch: of | told for branch, of in cond.items()} if guided else cond | told
+        elif low_res is not None:
+            raise UserError(f"{self._called} enlarges nothing: leave low_res out")
         known = image if image is None or self.encode is None else self.encode(image)
-        return Inputs(_keys(key, np.asarray(numbers, np.uint32)), cond, repeat(known), repeat(mask))
+        return Inputs(keys, cond, repeat(known), repeat(mask))
+
+    def _enlarged(self, small: Array | None, level: float, keys: Key[Array, "b"]) -> dict[str, Array]:
+        if not 0 <= level < 1:
+            raise UserError(f"level is {level}: the noise in a low-res picture is from 0 to below 1")
+        if small is None or small.shape[1:] != (self.low_res, self.low_res, self.shape[-1]):
+            given = "none is given" if small is None else f"not {small.shape[1]} x {small.shape[2]} of {small.shape[3]}"
+            raise UserError(
+                f"{self._called} enlarges pictures of {self.low_res} x {self.low_res} pixels in {self.shape[-1]} channels,"
+                f" and {given}: give `low_res`, or draw with a cascade"
+            )
+        return _condition(small, self.shape[0], jnp.float32(level), _folded(keys))
 
     def state_shape(self, size: int | tuple[int, int]) -> tuple[int, ...]:
         """The shape of one state for pictures of `size` pixels, a number or (height, width)."""
@@ -247,7 +274,7 @@ class Model:
     ) -> Float[Array, "num h w c"]:
         """`num` images, float NHWC (pixel models: the sampler's last state, not clamped; latent models: in [-1, 1]).
 
-        `conditions` are those of `inputs`: prompt, negative_prompt, label, image, mask. Image i has the key
+        `conditions` are those of `inputs`: prompt, negative_prompt, label, image, mask, low_res, level. Image i has the key
         `fold_in(key, i)` and is computed in a batch of the model's own fixed shape, so it depends neither on `num` nor
         on its neighbours. `image` with `strength` < 1 starts from a noised picture; `mask` is 1 where it must stay.
         `init` is the state at the grid's first time, `noise` that of each step: with them another run is replayed, in
@@ -329,9 +356,17 @@ class Encoded:
         return jax.tree.map(lambda leaf: leaf[rows], self.cond)
 
 
+_condition = jax.jit(cascade.condition, static_argnums=1)
+
+
 @jax.jit
 def _keys(key: Key[Array, ""], numbers: Int[Array, "b"]) -> Key[Array, "b"]:
     return jax.vmap(lambda number: jax.random.fold_in(key, number))(numbers)
+
+
+@jax.jit
+def _folded(keys: Key[Array, "b"]) -> Key[Array, "b"]:
+    return jax.vmap(lambda key: jax.random.fold_in(key, LOW_RES))(keys)
 
 
 def _repeat(value: Any, num: int) -> list:

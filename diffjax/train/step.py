@@ -14,6 +14,7 @@ import optax
 from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 
 from diffjax import struct
+from diffjax.cascade import LowRes
 from diffjax.denoise import Denoiser, thousand_t
 from diffjax.loss import Times, Weight, loss
 from diffjax.predict import Prediction
@@ -26,6 +27,9 @@ Step = Callable[..., tuple[State, dict[str, Array]]]
 # Log-SNR bins of width 2 in which the loss is reported; the outer two are open.
 BIN_EDGES = np.linspace(-10.0, 10.0, 11)
 
+# Folded into an example's key for its low-res picture.
+LOW_RES = 2
+
 
 @struct.dataclass
 class Objective:
@@ -33,6 +37,7 @@ class Objective:
 
     `apply` as in `Denoiser`; `encode(params, cond) -> cond` turns a batch's conditions into the network's; `weight`, `times` and
     `uniforms` (`independent` or `antithetic`) as in `diffjax.loss`. A share `drop` of the examples is trained unconditionally.
+    `low_res` makes the low-res pictures that a stage of a cascade is told of.
     """
 
     process: Process
@@ -44,18 +49,21 @@ class Objective:
     uniforms: Callable[[Key[Array, ""], Int[Array, " b"], int], Float[Array, " b"]] = struct.field(pytree_node=False)
     clock: Callable[[Process, Time], Time] = struct.field(pytree_node=False, default=thousand_t)
     drop: float = struct.field(pytree_node=False, default=0.0)
+    low_res: LowRes | None = struct.field(pytree_node=False, default=None)
 
     def denoiser(self, params: PyTree) -> Denoiser:
         """The denoiser that `params` make of the network."""
         return Denoiser(self.process, self.prediction, params["network"], self.apply, clock=self.clock)
 
     def losses(self, params: PyTree, batch: Batch, t: Float[Array, " b"], keys: Key[Array, " b"]) -> Float[Array, " b"]:
-        """The loss of each example; `keys` give its noise and whether its condition is dropped."""
+        """The loss of each example; `keys` give its noise, whether its condition is dropped, and its low-res picture."""
         noise_keys, drop_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
         x0 = normalize(batch["image"])
         eps = jax.vmap(lambda key: jax.random.normal(key, x0.shape[1:]))(noise_keys)
         keep = jax.vmap(jax.random.uniform)(drop_keys) >= self.drop
         cond = self.encode(params, keep_conditions({k: v for k, v in batch.items() if k != "image"}, keep))
+        if self.low_res is not None:
+            cond = cond | self.low_res(x0, jax.vmap(lambda key: jax.random.fold_in(key, LOW_RES))(keys))
         return loss(self.denoiser(params), x0, eps, t, cond, self.weight)
 
 

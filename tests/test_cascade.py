@@ -1,0 +1,156 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toys
+
+from diffjax import cascade, loss
+from diffjax.cascade import Cascade, LowRes
+from diffjax.denoise import Apply, Denoiser
+from diffjax.errors import UserError
+from diffjax.model import Defaults, Model
+from diffjax.predict import X0
+from diffjax.process import Cosine, Flow
+from diffjax.train.step import Objective
+
+KEY = jax.random.key(3)
+
+
+class Echo:
+    """A network that returns the low-res picture that it is told of."""
+
+    def apply(self, variables, x, t, low_res, level, context=None, mask=None, pooled=None):
+        return low_res + variables["params"]
+
+
+def enlarging(size=16, low_res=8, text=None, **fields):
+    denoiser = Denoiser(Cosine(), X0(), jnp.zeros(()), Apply(ECHO))
+    defaults = Defaults(steps=2, sampler="ddim", grid="uniform", batch=4)
+    return Model(denoiser, (size, size, 3), defaults, text, low_res=low_res, name=f"to {size}", **fields)
+
+
+ECHO = Echo()
+
+
+def keys(num):
+    return jax.vmap(lambda i: jax.random.fold_in(KEY, i))(jnp.arange(num))
+
+
+def pictures(num, size):
+    return jax.random.uniform(jax.random.key(num), (num, size, size, 3), minval=-1)
+
+
+def test_shrinking_is_the_mean_and_undoes_whole_enlargement():
+    x = pictures(2, 8)
+    np.testing.assert_allclose(cascade.shrink(x, 2)[1, 0, 1], x[1, :4, 4:].mean((0, 1)), atol=1e-6)
+    flat = jnp.full((1, 4, 4, 3), 0.3)
+    np.testing.assert_allclose(cascade.enlarge(flat, 16), 0.3, atol=1e-6)
+    ramp = jnp.broadcast_to(jnp.linspace(-1, 1, 8)[:, None, None], (1, 8, 8, 3))
+    inner = cascade.shrink(cascade.enlarge(ramp, 32), 8)[:, 2:-2]
+    np.testing.assert_allclose(inner, ramp[:, 2:-2], atol=1e-6)
+
+
+def test_augmentation_keeps_the_variance_and_is_each_pictures_own():
+    x, level = jax.random.normal(KEY, (4, 32, 32, 3)), jnp.array([0.0, 0.3, 0.6, 0.9])
+    noised = cascade.augment(x, level, keys(4))
+    np.testing.assert_array_equal(noised[0], x[0])
+    np.testing.assert_allclose(jnp.var(noised, axis=(1, 2, 3)), 1, atol=0.1)
+    np.testing.assert_allclose(jnp.mean(noised * x, axis=(1, 2, 3)), jnp.sqrt(1 - level**2), atol=0.1)
+    np.testing.assert_array_equal(cascade.augment(x[2:], level[2:], keys(4)[2:]), noised[2:])
+
+
+def test_noise_comes_after_the_range_is_right():
+    """A picture out of range is brought into it first, and its noise is not cut off."""
+    far = jnp.full((1, 16, 16, 3), 7.0)
+    low = cascade.condition(far, 32, 0.5, keys(1))["low_res"]
+    near = cascade.condition(jnp.ones_like(far), 32, 0.5, keys(1))["low_res"]
+    np.testing.assert_array_equal(low, near)
+    assert low.max() > 1.2
+
+
+def test_training_pictures_at_random_levels():
+    made = LowRes(8, 0.4)(pictures(64, 16), keys(64))
+    assert made["low_res"].shape == (64, 16, 16, 3) and made["level"].shape == (64,)
+    assert 0 <= made["level"].min() < 0.05 and 0.35 < made["level"].max() <= 0.4
+    again = LowRes(8, 0.4)(pictures(64, 16)[5:9], keys(64)[5:9])
+    np.testing.assert_array_equal(again["low_res"], made["low_res"][5:9])
+    clean = LowRes(8, 0.0)(pictures(64, 16), keys(64))
+    np.testing.assert_allclose(clean["low_res"], cascade.enlarge(cascade.shrink(pictures(64, 16), 8), 16), atol=1e-6)
+
+
+def test_the_objective_tells_the_network_of_them():
+    """The loss of a network that returns its low-res picture is the loss of enlarging by interpolation."""
+    bytes_ = jax.random.randint(KEY, (4, 16, 16, 3), 0, 256).astype(jnp.uint8)
+    objective = Objective(
+        Flow(), X0(), Apply(ECHO), lambda params, cond: cond, loss.x0_weight(), loss.uniform, loss.independent,
+        low_res=LowRes(4, 0.0),
+    )  # fmt: skip
+    params = {"network": jnp.zeros(())}
+    t = jnp.array([0.1, 0.4, 0.7, 1.0])
+    x0 = bytes_.astype(jnp.float32) / 127.5 - 1
+    trivial = jnp.mean((cascade.enlarge(cascade.shrink(x0, 4), 16) - x0) ** 2, axis=(1, 2, 3))
+    np.testing.assert_allclose(objective.losses(params, {"image": bytes_}, t, keys(4)), trivial, rtol=1e-4)
+
+
+def test_a_stage_draws_what_it_is_told_of():
+    small = pictures(3, 8)
+    drawn = enlarging().sample(KEY, num=3, low_res=small)
+    np.testing.assert_allclose(drawn, cascade.enlarge(small, 16), atol=1e-5)
+    np.testing.assert_allclose(enlarging().sample(KEY, num=1, low_res=small[:1], level=0.2), drawn[:1], atol=1.5)
+    assert np.abs(enlarging().sample(KEY, num=1, low_res=small[:1], level=0.2) - drawn[:1]).max() > 0.1
+
+
+def test_a_picture_does_not_depend_on_its_neighbours():
+    small, stage = pictures(6, 8), enlarging()
+    six = stage.sample(KEY, num=6, low_res=small, level=0.5)
+    np.testing.assert_array_equal(stage.sample(KEY, num=2, low_res=small[:2], level=0.5), six[:2])
+
+
+def test_three_stages():
+    first = toys.model(text=True, size=8)
+    whole = Cascade((first, enlarging(16, 8, text=first.text), enlarging(64, 16)))
+    drawn = whole.sample(KEY, num=2, prompt="bee", each=({"steps": 3}, {"level": 0.1}, {"sampler": "ddpm"}))
+    assert [images.shape[1] for images in drawn] == [8, 16, 64]
+    np.testing.assert_array_equal(drawn[0], first.sample(jax.random.fold_in(KEY, 0), num=2, prompt="bee", steps=3))
+    np.testing.assert_allclose(drawn[2], cascade.enlarge(jnp.clip(drawn[1], -1, 1), 64), atol=1e-4)
+
+
+def test_starting_at_a_later_stage_from_a_picture():
+    small = pictures(1, 8)
+    drawn = Cascade((enlarging(16, 8), enlarging(32, 16))).sample(KEY, num=2, low_res=small)
+    np.testing.assert_allclose(drawn[0], jnp.repeat(cascade.enlarge(small, 16), 2, axis=0), atol=1e-5)
+
+
+def test_inpainting_keeps_what_is_known_at_every_stage():
+    image, mask = pictures(1, 16), jnp.zeros((1, 16, 16, 1)).at[:, :, :8].set(1)
+    drawn = Cascade((toys.model(size=8), enlarging())).sample(KEY, num=2, image=image, mask=mask)
+    np.testing.assert_allclose(drawn[0][:, :, :4], jnp.repeat(cascade.shrink(image, 8)[:, :, :4], 2, 0), atol=1e-5)
+    np.testing.assert_allclose(drawn[1][:, :, :8], jnp.repeat(image[:, :, :8], 2, 0), atol=1e-5)
+    assert np.abs(drawn[1][:, :, 8:] - image[:, :, 8:]).max() > 0.1
+
+
+def test_image_to_image_starts_the_first_stage():
+    image = pictures(1, 16)
+    drawn = Cascade((toys.model(size=8), enlarging())).sample(KEY, num=1, image=image, strength=0.5)
+    alone = toys.model(size=8).sample(jax.random.fold_in(KEY, 0), image=cascade.shrink(image, 8), strength=0.5)
+    np.testing.assert_array_equal(drawn[0], alone)
+    np.testing.assert_allclose(drawn[1], cascade.enlarge(jnp.clip(alone, -1, 1), 16), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        (lambda: cascade.shrink(pictures(1, 8), 3), "8 x 8 pixels cannot be shrunk to 3"),
+        (lambda: LowRes(8, 1.0), "most 1.0"),
+        (lambda: Cascade((toys.model(), toys.model())), "stage 2 .toy. enlarges nothing"),
+        (lambda: Cascade((toys.model(size=4), enlarging())), "reads 8 pixels of 3 channels and stage 1 .toy. draws 4 of 3"),
+        (lambda: Cascade((toys.model(), enlarging(text=toys.model(text=True).text))), "stage 1 .toy. none: train it with"),
+        (lambda: enlarging().sample(KEY), "to 16 enlarges pictures of 8 x 8 pixels in 3 channels, and none is given"),
+        (lambda: enlarging().sample(KEY, low_res=pictures(1, 4)), "and not 4 x 4 of 3"),
+        (lambda: enlarging().sample(KEY, low_res=pictures(1, 8), level=1.0), "level is 1.0"),
+        (lambda: toys.model().sample(KEY, low_res=pictures(1, 8)), "toy enlarges nothing: leave low_res out"),
+    ],
+)
+def test_what_does_not_fit_is_said(wrong, said):
+    with pytest.raises(UserError, match=said):
+        wrong()
