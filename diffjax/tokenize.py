@@ -1,4 +1,4 @@
-"""Texts to token ids as the published text encoders read them: CLIP's byte pairs, T5's sentence pieces, BERT's word pieces."""
+"""Texts to token ids as published text encoders read them: CLIP's byte, T5's sentence and BERT's word pieces."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -34,8 +34,8 @@ class Tokenizer:
     ) -> tuple[Int[np.ndarray, "b l"], Bool[np.ndarray, "b l"]]:
         """Ids, and which of them are not padding.
 
-        Rows hold at most `length` tokens (`limit` without it), and are padded to the longest and to `at_least`. A longer
-        text loses its end, which a warning shows; its closing token stays.
+        Rows hold at most `length` tokens (`limit` without it), and are padded to the longest and to `at_least`. A
+        longer text loses its end, which a warning shows; its closing token stays.
         """
         length = self.limit if length is None else length
         rows = []
@@ -58,7 +58,7 @@ class Tokenizer:
 
 
 def load(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a published folder: tokenizer.json, else CLIP's vocab.json and merges.txt, else T5's spiece.model.
+    """The tokenizer of a published folder: tokenizer.json, else CLIP's vocab.json and merges.txt, else spiece.model.
 
     Raises `UserError` when there is none of them, or they are damaged.
     """
@@ -98,7 +98,7 @@ def _whole(folder: Path, config: Mapping[str, Any]) -> "tokenizers.Tokenizer":
 
 
 def _clip(folder: Path, config: Mapping[str, Any]) -> "tokenizers.Tokenizer":
-    """Lower-case words, each byte-paired by itself, between the start and the end of text (arXiv:2103.00020, section 2.4)."""
+    """Lower-case words, each byte-paired by itself, between the start and the end of text (arXiv:2103.00020)."""
     from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
     lines = (folder / "merges.txt").read_text("utf-8").splitlines()

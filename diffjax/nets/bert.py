@@ -69,6 +69,8 @@ class Bert(nn.Module):
         x = x + embed(self.max_position_embeddings, name="position_embeddings")(jnp.arange(tokens.shape[1]))
         x = x + embed(self.type_vocab_size, name="token_type_embeddings")(jnp.zeros_like(tokens))
         x = nn.LayerNorm(self.layer_norm_eps, use_fast_variance=False, **policy, name="embedding_norm")(x)
-        blocks = stacked(Block, self.num_hidden_layers, self.scan, self.remat)(self.num_attention_heads, self.intermediate_size, self.layer_norm_eps, **policy, name="blocks")
+        blocks = stacked(Block, self.num_hidden_layers, self.scan, self.remat)(
+            self.num_attention_heads, self.intermediate_size, self.layer_norm_eps, **policy, name="blocks"
+        )
         x, _ = blocks(x, None if mask is None else mask[:, None, None])
         return x.astype(self.out_dtype)

@@ -61,8 +61,8 @@ class Block(nn.Module):
 class ClipText(nn.Module):
     """`(tokens, mask=None) -> Encoded`; the defaults are CLIP-L (123.7 M parameters).
 
-    Attention is causal. The text's vector is the state at the first `eos_token_id`, or where that is the legacy 2, at the
-    highest id; it is normed, then projected. Layers are stacked; `scan` compiles one of them instead of all.
+    Attention is causal. The text's vector is the state at the first `eos_token_id`, or where that is the legacy 2, at
+    the highest id; it is normed, then projected. Layers are stacked; `scan` compiles one of them instead of all.
     """
 
     vocab_size: int = 49408

@@ -1,4 +1,4 @@
-"""The multimodal transformer of Stable Diffusion 3 and 3.5 (arXiv:2403.03206, section 4): image and text in one sequence.
+"""The multimodal transformer of Stable Diffusion 3 and 3.5 (arXiv:2403.03206): image and text in one sequence.
 
 Fields carry the names of diffusers' SD3Transformer2DModel. Layers of one kind that follow each other are stacked.
 """
@@ -31,7 +31,7 @@ def layer_norm(x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
 
 
 def position_table(side: int, base: int, width: int) -> Float[Array, "1 side*side width"]:
-    """Sines and cosines of the column, then of the row, on a `side` x `side` grid whose unit is `side / base` places."""
+    """Sines and cosines of the column, then of the row, on a `side` x `side` grid with a unit of `side / base` places."""
     place = jnp.arange(side) * (base / side)
     rate = 10000.0 ** (-jnp.arange(width // 4) / (width // 4))
     angle = place[:, None] * rate
@@ -127,7 +127,9 @@ class Block(nn.Module):
     def _run(self, x: Array, text: Array, emb: Array) -> tuple[Array, Array]:
         policy = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         attend = functools.partial(Attention, self.heads, self.head_dim, self.qk_norm, **policy)
-        shift, scale, gate, shift_ff, scale_ff, gate_ff, *second = self._modulation("norm1", emb, 9 if self.kind.dual else 6)
+        shift, scale, gate, shift_ff, scale_ff, gate_ff, *second = self._modulation(
+            "norm1", emb, 9 if self.kind.dual else 6
+        )
         normed, text_normed = layer_norm(x), layer_norm(text)
         if self.kind.last:
             text_scale, text_shift = self._modulation("norm1_context", emb, 2)
@@ -164,10 +166,10 @@ def modulation(emb: Float[Array, "b d"], parts: int, name: str, dtype: Dtype, pa
 class MMDiT(nn.Module):
     """`(x, t, context, pooled) -> y`, the shape of `x` but for `out_channels`; the defaults are SD3.5 large's.
 
-    `x` are latents, `t` is 1000 sigma, `context` the token states of the text encoders and `pooled` their pooled vectors.
+    `x` are latents, `t` is 1000 sigma, `context` the token states of the text encoders, `pooled` their pooled vectors.
     The position table is a constant (no gradient reaches it), cropped about its centre. `skip_layers` are left out, for
-    skip-layer guidance; `scan` compiles one layer of each kind instead of all; `remat` recomputes layers in the backward
-    pass.
+    skip-layer guidance; `scan` compiles one layer of each kind instead of all; `remat` recomputes layers in the
+    backward pass.
     """
 
     sample_size: int = 128
@@ -208,7 +210,7 @@ class MMDiT(nn.Module):
         context: Float[Array, "b l {self.joint_attention_dim}"],
         pooled: Float[Array, "b {self.pooled_projection_dim}"],
     ) -> Float[Array, "b h w {self.out_channels}"]:
-        """The network's output. Raises `UserError` for a size that patches do not divide or the position table lacks."""
+        """The network's output. Raises `UserError` for a size that patches do not divide or the table lacks."""
         policy = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         (b, h, w, _), p = x.shape, self.patch_size
         embed = functools.partial(EmbeddingMLP, self.width, **policy)
@@ -231,13 +233,17 @@ class MMDiT(nn.Module):
             raise UserError(f"latents of {h} x {w}: give multiples of {p}")
         rows, columns = h // p, w // p
         if max(rows, columns) > side:
-            raise UserError(f"latents of {h} x {w} are larger than this model's table of positions: give at most {side * p}")
+            raise UserError(
+                f"latents of {h} x {w} are larger than this model's table of positions: give at most {side * p}"
+            )
         init = lambda key: position_table(side, self.sample_size // p, self.width).astype(self.param_dtype)
         table = lax.stop_gradient(self.param("pos_embed", init)).reshape(1, side, side, self.width)
         top, left = (side - rows) // 2, (side - columns) // 2
         return table[:, top : top + rows, left : left + columns]
 
-    def _run(self, first: int, length: int, kind: Kind, streams: tuple[Array, Array], emb: Array) -> tuple[Array, Array]:
+    def _run(
+        self, first: int, length: int, kind: Kind, streams: tuple[Array, Array], emb: Array
+    ) -> tuple[Array, Array]:
         """The layers of one stack."""
         keep = np.array([i not in self.skip_layers for i in range(first, first + length)])
         blocks = stacked(Block, length, self.scan, self.remat, (nn.broadcast, 0))(

@@ -1,7 +1,7 @@
 """The T5 encoder (arXiv:1910.10683), v1.0 and v1.1: tokens to states.
 
-Fields carry the names of published configurations. Queries are not scaled by 1/sqrt(d), positions enter as a bias that all
-layers share, and norms divide by the root mean square.
+Fields carry the names of published configurations. Queries are not scaled by 1/sqrt(d), positions enter as a bias that
+all layers share, and norms divide by the root mean square.
 """
 
 import functools

@@ -1,7 +1,7 @@
 """Convolutional networks on pictures too large for one call: in tiles that agree where they meet.
 
-A tile reaches as far beyond its core as a place hears of, and group norms take the moments of the whole picture, not the
-tile's. These moments are found by going over the tiles again and again: the n-th pass makes them exact in the first n
+A tile reaches as far beyond its core as a place hears of, and group norms take the moments of the whole picture, not
+the tile's. These moments are found by going over the tiles again and again: the n-th pass makes them exact in the first n
 norms (whose inputs depend on the norms before alone) and near in the others.
 """
 
@@ -115,7 +115,9 @@ class Spot:
     def paste(self, y: Float[np.ndarray, "b th tw d"], picture: Float[np.ndarray, "b h w d"], scale: int) -> None:
         """Write the tile's core into the picture."""
         outside = tuple(slice(first * scale, last * scale) for first, last in self.core)
-        inside = tuple(slice((first - a) * scale, (last - a) * scale) for a, (first, last) in zip(self.start, self.core))
+        inside = tuple(
+            slice((first - a) * scale, (last - a) * scale) for a, (first, last) in zip(self.start, self.core)
+        )
         picture[:, *outside] = y[:, *inside]
 
 

@@ -58,7 +58,8 @@ class Half(nn.Module):
     def _stages(self, widths: tuple[int, ...], layers: int, resize: Callable[..., nn.Module]) -> list[Stage]:
         last = len(widths) - 1
         return [
-            Stage(layers, self._resnet(width), None, None, None if i == last else resize) for i, width in enumerate(widths)
+            Stage(layers, self._resnet(width), None, None, None if i == last else resize)
+            for i, width in enumerate(widths)
         ]
 
 
@@ -161,10 +162,8 @@ class AutoencoderKL(nn.Module):
         """The image decoded from its mean latent."""
         return self.decode(self.encode(x)[0])
 
-    def encode(
-        self, x: Float[Array, "b h w c"]
-    ) -> tuple[Float[Array, "b h/f w/f l"], Float[Array, "b h/f w/f l"]]:
-        """Mean and log-variance, the latter within [-30, 20]. Raises `UserError` when `factor` does not divide the size."""
+    def encode(self, x: Float[Array, "b h w c"]) -> tuple[Float[Array, "b h/f w/f l"], Float[Array, "b h/f w/f l"]]:
+        """Mean and log-variance, the latter within [-30, 20]. Raises `UserError` unless `factor` divides the size."""
         if x.shape[1] % self.factor or x.shape[2] % self.factor:
             raise UserError(f"images of {x.shape[1]} x {x.shape[2]} pixels: give multiples of {self.factor}")
         return self.encode_inner(self.encode_outer(x))

@@ -48,7 +48,9 @@ def _module(config: Mapping[str, Any], path: str) -> Bert:
     values = read_fields(known_fields(config, FIELDS), FIELDS, path)
     module = Bert(**{name: value for name, value in values.items() if name not in UNREAD})
     if module.hidden_size % module.num_attention_heads:
-        raise UserError(f"{path}: num_attention_heads = {module.num_attention_heads} does not divide hidden_size; mend it")
+        raise UserError(
+            f"{path}: num_attention_heads = {module.num_attention_heads} does not divide hidden_size; mend it"
+        )
     return module
 
 

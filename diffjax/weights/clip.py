@@ -40,7 +40,9 @@ NAMES = Names(
 def _module(config: Mapping[str, Any], path: str) -> ClipText:
     module = ClipText(**read_fields(known_fields(config, FIELDS), FIELDS, path))
     if module.hidden_size % module.num_attention_heads:
-        raise UserError(f"{path}: num_attention_heads = {module.num_attention_heads} does not divide hidden_size; mend it")
+        raise UserError(
+            f"{path}: num_attention_heads = {module.num_attention_heads} does not divide hidden_size; mend it"
+        )
     return module
 
 

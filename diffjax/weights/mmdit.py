@@ -51,7 +51,9 @@ def _module(config: Mapping[str, Any], path: str) -> MMDiT:
     text_width = values.pop("caption_projection_dim")
     module = MMDiT(**values)
     if text_width != module.width:
-        raise UserError(f"{path}: caption_projection_dim = {text_width}, and heads make {module.width}; they must be equal")
+        raise UserError(
+            f"{path}: caption_projection_dim = {text_width}, and heads make {module.width}; they must be equal"
+        )
     if module.width % 4:
         raise UserError(f"{path}: heads make {module.width} channels, which 4 does not divide; mend them")
     return module

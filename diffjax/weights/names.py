@@ -178,9 +178,11 @@ def _fits(tensor: np.ndarray, row: Row) -> bool:
 
 
 def _leaf_dtype(parts: list[np.ndarray], dtype: Any) -> Any:
-    """The dtype of a leaf: the file's, or `dtype` for floats."""
+    """The dtype of a leaf: the file's (bfloat16 for floats of 8 bits, which are for storage), or `dtype` for floats."""
     own = jnp.result_type(*parts)
-    return dtype if dtype is not None and jnp.issubdtype(own, jnp.floating) else own
+    if not jnp.issubdtype(own, jnp.floating):
+        return own
+    return dtype if dtype is not None else own if own.itemsize > 1 else jnp.bfloat16
 
 
 def _put(array: np.ndarray, place: Sharding | None) -> jax.Array:

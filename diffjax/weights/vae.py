@@ -57,7 +57,9 @@ def _module(config: Mapping[str, Any], path: str) -> AutoencoderKL:
         raise UserError(f"{path}: block_out_channels, down_block_types and up_block_types differ in length; mend them")
     odd = [width for width in values["block_out_channels"] if width % values["norm_num_groups"]]
     if odd:
-        raise UserError(f"{path}: norm_num_groups = {values['norm_num_groups']} does not divide {odd[0]} channels; mend it")
+        raise UserError(
+            f"{path}: norm_num_groups = {values['norm_num_groups']} does not divide {odd[0]} channels; mend it"
+        )
     return AutoencoderKL(**{name: value for name, value in values.items() if name not in UNREAD})
 
 

@@ -109,7 +109,9 @@ def test_states_do_not_depend_on_later_tokens():
 PUBLISHED = {
     "L": (dict(), 123_650_304),
     "G": (
-        dict(hidden_size=1280, num_hidden_layers=32, num_attention_heads=20, intermediate_size=5120, projection_dim=1280),
+        dict(
+            hidden_size=1280, num_hidden_layers=32, num_attention_heads=20, intermediate_size=5120, projection_dim=1280
+        ),
         694_659_840,
     ),
 }

@@ -30,9 +30,7 @@ KINDS = {
 PUBLISHED = {
     "large": (dict(), 8_146_280_768, 8_056_627_520),
     "medium": (
-        dict(
-            num_layers=24, num_attention_heads=24, pos_embed_max_size=384, dual_attention_layers=tuple(range(13))
-        ),
+        dict(num_layers=24, num_attention_heads=24, pos_embed_max_size=384, dual_attention_layers=tuple(range(13))),
         2_469_663_936,
         2_243_171_520,
     ),

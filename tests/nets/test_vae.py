@@ -114,7 +114,9 @@ def test_sd3_has_the_published_keys_and_size():
         found[f"{half}.conv_out"] = (widths[3], widths[2], 3, 3)
     for i in range(4):
         before, after = wide[max(i - 1, 0)], wide[i]
-        found |= resnet(f"{down.format(i)}.resnets.0", before, after) | resnet(f"{down.format(i)}.resnets.1", after, after)
+        found |= resnet(f"{down.format(i)}.resnets.0", before, after) | resnet(
+            f"{down.format(i)}.resnets.1", after, after
+        )
         before, after = wide[::-1][max(i - 1, 0)], wide[::-1][i]
         found |= resnet(f"{up.format(i)}.resnets.0", before, after)
         found |= resnet(f"{up.format(i)}.resnets.1", after, after) | resnet(f"{up.format(i)}.resnets.2", after, after)
@@ -164,7 +166,7 @@ def test_a_size_that_the_factor_does_not_divide_is_an_error():
 
 
 def test_tiles_make_the_same_picture_without_seams():
-    """A latent whose contrast differs from place to place: tiles normed by themselves would differ by half the range."""
+    """Latents whose contrast differs from place to place: tiles normed by themselves would differ by half the range."""
     module, tensors = build("vae_sd3")
     params = reference.params(FORMAT, module, tensors)
     ramp = np.linspace(0.3, 2.5, 40)[:, None, None] * np.linspace(1, 0.2, 24)[:, None]
@@ -181,7 +183,9 @@ def test_tiles_share_out_the_picture_and_keep_their_distance():
         taken = np.zeros((length, 40), int)
         for spot in tiles.spots((length, 40), 32, 9):
             mask = spot.mask()
-            spot.paste(mask[None, :, :, None].astype(int) + spot.cut(taken[None, :, :, None], 1), taken[None, :, :, None], 1)
+            spot.paste(
+                mask[None, :, :, None].astype(int) + spot.cut(taken[None, :, :, None], 1), taken[None, :, :, None], 1
+            )
             for axis, (first, last) in enumerate(spot.core):
                 start, size = spot.start[axis], spot.size[axis]
                 assert start == first == 0 or first - start >= 9
