@@ -89,8 +89,8 @@ def test_muon_takes_the_matrices_of_the_transformers_blocks_and_nothing_else():
     )  # fmt: skip
     params = jax.eval_shape(module.init, jax.random.key(0), **inputs())["params"]
     taken = {name for name, label in labels(params).items() if label == "muon"}
-    assert taken == {f"blocks/{name}/kernel" for name in ("attention/qkv", "attention/out", "mlp/up", "mlp/down")}
-    assert params["blocks"]["attention"]["qkv"]["kernel"].ndim == 3
+    assert taken == {f"blocks/{name}/kernel" for name in ("attention/q", "attention/k", "attention/v", "attention/out", "mlp/gate", "mlp/up", "mlp/down")}
+    assert params["blocks"]["attention"]["q"]["kernel"].ndim == 3
 
 
 def test_muon_takes_the_convolutions_of_the_u_nets_blocks():
