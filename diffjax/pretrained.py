@@ -10,6 +10,7 @@ from jaxtyping import Float
 from diffjax import grid, predict, process, sample, weights
 from diffjax.denoise import Apply, Denoiser, table_step
 from diffjax.model import Defaults, Model
+from diffjax.nets.unet import UNet
 from diffjax.refine import Clip, Refine, Threshold
 from diffjax.weights.folder import component
 from diffjax.weights.scheduler import Scheduler, read_scheduler
@@ -32,20 +33,28 @@ def ddpm(folder: str | Path, dtype: Any = None) -> Model:
     denoiser = Denoiser(
         process.discrete(scheduler.betas()), PREDICTIONS[scheduler.prediction_type], params, Apply(module), table_step
     )
+    classes = tuple(str(i) for i in range(module.num_class_embeds or 0))
+    return Model(denoiser, shape(module), defaults(scheduler, module), classes=classes, name=Path(folder).name)
+
+
+def shape(module: UNet) -> tuple[int, int, int]:
+    """That of one of its pictures."""
     size = module.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
+    return (*((size, size) if isinstance(size, int) else size), module.in_channels)
+
+
+def defaults(scheduler: Scheduler, module: UNet) -> Defaults:
+    """What a scheduler's configuration means for sampling."""
     ancestral = scheduler.class_name == "DDPMScheduler"
-    defaults = Defaults(
+    return Defaults(
         steps=1000 if ancestral else 50,
         sampler="ddpm" if ancestral else "ddim",
         grid=functools.partial(published_grid, scheduler),
         bound=_bound(scheduler),
         unit_start=True,
         deviation=DEVIATIONS[scheduler.variance_type],
-        batch=8 if max(height, width) <= 64 else 1,
+        batch=8 if max(shape(module)) <= 64 else 1,
     )
-    classes = tuple(str(i) for i in range(module.num_class_embeds or 0))
-    return Model(denoiser, (height, width, module.in_channels), defaults, classes=classes, name=Path(folder).name)
 
 
 def published_grid(scheduler: Scheduler, steps: int) -> Float[np.ndarray, "steps 2"]:

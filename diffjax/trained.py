@@ -80,13 +80,16 @@ class Plan:
             drop=config.drop if self.conditions else 0.0,
         )
 
-    def model(self, params: PyTree) -> Model:
-        """The model that `params` make, with the config's sampling as its defaults."""
+    def defaults(self) -> Defaults:
+        """The config's sampling."""
         config = self.config.sample
-        defaults = Defaults(config.steps, config.sampler, config.grid, config.guidance if self.conditions else None)
+        return Defaults(config.steps, config.sampler, config.grid, config.guidance if self.conditions else None)
+
+    def model(self, params: PyTree) -> Model:
+        """The model that `params` make."""
         text = Prompts(params["text"], self.text, self.tokenize) if self.text else None
         denoiser = Denoiser(self.process, self.prediction, params["network"], Apply(self.network))
-        return Model(denoiser, self.shape, defaults, text=text, classes=self.classes, name=self.config.name)
+        return Model(denoiser, self.shape, self.defaults(), text=text, classes=self.classes, name=self.config.name)
 
     def preview(self, params: PyTree) -> Float[Array, "n h w c"]:
         """Pictures of the config's prompts, of the first classes, or of nothing; the same noise every time."""
@@ -144,14 +147,23 @@ def load(workdir: str | Path, step: int | None = None, ema: bool = True) -> Mode
     return model.replace(revision=str(run.step))
 
 
+def recalled(workdir: Path) -> Plan:
+    """The plan of a run that was begun; no checkpoint is read. Raises `UserError` when there is none."""
+    if not (workdir / "data.json").is_file():
+        raise UserError(f"{workdir} holds no run (no data.json); train one with: diffjax train --workdir {workdir}")
+    return _plan(ConfigDict(json.loads((workdir / "config.json").read_text())), workdir)
+
+
 def _plan(config: ConfigDict, workdir: Path) -> Plan:
     told = json.loads((workdir / "data.json").read_text())
-    text = tokenize = None
-    widths = {}
-    if config.text:
-        tokenize = CaptionTokenizer.from_json((workdir / TOKENIZER).read_text())
-        text = build.text(config.text, tokenize.size)
-        widths = {"context_width": text.width, "pooled_width": text.width}
+    tokenize = CaptionTokenizer.from_json((workdir / TOKENIZER).read_text()) if config.text else None
+    return planned(config, tuple(told["shape"]), tuple(told["classes"]), tokenize)
+
+
+def planned(config: ConfigDict, shape: tuple[int, int, int], classes: tuple[str, ...], tokenize: Any) -> Plan:
+    """The plan of a config for data of that shape and those classes; `tokenize.size` is the vocabulary's."""
+    text = build.text(config.text, tokenize.size) if config.text else None
+    widths = {"context_width": text.width, "pooled_width": text.width} if text else {}
     return Plan(
         config,
         build.process(config.process),
@@ -159,6 +171,6 @@ def _plan(config: ConfigDict, workdir: Path) -> Plan:
         build.network(config, **widths),
         text,
         tokenize,
-        tuple(told["shape"]),
-        tuple(told["classes"]),
+        shape,
+        classes,
     )

@@ -15,12 +15,13 @@ def parameter_count(module: nn.Module, *inputs: Any, **named: Any) -> int:
 
 class Cost(NamedTuple):
     """What a program does: floating-point operations of its matrix products (of 16-bit operands, and of wider ones) and
-    convolutions, and the bytes that these move."""
+    convolutions, the bytes that these and sums move, and how many such operations there are."""
 
     products16: float = 0.0
     products32: float = 0.0
     convolutions: float = 0.0
     traffic: float = 0.0
+    launches: float = 0.0
 
     @property
     def flops(self) -> float:
@@ -56,16 +57,16 @@ def program_cost(jaxpr: Any) -> Cost:
     total = Cost()
     for equation in jaxpr.eqns:
         name, inner = equation.primitive.name, [program_cost(inner) for inner in _inner(equation.params)]
-        moved = float(sum(_bytes(value.aval) for value in (*equation.invars, *equation.outvars)))
+        moved = Cost(traffic=float(sum(_bytes(x.aval) for x in (*equation.invars, *equation.outvars))), launches=1.0)
         if name == "dot_general":
-            total = total.plus(_product(_dot(equation), equation.invars[0].aval).plus(Cost(traffic=moved)))
+            total = total.plus(_product(_dot(equation), equation.invars[0].aval).plus(moved))
         elif name == "conv_general_dilated":
-            total = total.plus(Cost(convolutions=_convolution(equation), traffic=moved))
+            total = total.plus(moved._replace(convolutions=_convolution(equation)))
         elif name.startswith("dot_product_attention"):
             (b, t, n, h), s = equation.invars[0].aval.shape, equation.invars[1].aval.shape[1]
-            total = total.plus(_product(4.0 * b * n * t * s * h, equation.invars[0].aval).plus(Cost(traffic=moved)))
+            total = total.plus(_product(4.0 * b * n * t * s * h, equation.invars[0].aval).plus(moved))
         elif name.startswith("reduce_"):
-            total = total.plus(Cost(traffic=moved))
+            total = total.plus(moved)
         elif name == "cond":
             total = total.plus(max(inner, key=lambda cost: cost.flops))
         else:

@@ -1,0 +1,124 @@
+"""Costs said before a job runs: against hand counts, compiled programs and what the job is given."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from diffjax import cli, config, files, plan, rates
+from diffjax.errors import UserError
+from diffjax.nets import Cost
+from diffjax.nets.unet import UNet
+from diffjax.weights.scheduler import Scheduler, write_scheduler
+from diffjax.weights.unet2d import FORMAT
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+SPEED = rates.Rates(products16=4.0, products32=2.0, convolutions=1.0, bandwidth=8.0, launch=0.5)
+ASKED = plan.Asked()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    module = UNet(sample_size=16, block_out_channels=(32, 32), down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)
+    files.write_json(tmp_path / "unet" / "config.json", FORMAT.config(module))
+    write_scheduler(tmp_path, Scheduler())
+    return tmp_path
+
+
+@pytest.fixture
+def calibrated(monkeypatch):
+    """A calibration that takes no time; how often it was asked for."""
+    asked = []
+    monkeypatch.setattr(rates, "calibrate", lambda: asked.append(1) or SPEED)
+    return asked
+
+
+def test_time_is_the_sum_of_its_parts():
+    assert SPEED.seconds(Cost(products16=8, products32=8, convolutions=8, traffic=8, launches=8)) == 2 + 4 + 8 + 1 + 4
+
+
+def test_figures_of_a_product():
+    x = jax.ShapeDtypeStruct((4, 10), jnp.float32)
+    held = {"w": jax.ShapeDtypeStruct((10, 7), jnp.bfloat16)}
+    found = plan.estimate(plan.Part("net", lambda held, x: x @ held["w"].astype(jnp.float32), held, (x,), 70, 3))
+    assert (found.parameters, found.held, found.calls) == (70, 140, 3)
+    assert found.cost.products32 == 2 * 4 * 10 * 7 and found.cost.launches == 1
+    assert found.temporary == 10 * 7 * 4 + 4 * 7 * 4
+
+
+def test_live_bytes_counts_what_is_alive_at_once():
+    wide = lambda x: jnp.sum(jnp.tile(x, 8)) + jnp.sum(jnp.tile(x + 1, 8))
+    program = jax.make_jaxpr(wide)(jax.ShapeDtypeStruct((1000,), jnp.float32)).jaxpr
+    assert 8 * 4000 <= plan.live_bytes(program) <= 2 * 8 * 4000
+
+
+def test_estimated_memory_is_near_the_compiled_one(folder):
+    part = plan.published(folder, ASKED, "toy").parts[0]
+    assert 0.3 < plan.live_bytes(jax.make_jaxpr(part.call)(part.held, *part.given).jaxpr) / plan.compiled_bytes(part) < 3
+
+
+def test_a_published_model(folder):
+    (job,) = plan.model(str(folder), plan.Asked(steps=50, num=9, batch=4, sampler="heun"))
+    (part,) = job.parts
+    assert part.calls == 50 * 2 * 3
+    assert part.given[0].shape == (4, 16, 16, 3)
+    once = plan.estimate(plan.published(folder, plan.Asked(batch=1), "toy").parts[0])
+    assert plan.estimate(part).cost.flops == pytest.approx(4 * once.cost.flops, rel=0.01)
+    larger = plan.estimate(plan.published(folder, plan.Asked(batch=1, size=32), "toy").parts[0])
+    assert larger.cost.convolutions == pytest.approx(4 * once.cost.convolutions, rel=0.01)
+    half = plan.estimate(plan.published(folder, plan.Asked(batch=1, dtype="bfloat16"), "toy").parts[0])
+    assert 2 * half.held == once.held
+
+
+def test_an_experiment(folder):
+    emoji = config.load(str(EXPERIMENTS / "emoji.py"))
+    training, drawing = plan.experiment(emoji, plan.Asked(num=20, steps=5))
+    text, network = drawing.parts
+    assert (text.calls, network.calls) == (1, 15)
+    assert len(network.given[0]) == 16 and network.given[-1]["context"].shape[:2] == (16, 12)
+    step, forward = plan.estimate(training.parts[0]), plan.estimate(network)
+    assert step.parameters == plan.tree_size((text.held, network.held))
+    assert 3 < (step.cost.products16 / 64) / (forward.cost.products16 / 16) < 5
+    assert step.held > 4 * 3 * step.parameters
+    emoji.sample.guidance = None
+    assert len(plan.experiment(emoji, ASKED)[1].parts[1].given[0]) == 8
+
+
+def test_the_calibration_is_kept(calibrated):
+    assert rates.of_device()[1] == rates.of_device("cpu")[1] == SPEED
+    assert len(calibrated) == 1
+    (kept,) = json.loads((files.home() / "calibration.json").read_text()).values()
+    assert rates.Rates(**kept) == SPEED
+
+
+def test_calibration_measures(monkeypatch):
+    for name, value in (("ROUNDS", 1), ("SIDE", 64), ("CONVOLUTIONS", ((8, 16), (4, 32)))):
+        monkeypatch.setattr(rates, name, value)
+    found = rates.calibrate()
+    assert 0 < found.launch < 1 and min(found.products16, found.products32, found.convolutions, found.bandwidth) > 1e6
+
+
+def test_unknown_device():
+    with pytest.raises(UserError, match="unknown device h10: did you mean h100"):
+        rates.of_device("h10")
+
+
+def test_the_command(folder, calibrated, capsys):
+    assert cli.main(["plan", "--model", str(folder), "--num", "2", "--device", "h100", "--compile"]) == 0
+    said = capsys.readouterr().out
+    assert "1000 steps: " in said and " on one H100; 20 steps: " in said and "of 80 GB (as compiled)" in said
+    assert cli.main(["plan", "--config", str(EXPERIMENTS / "emoji.py"), "--config.train.steps=10", "--device", "t4"]) == 0
+    said = capsys.readouterr().out
+    assert "training emoji: 10 steps of 64 images" in said and "images/s" in said
+    assert cli.main(["plan", "--run", str(folder)]) == 2
+    assert "holds no run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "seconds, words",
+    [(0.42, "0.42 s"), (38, "38 s"), (90, "90 s"), (130, "2.2 min"), (1860, "31 min"), (7560, "2.1 h"), (3e5, "3.5 days")],
+)
+def test_durations_in_words(seconds, words):
+    assert plan.duration(seconds) == words
