@@ -1,0 +1,100 @@
+import dataclasses
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffjax import build, config, trained
+from diffjax.train.state import create
+from diffjax.train.step import make_step
+
+FILES = sorted(Path(__file__).parents[1].glob("experiments/*.py"))
+SMALL = {
+    "dit": dict(width=16, depth=1, heads=2, hidden=16, rank=2),
+    "unet": dict(
+        block_out_channels=(8,), norm_num_groups=4, layers_per_block=1, down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+    ),
+}  # fmt: skip
+
+
+@dataclasses.dataclass
+class Data:
+    """What an experiment is told of its data."""
+
+    size: int
+    num_classes: int
+    name: str = "data"
+    channels: int = 3
+
+    @property
+    def class_names(self):
+        return tuple(f"class {i}" for i in range(self.num_classes))
+
+    def captions(self):
+        return [("red heart", "love"), ("pizza",)]
+
+
+def ways(file):
+    """The experiment with each of the networks that it has a table for."""
+    settings = config.load(str(file))
+    return [(file.stem, name) for name in build.NETWORKS if name in settings] if "network" in settings else []
+
+
+def experiment(name, network, small=False):
+    settings = config.load(str(next(file for file in FILES if file.stem == name)))
+    settings.network = network
+    if small:
+        settings[network].update(SMALL[network])
+        settings.data.size = 16
+        if settings.text:
+            settings.text.update(width=16, heads=2, hidden=16)
+    return settings
+
+
+def planned(settings, workdir):
+    return trained.plan(settings, workdir, Data(settings.data.size, settings.classes))
+
+
+def batch(plan, size):
+    rows = {"image": np.zeros((size, *plan.shape), np.uint8)}
+    if plan.text:
+        rows |= plan.tokenize(["a red heart"] * size)
+    if plan.classes:
+        rows["label"] = np.arange(size, dtype=np.int32) % len(plan.classes)
+    return rows
+
+
+CASES = [case for file in FILES for case in ways(file)]
+
+
+@pytest.mark.parametrize("name, network", CASES)
+def test_an_experiment_has_the_size_it_says(name, network, tmp_path):
+    settings = experiment(name, network)
+    plan = planned(settings, tmp_path)
+    optimizer, _ = build.optimizer(settings.optimizer, settings.train.steps)
+    state = jax.eval_shape(lambda: create(plan.init(jax.random.key(0)), optimizer, jax.random.key(1)))
+    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
+    low, high = {"emoji": (6e6, 1.2e7), "emoji64": (4e7, 8e7), "cifar10": (2e7, 4.5e7)}[name]
+    assert low < parameters < high
+    step = make_step(plan.objective(), optimizer, settings.train.ema, settings.train.accumulate)
+    after, metrics = jax.eval_shape(step, state, batch(plan, settings.train.batch))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    assert metrics["loss"].shape == ()
+
+
+@pytest.mark.parametrize("name, network", CASES)
+def test_an_experiment_takes_a_step_and_draws(name, network, tmp_path):
+    settings = experiment(name, network, small=True)
+    settings.sample.update(steps=2, num=2, prompts=settings.sample.prompts[:2])
+    plan = planned(settings, tmp_path)
+    optimizer, _ = build.optimizer(settings.optimizer, settings.train.steps)
+    state = jax.jit(lambda: create(plan.init(jax.random.key(0)), optimizer, jax.random.key(1)))()
+    after, metrics = jax.jit(make_step(plan.objective(), optimizer))(state, batch(plan, 4))
+    assert metrics["finite"] and metrics["grad_norm"] > 0
+    assert any(jax.tree.leaves(jax.tree.map(lambda old, new: bool(jnp.any(old != new)), state.params, after.params)))
+    images = plan.preview(after.ema)
+    assert images.shape == (2, 16, 16, 3) and np.isfinite(images).all()
