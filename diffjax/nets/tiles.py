@@ -1,8 +1,8 @@
 """Convolutional networks on pictures too large for one call: in tiles that agree where they meet.
 
 A tile reaches as far beyond its core as a place hears of, and group norms take the moments of the whole picture, not
-the tile's. These moments are found by going over the tiles again and again: the n-th pass makes them exact in the first n
-norms (whose inputs depend on the norms before alone) and near in the others.
+the tile's. These moments are found by going over the tiles again and again: the n-th pass makes them exact in the first
+n norms (whose inputs depend on the norms before alone) and near in the others.
 """
 
 import functools

@@ -178,11 +178,9 @@ def _fits(tensor: np.ndarray, row: Row) -> bool:
 
 
 def _leaf_dtype(parts: list[np.ndarray], dtype: Any) -> Any:
-    """The dtype of a leaf: the file's (bfloat16 for floats of 8 bits, which are for storage), or `dtype` for floats."""
+    """The dtype of a leaf: the file's, or `dtype` for floats."""
     own = jnp.result_type(*parts)
-    if not jnp.issubdtype(own, jnp.floating):
-        return own
-    return dtype if dtype is not None else own if own.itemsize > 1 else jnp.bfloat16
+    return dtype if dtype is not None and jnp.issubdtype(own, jnp.floating) else own
 
 
 def _put(array: np.ndarray, place: Sharding | None) -> jax.Array:
@@ -215,7 +213,10 @@ def _shares(part: np.ndarray, place: Sharding | None) -> Sharding | None:
 
 @functools.partial(jax.jit, static_argnames="layout", donate_argnames="leaf")
 def _fill(leaf: Array, part: Array, layer: int, layout: Layout) -> Array:
-    return leaf.at[layer].set(layout.read(part).astype(leaf.dtype))
+    part = layout.read(part).astype(leaf.dtype)
+    # As whole numbers: on a CPU, XLA widens all of a bfloat16 leaf to write a layer of it.
+    bits = f"uint{8 * leaf.dtype.itemsize}"
+    return leaf.view(bits).at[layer].set(part.view(bits)).view(leaf.dtype)
 
 
 def _complain(problems: dict[str, list[str]], source: str) -> None:

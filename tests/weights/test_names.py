@@ -96,3 +96,26 @@ def test_aliases_are_other_names_for_the_same():
 def test_a_table_has_one_line_a_leaf():
     lines = {row.path: row.keys for row in table(SHAPES, NAMES)}
     assert lines["blocks/dense/kernel"] == ("layers.0.dense.weight", "layers.1.dense.weight") and len(lines) == 6
+
+
+def test_leaves_go_where_they_are_placed():
+    mesh = jax.make_mesh((4, 2), ("data", "model"))
+    spec = {"conv_0/kernel": (None, None, "data"), "blocks/dense/kernel": (None, "data"), "table/embedding": ()}
+
+    def placement(path, shape):
+        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec.get(path, ())))
+
+    placed = read(write_params(PARAMS, NAMES), sharding=placement)
+    jax.tree.map(np.testing.assert_array_equal, placed, PARAMS)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(placed):
+        name = "/".join(entry.key for entry in path)
+        assert leaf.sharding.is_equivalent_to(placement(name, leaf.shape), leaf.ndim), name
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float64])
+def test_stacked_leaves_keep_the_files_numbers(dtype):
+    tensors = {key: tensor.astype(dtype) for key, tensor in write_params(PARAMS, NAMES).items()}
+    leaf = read(tensors)["blocks"]["dense"]["kernel"]
+    expected = np.stack([tensors[f"layers.{i}.dense.weight"].T for i in range(2)])
+    np.testing.assert_array_equal(leaf, expected.astype(leaf.dtype))
+    assert leaf.dtype == (np.float32 if dtype is np.float64 else dtype)

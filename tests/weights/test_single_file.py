@@ -142,7 +142,7 @@ def test_all_components_are_found(everything):
     assert found.keys() == held.keys()
     for name, part in found.items():
         same(part.tensors, held[name])
-        module, params = weights.assemble(part.config, part.tensors, "all.safetensors")
+        module, params = weights.assemble(part.config, part.tensors, "all.safetensors", ml_dtypes.bfloat16)
         assert module == parts[name][1].clone(dtype=module.dtype, param_dtype=module.dtype)
         assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(ml_dtypes.bfloat16)}
 
