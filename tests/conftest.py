@@ -48,3 +48,12 @@ def compilations():
     monitoring.register_event_duration_secs_listener(listen)
     yield lambda: len(seen)
     monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.fixture
+def float64():
+    """Double precision, for this test only."""
+    import jax
+
+    with jax.enable_x64(True):
+        yield
