@@ -44,7 +44,7 @@ class Terminal:
         from rich import progress
         from rich.console import Console
 
-        self.steps, self.console = steps, Console(file=sys.stderr)
+        self.steps, self.console = steps, Console(file=sys.stderr, quiet=jax.process_index() > 0)
         columns = [
             progress.TextColumn("training"),
             progress.BarColumn(),
@@ -213,7 +213,12 @@ class Log:
 
 
 def writers(workdir: Path, config: ConfigDict, step: int) -> list[Writer]:
-    """The writers of a run that goes on from `step`. Raises `UserError` when wandb is asked for and not installed."""
+    """The files of a run that goes on from `step`; of several hosts, the first one writes them.
+
+    Raises `UserError` when wandb is asked for and not installed.
+    """
+    if jax.process_index():
+        return []
     chosen: list[Writer] = [JsonLines(workdir / "metrics.jsonl", step)]
     if config.log.tensorboard:
         chosen.append(TensorBoard(workdir / "tensorboard", step))

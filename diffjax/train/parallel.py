@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from diffjax import mesh
-from diffjax.train.state import State
+from diffjax.train.state import State, flat, typed
 from diffjax.train.step import Batch, Step
 
 
@@ -27,7 +27,7 @@ def by_jit(step: Step, devices: Mesh) -> Parallel:
     """The step compiled once for a replicated state and batches split over the mesh's axis `data`."""
     everywhere = NamedSharding(devices, PartitionSpec())
     return Parallel(
-        place=lambda state: mesh.replicate(state, devices),
+        place=lambda state: typed(mesh.replicate(jax.device_get(flat(state)), devices)),
         feed=lambda batch: mesh.shard_batch(batch, devices),
         step=jax.jit(step, donate_argnums=0, out_shardings=everywhere),
         gather=lambda state: state,
@@ -39,10 +39,8 @@ def by_pmap(step: Step, devices: Mesh) -> Parallel:
     local = devices.local_devices
     split = NamedSharding(Mesh(np.asarray(local), ("data",)), PartitionSpec("data"))
 
-    def replicate(leaf: Any) -> jax.Array:
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return jax.random.wrap_key_data(replicate(jax.random.key_data(leaf)))
-        return jax.device_put(np.broadcast_to(np.asarray(leaf), (len(local), *leaf.shape)), split)
+    def replicate(leaf: np.ndarray) -> jax.Array:
+        return jax.device_put(np.broadcast_to(leaf, (len(local), *leaf.shape)), split)
 
     def feed(batch: dict[str, np.ndarray]) -> Batch:
         return jax.tree.map(lambda x: x.reshape(len(local), -1, *x.shape[1:]), mesh.shard_batch(batch, split.mesh))
@@ -55,8 +53,8 @@ def by_pmap(step: Step, devices: Mesh) -> Parallel:
         devices=None if jax.process_count() > 1 else local,
     )
     return Parallel(
-        place=lambda state: jax.tree.map(replicate, state),
+        place=lambda state: typed(jax.tree.map(replicate, jax.device_get(flat(state)))),
         feed=feed,
         step=mapped,
-        gather=lambda state: jax.tree.map(lambda leaf: leaf[0], state),
+        gather=lambda state: typed(jax.device_get(jax.tree.map(lambda leaf: leaf[0], flat(state)))),
     )

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any, Iterator
 
+import jax
 from ml_collections import ConfigDict
 
 from diffjax import files, mesh
@@ -25,11 +26,14 @@ PACKAGES = ("diffjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "gr
 
 @contextlib.contextmanager
 def claim(workdir: str | Path, config: ConfigDict) -> Iterator[None]:
-    """Hold `workdir` for this process and write `config.json` and `run.json` there.
+    """Hold `workdir` for this job and write `config.json` and `run.json` there; of several hosts, the first one does.
 
     Raises `UserError` when another process trains there, or when it holds a run of another config (`MAY_CHANGE` apart).
     """
     workdir = Path(workdir)
+    if jax.process_index():
+        yield
+        return
     with _alone(workdir):
         wanted = json.loads(config.to_json_best_effort())
         path = workdir / "config.json"
