@@ -20,6 +20,7 @@ from diffjax import loss, predict
 from diffjax import process as processes
 from diffjax.errors import UserError, unknown
 from diffjax.nets.dit import DiT
+from diffjax.nets.imagen import ImagenUNet
 from diffjax.nets.unet import UNet
 from diffjax.refine import Chain, Refine, adams, extrapolate, heun, unipc
 from diffjax.sample import Sampler, ddim_law
@@ -58,7 +59,7 @@ TIMES = {
 }
 UNIFORMS = {"independent": loss.independent, "antithetic": loss.antithetic}
 TEXTS = {"words": TextTransformer}
-NETWORKS = {"dit": DiT, "unet": UNet}
+NETWORKS = {"dit": DiT, "imagen": ImagenUNet, "unet": UNet}
 SAMPLERS = {
     "ddpm": Sampler(Chain(()), eta=1.0),
     "ddim": Sampler(Chain(()), law=ddim_law),
@@ -116,10 +117,14 @@ def prediction(choice: Choice) -> predict.Prediction:
 def network(config: Mapping[str, Any], **fixed: Any) -> nn.Module:
     """The network that `config["network"]` names, with the fields of the table of that name (`config["dit"]`, if any) and `fixed`.
 
-    `config["classes"]` is the number of classes, 0 without.
+    `config["classes"]` is the number of classes, 0 without. Of `fixed`, a network takes what it reads; one that reads no
+    low-res pictures must not be given any.
     """
     name = config["network"]
-    named("network", NETWORKS, name)
+    read = inspect.signature(named("network", NETWORKS, name)).parameters
+    if "low_res" in fixed and "low_res" not in read:
+        raise UserError(f"network {name} reads no low-res pictures: take imagen, or leave low_res out")
+    fixed = {field: value for field, value in fixed.items() if field in read}
     classes = {"num_class_embeds": config["classes"] + 1} if name == "unet" else {"classes": config["classes"]}
     fields = {key: _static(key, value) for key, value in config.get(name, {}).items()}
     return make("network", NETWORKS, {"name": name, **fields, **(classes if config["classes"] else {}), **fixed})

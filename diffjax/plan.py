@@ -169,13 +169,14 @@ def drawing(plan: trained.Plan, asked: Asked, name: str) -> Job:
     defaults = plan.defaults()
     shape = _sized(plan.shape, asked.size)
     batch = asked.batch or defaults.batch
-    cond = {"label": jax.ShapeDtypeStruct((1,), jnp.int32)} if plan.classes else {}
     encoders = []
     if plan.text:
         told = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, plan.tokenize([""] * batch)))
         encoders = [_network("text", plan.text, (told["tokens"], told["mask"]), {}, 1)]
         cond = jax.eval_shape(encoders[0].call, encoders[0].held, *encoders[0].given)
-    return _drawing(name, shape, defaults, asked, plan.network, cond, encoders)
+    else:
+        cond = jax.eval_shape(lambda: plan.encode({}, jax.tree.map(jnp.asarray, plan.blank())))
+    return _drawing(name, shape, defaults, asked, plan.network, cond | plan.blank_low_res(), encoders)
 
 
 def training(plan: trained.Plan) -> Job:
@@ -185,11 +186,8 @@ def training(plan: trained.Plan) -> Job:
     key = jax.random.key(0)
     state = jax.eval_shape(lambda: create(plan.init(key), optimizer, key))
     batch = {"image": jax.ShapeDtypeStruct((config.train.batch, *plan.shape), jnp.uint8)}
-    if plan.text:
-        told = plan.tokenize([""])
-        batch |= {k: jax.ShapeDtypeStruct((config.train.batch, *v.shape[1:]), v.dtype) for k, v in told.items()}
-    elif plan.classes:
-        batch["label"] = jax.ShapeDtypeStruct((config.train.batch,), jnp.int32)
+    told = plan.blank()
+    batch |= {k: jax.ShapeDtypeStruct((config.train.batch, *v.shape[1:]), v.dtype) for k, v in told.items()}
     step = make_step(plan.objective(), optimizer, config.train.ema, config.train.accumulate)
     part = Part("training", step, state, (batch,), tree_size(state.params), config.train.steps)
     title = f"training {config.name}: {config.train.steps} steps of {config.train.batch} images"

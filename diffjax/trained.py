@@ -5,34 +5,48 @@ import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Float, Key, PyTree, UInt8
 from ml_collections import ConfigDict
 
-from diffjax import build, files, struct
+from diffjax import build, cascade, embed, files, image, struct
+from diffjax.cascade import LowRes
 from diffjax.data.pipeline import Tokenize
 from diffjax.denoise import Apply, Denoiser
 from diffjax.errors import UserError
 from diffjax.model import Defaults, Model
 from diffjax.predict import Prediction
 from diffjax.process import Process
+from diffjax.refine import Threshold
 from diffjax.text import CaptionTokenizer
 from diffjax.train.checkpoint import load_run
 from diffjax.train.step import Objective
 
 TOKENIZER = "tokenizer.json"
+ENCODER = "encoder.json"
+SEEN = "seen.npz"
+PANEL = 4
+
+
+class Seen(NamedTuple):
+    """Pictures of the data set with a caption each."""
+
+    image: UInt8[np.ndarray, "n h w c"]
+    caption: list[str]
 
 
 @dataclass(frozen=True)
 class Plan:
     """What is fixed before the first step: mathematics, networks, and what they were told of the data.
 
-    `shape` is that of one picture, `classes` the classes' names, `tokenize` turns captions into arrays, None without text.
+    `shape` is that of one picture, `classes` the classes' names, `tokenize` turns captions into arrays, None without text:
+    tokens for the encoder `text` that is trained too, or the states of a frozen one. A stage of a cascade has `low_res`, and
+    has `seen` some pictures that its previews enlarge.
     """
 
     config: ConfigDict
@@ -43,27 +57,44 @@ class Plan:
     tokenize: Tokenize | None
     shape: tuple[int, int, int]
     classes: tuple[str, ...]
+    low_res: LowRes | None = None
+    seen: Seen | None = None
 
     @property
     def conditions(self) -> tuple[str, ...]:
         """What of a batch the network is told."""
-        return ("tokens", "mask") if self.text else ("label",) if self.classes else ()
+        if self.config.text:
+            return ("tokens", "mask") if self.text else ("context", "mask")
+        return ("label",) if self.classes else ()
+
+    def blank(self) -> dict[str, np.ndarray]:
+        """A batch's conditions of one example that is told nothing."""
+        if self.text:
+            return self.tokenize([""])
+        if self.config.text:
+            tokens = (1, self.config.text.tokens)
+            states = np.zeros((*tokens, self.network.context_width), np.float16)
+            return {"context": states, "mask": np.zeros(tokens, bool)}
+        return {"label": np.zeros(1, np.int32)} if self.classes else {}
+
+    def blank_low_res(self) -> dict[str, np.ndarray]:
+        """What one example of a stage of a cascade is told besides."""
+        return {"low_res": np.zeros((1, *self.shape), np.float32), "level": np.zeros(1, np.float32)} if self.low_res else {}
 
     def init(self, key: Key[Array, ""]) -> PyTree:
-        """New parameters: `network`, and `text` where there is a text encoder."""
+        """New parameters: `network`, and `text` where there is a text encoder that is trained too."""
         network_key, text_key = jax.random.split(key)
-        params, cond = {}, {"label": jnp.zeros(1, jnp.int32)} if self.classes else {}
+        params, told = {}, jax.tree.map(jnp.asarray, self.blank())
         if self.text:
-            told = jax.tree.map(jnp.asarray, self.tokenize([""]))
             params["text"] = self.text.init(text_key, told["tokens"], told["mask"])["params"]
-            cond = self.encode(params, told)
+        cond = self.encode(params, told) | self.blank_low_res()
         params["network"] = self.network.init(network_key, jnp.zeros((1, *self.shape)), jnp.zeros(1), **cond)["params"]
         return params
 
     def encode(self, params: PyTree, cond: dict[str, Array]) -> dict[str, Array]:
         """What the network reads of a batch's conditions: tokens become states."""
         if not self.text:
-            return cond
+            return embed.conditions(**cond) if self.config.text else cond
         return self.text.apply({"params": params["text"]}, cond["tokens"], cond["mask"])
 
     def objective(self) -> Objective:
@@ -78,29 +109,55 @@ class Plan:
             times=build.make("times", build.TIMES, config.times),
             uniforms=build.named("uniforms", build.UNIFORMS, config.uniforms),
             drop=config.drop if self.conditions else 0.0,
+            low_res=self.low_res,
         )
 
     def defaults(self) -> Defaults:
         """The config's sampling."""
         config = self.config.sample
-        return Defaults(config.steps, config.sampler, config.grid, config.guidance if self.conditions else None)
+        quantile = config.get("threshold", 0.0)
+        return Defaults(
+            config.steps,
+            config.sampler,
+            config.grid,
+            config.guidance if self.conditions else None,
+            bound=Threshold(quantile) if quantile else None,
+            level=config.get("level", 0.0),
+        )
 
     def model(self, params: PyTree) -> Model:
         """The model that `params` make."""
-        text = Prompts(params["text"], self.text, self.tokenize) if self.text else None
+        text = embed.Remembered(self.tokenize) if self.tokenize else None
+        text = Prompts(params["text"], self.text, self.tokenize) if self.text else text
         denoiser = Denoiser(self.process, self.prediction, params["network"], Apply(self.network))
-        return Model(denoiser, self.shape, self.defaults(), text=text, classes=self.classes, name=self.config.name)
+        told = {"classes": self.classes, "name": self.config.name, "low_res": self.low_res.size if self.low_res else 0}
+        return Model(denoiser, self.shape, self.defaults(), text=text, **told)
 
     def preview(self, params: PyTree) -> Float[Array, "n h w c"]:
-        """Pictures of the config's prompts, of the first classes, or of nothing; the same noise every time."""
+        """Pictures of the config's prompts, of the first classes, or of nothing; the same noise every time.
+
+        Of a stage of a cascade, `panel` of the pictures it has seen.
+        """
+        if self.seen:
+            return panel(self.model(params), self.seen, jax.random.key(self.config.seed))
         config = self.config.sample
         told: dict[str, Any] = {}
-        if self.text:
+        if self.config.text:
             told["prompt"] = list(config.prompts)
         elif self.classes:
             told["label"] = [i % len(self.classes) for i in range(config.num)]
-        num = len(config.prompts) if self.text else config.num
+        num = len(config.prompts) if self.config.text else config.num
         return self.model(params).sample(jax.random.key(self.config.seed), num=num, **told)
+
+
+def panel(model: Model, seen: Seen, key: Key[Array, ""]) -> Float[Array, "4*n h w c"]:
+    """A row for each picture: what the model is given, interpolation, the model, and the truth."""
+    truth, size = jnp.asarray(image.from_uint8(seen.image)), model.shape[0]
+    small = cascade.shrink(truth, model.low_res)
+    told = {} if model.text is None else {"prompt": seen.caption}
+    drawn = model.sample(key, num=len(truth), low_res=small, **told)
+    given = small.repeat(size // model.low_res, axis=1).repeat(size // model.low_res, axis=2)
+    return jnp.stack([given, cascade.enlarge(small, size), drawn, truth], axis=1).reshape(-1, *model.shape)
 
 
 @struct.dataclass
@@ -131,10 +188,23 @@ def plan(config: ConfigDict, workdir: Path, data: Any) -> Plan:
     names = data.class_names if config.classes else ()
     if not (workdir / "data.json").exists():
         files.write_json(workdir / "data.json", {"shape": [data.size, data.size, data.channels], "classes": names})
+    if config.get("low_res") and not (workdir / SEEN).exists():
+        _keep_seen(workdir / SEEN, data)
+    if embed.is_frozen(config.text):
+        digest = embed.digest(embed.folder(config.text))
+        files.write_json(workdir / ENCODER, {"name": config.text.name, "digest": digest})
+        return _plan(config, workdir, embed.encoded(config.text, embed.captions(data, config.sample.prompts)))
     if config.text and not (workdir / TOKENIZER).exists():
         captions = itertools.chain.from_iterable(data.captions())
         files.write_atomic(workdir / TOKENIZER, CaptionTokenizer.train(captions, config.text.tokens).to_json().encode())
     return _plan(config, workdir)
+
+
+def _keep_seen(path: Path, data: Any) -> None:
+    examples = data.examples(range(min(PANEL, len(data))))
+    texts = [data.config.templates[0].replace("{}", group[0]) if group else "" for group in examples["captions"]]
+    with files.open_atomic(path) as file:
+        np.savez(file, image=examples["image"], caption=np.array(texts))
 
 
 def load(workdir: str | Path, step: int | None = None, ema: bool = True) -> Model:
@@ -144,7 +214,17 @@ def load(workdir: str | Path, step: int | None = None, ema: bool = True) -> Mode
     """
     run = load_run(workdir, step, ema)
     model = _plan(run.config, run.workdir).model(jax.tree.map(jnp.asarray, run.params))
+    if embed.is_frozen(run.config.text):
+        model = model.replace(text=_frozen(run.config.text, run.workdir))
     return model.replace(revision=str(run.step))
+
+
+def _frozen(choice: ConfigDict, workdir: Path) -> embed.Frozen:
+    """The frozen encoder of a run. Raises `UserError` when it is not the one that the run was trained with."""
+    folder, known = embed.folder(choice), json.loads((workdir / ENCODER).read_text())
+    if embed.digest(folder) != known["digest"]:
+        raise UserError(f"{folder} is not the {choice.name} that {workdir} was trained with: put that one back")
+    return embed.load(choice)
 
 
 def recalled(workdir: Path) -> Plan:
@@ -154,23 +234,40 @@ def recalled(workdir: Path) -> Plan:
     return _plan(ConfigDict(json.loads((workdir / "config.json").read_text())), workdir)
 
 
-def _plan(config: ConfigDict, workdir: Path) -> Plan:
+def _plan(config: ConfigDict, workdir: Path, table: embed.Table | None = None) -> Plan:
     told = json.loads((workdir / "data.json").read_text())
-    tokenize = CaptionTokenizer.from_json((workdir / TOKENIZER).read_text()) if config.text else None
-    return planned(config, tuple(told["shape"]), tuple(told["classes"]), tokenize)
+    own = config.text and not embed.is_frozen(config.text)
+    tokenize = CaptionTokenizer.from_json((workdir / TOKENIZER).read_text()) if own else table
+    seen = None
+    if config.get("low_res"):
+        with np.load(workdir / SEEN) as file:
+            seen = Seen(file["image"], file["caption"].tolist())
+    return planned(config, tuple(told["shape"]), tuple(told["classes"]), tokenize, seen)
 
 
-def planned(config: ConfigDict, shape: tuple[int, int, int], classes: tuple[str, ...], tokenize: Any) -> Plan:
-    """The plan of a config for data of that shape and those classes; `tokenize.size` is the vocabulary's."""
-    text = build.text(config.text, tokenize.size) if config.text else None
-    widths = {"context_width": text.width, "pooled_width": text.width} if text else {}
+def planned(
+    config: ConfigDict, shape: tuple[int, int, int], classes: tuple[str, ...], tokenize: Any, seen: Seen | None = None
+) -> Plan:
+    """The plan of a config for data of that shape and those classes; `tokenize.size` is the vocabulary's.
+
+    Raises `UserError` for a low-res size that does not divide the pictures'.
+    """
+    frozen = embed.is_frozen(config.text)
+    text = build.text(config.text, tokenize.size) if config.text and not frozen else None
+    width = text.width if text else embed.width(config.text) if frozen else 0
+    low_res = LowRes(**config.low_res) if config.get("low_res") else None
+    if low_res and shape[0] % low_res.size:
+        raise UserError(f"low_res.size={low_res.size} does not divide data.size={shape[0]}: choose one that does")
+    widths = {"context_width": width, "pooled_width": width} if width else {}
     return Plan(
         config,
         build.process(config.process),
         build.prediction(config.prediction),
-        build.network(config, **widths),
+        build.network(config, **widths, **({"low_res": True} if low_res else {})),
         text,
         tokenize,
         shape,
         classes,
+        low_res,
+        seen,
     )
