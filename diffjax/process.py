@@ -24,6 +24,11 @@ def expand(v: Float[Array, "*b"], x: Float[Array, "b ..."]) -> Float[Array, "...
     return v.reshape(v.shape + (1,) * (x.ndim - v.ndim)) if v.ndim else v
 
 
+def root(value: Array) -> Array:
+    """Square root with derivative 0, not infinite, at 0."""
+    return jnp.sqrt(jnp.where(value > 0, value, 1)) * (value > 0)
+
+
 def perturb(process: "Process", x0: Float[Array, "b ..."], eps: Float[Array, "b ..."], t: Time) -> Float[Array, "b ..."]:
     """x_t = alpha(t) x0 + sigma(t) eps, with t a scalar or one time per image."""
     return expand(process.alpha(t), x0) * x0 + expand(process.sigma(t), x0) * eps
@@ -160,11 +165,11 @@ class Discrete(Process):
         a, b = table[low], table[low + 1]
         inner = (a < 1) & (b > 0)
         logsnr = (1 - weight) * _logit(a, inner) + weight * _logit(b, inner)
-        to_zero = (1 - weight) * jnp.sqrt(a)
-        alpha = jnp.where(b > 0, jnp.sqrt((1 - weight) * a + weight * b), to_zero)
-        sigma = jnp.where(b > 0, _sqrt((1 - weight) * (1 - a) + weight * (1 - b)), jnp.sqrt(1 - to_zero**2))
+        to_zero = (1 - weight) * root(a)
+        alpha = jnp.where(b > 0, root((1 - weight) * a + weight * b), to_zero)
+        sigma = jnp.where(b > 0, root((1 - weight) * (1 - a) + weight * (1 - b)), root(1 - to_zero**2))
         exact, on_entry = jnp.where(weight == 1, b, a), (weight == 0) | (weight == 1)
-        pick = lambda smooth, power: jnp.where(on_entry, _value_and_slope(_sqrt(power), smooth), smooth)
+        pick = lambda smooth, power: jnp.where(on_entry, _value_and_slope(root(power), smooth), smooth)
         return (
             pick(jnp.where(inner, jnp.sqrt(jax.nn.sigmoid(logsnr)), alpha), exact),
             pick(jnp.where(inner, jnp.sqrt(jax.nn.sigmoid(-logsnr)), sigma), 1 - exact),
@@ -191,11 +196,6 @@ class Discrete(Process):
 def _logit(p: Array, where: Array) -> Array:
     p = jnp.where(where, p, 0.5)
     return jnp.log(p) - jnp.log1p(-p)
-
-
-def _sqrt(value: Array) -> Array:
-    """Square root with derivative 0, not infinite, at 0."""
-    return jnp.sqrt(jnp.where(value > 0, value, 1)) * (value > 0)
 
 
 def discrete(betas: Float[np.ndarray, "steps"]) -> Discrete:

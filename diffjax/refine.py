@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Key
 from diffjax import struct
 from diffjax.guide import Denoise, Scale, project
 from diffjax.predict import Estimate, Velocity, target, with_x0
-from diffjax.process import Process, Time, expand
+from diffjax.process import Process, Time, expand, root
 
 Clock = Callable[[Process, Time], Time]
 
@@ -138,14 +138,15 @@ class Churn(Refine):
     high: Scale = jnp.inf
 
     def before(self, x: Array, t: Time, process: Process, key: Array) -> tuple[Array, Time]:
-        ratio = process.sigma(t) / process.alpha(t)
-        active = (ratio >= self.low) & (ratio <= self.high)
-        grown = ratio * (1 + jnp.where(active, self.gamma, 0.0))
-        later = jnp.where(active, process.inverse(-2 * jnp.log(grown)), t)
-        added = self.noise * jnp.sqrt(jnp.maximum(grown**2 - ratio**2, 0.0))
+        finite = process.alpha(t) > 0
+        alpha = jnp.where(finite, process.alpha(t), 1.0)
+        ratio = process.sigma(t) / alpha
+        active = finite & (self.gamma > 0) & (ratio >= self.low) & (ratio <= self.high)
+        later = jnp.where(active, process.inverse(-2 * jnp.log(ratio * (1 + self.gamma))), t)
+        grown = process.sigma(later) / jnp.where(active, process.alpha(later), 1.0)
+        added = self.noise * root(grown**2 - ratio**2)
         z = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 1), x.shape[1:], x.dtype))(key)
-        alpha = process.alpha(later)
-        return jnp.where(active, alpha * (x / process.alpha(t) + added * z), x), later
+        return jnp.where(active, process.alpha(later) * (x / alpha + added * z), x), later
 
 
 @struct.dataclass
@@ -248,12 +249,24 @@ class History:
         times = jnp.concatenate([jnp.asarray(t, self.times.dtype)[None], self.times])
         return History(jnp.concatenate([value[None], self.values])[: len(self.values)], times[: len(self.times)])
 
-    def nodes(self, clock: Callable[[Time], Time], t: Time, s: Time) -> tuple[list[Array], Array]:
-        """u_i = (clock_i - clock_t) / (clock_s - clock_t), made safe, and how many of them can be used."""
-        h, there = clock(s) - clock(t), self.times >= 0
-        raw = [(clock(past) - clock(t)) / h for past in jnp.where(there, self.times, t)]
-        usable = jnp.cumprod(jnp.stack([jnp.isfinite(u) & jnp.isfinite(h) for u in raw] or [jnp.array(False)]) & there)
-        return [jnp.where(ok, u, -1.0 - i) for i, (u, ok) in enumerate(zip(raw, usable))], jnp.sum(usable, dtype=jnp.int32)
+    def nodes(self, clock: Callable[[Time], Time], t: Time, s: Time) -> tuple[list[Array], Array, Array]:
+        """u_i = (clock_i - clock_t) / h, made safe, how many of them can be used, and h = clock_s - clock_t.
+
+        h is 0 where the clock is infinite at t or s.
+        """
+        (now, at_t), (end, at_s), there = _finite(clock, t), _finite(clock, s), self.times >= 0
+        h = jnp.where(at_t & at_s, end - now, 0.0)
+        step = jnp.where(h == 0, 1.0, h)
+        past = [_finite(clock, time) for time in jnp.where(there, self.times, t)]
+        usable = jnp.cumprod(jnp.stack([ok & (h != 0) for _, ok in past] or [jnp.array(False)]) & there)
+        u = [jnp.where(ok, (value - now) / step, -1.0 - i) for i, ((value, _), ok) in enumerate(zip(past, usable))]
+        return u, jnp.sum(usable, dtype=jnp.int32), h
+
+
+def _finite(clock: Callable[[Time], Time], time: Time) -> tuple[Array, Array]:
+    """The clock at a time, and whether it is finite there; where not, a number, so that no derivative is infinite."""
+    ok = jnp.isfinite(clock(time))
+    return clock(jnp.where(ok, time, 0.5)), ok
 
 
 def extrapolated(now: Array, history: History, nodes: list[Array], usable: Array, m: list[Array], two: Array | None = None) -> Array:
@@ -286,10 +299,8 @@ class Extrapolate(Refine):
     def update(
         self, state: History, est: Estimate, x: Array, t: Time, s: Time, *, process: Process, denoise: Denoise, key: Array, eta: Scale
     ) -> tuple[History, Estimate, Array]:
-        clock = lambda time: self.clock(process, time)
-        nodes, usable = state.nodes(clock, t, s)
-        h = jnp.where(usable > 0, (1 + eta) * (clock(s) - clock(t)), 1.0)
-        x0 = extrapolated(est.x0, state, nodes, usable, moments(h, self.order), two=0.5)
+        nodes, usable, h = state.nodes(lambda time: self.clock(process, time), t, s)
+        x0 = extrapolated(est.x0, state, nodes, usable, moments((1 + eta) * h, self.order), two=0.5)
         return state.push(est.x0, t), with_x0(est, x0, process, t), x
 
 
@@ -324,30 +335,25 @@ class UniPC(Refine):
     def update(
         self, state: Trail, est: Estimate, x: Array, t: Time, s: Time, *, process: Process, denoise: Denoise, key: Array, eta: Scale
     ) -> tuple[Trail, Estimate, Array]:
-        clock = lambda time: self.clock(process, time)
         corrected = self._correct(state, est, x, t, process)
         est = est._replace(eps=est.eps + (corrected - x) / process.sigma(t))
         history = History(state.history.values[: self.order - 1], state.history.times[: self.order - 1])
-        nodes, usable = history.nodes(clock, t, s)
-        h = jnp.where(usable > 0, clock(s) - clock(t), 1.0)
+        nodes, usable, h = history.nodes(lambda time: self.clock(process, time), t, s)
         x0 = extrapolated(est.x0, history, nodes, usable, moments(h, self.order), two=0.5)
         return Trail(state.history.push(est.x0, t), corrected, usable), with_x0(est, x0, process, t), corrected
 
     def _correct(self, state: Trail, est: Estimate, x: Array, t: Time, process: Process) -> Array:
         """x_t again, from the last step's start, with the estimate made at x_t as one more node."""
-        clock = lambda time: self.clock(process, time)
         there = state.history.times[0] >= 0
         last = jnp.where(there, state.history.times[0], 1.0)
         now, older = state.history.values[0], History(state.history.values[1:], state.history.times[1:])
-        nodes, _ = older.nodes(clock, last, t)
-        h = clock(t) - clock(last)
-        known = there & jnp.isfinite(h)
+        nodes, _, h = older.nodes(lambda time: self.clock(process, time), last, t)
         ahead = History(jnp.concatenate([est.x0[None], older.values]), jnp.zeros(self.order))
-        m = moments(jnp.where(known, h, 1.0), self.order + 1)
+        m = moments(h, self.order + 1)
         x0 = extrapolated(now, ahead, [jnp.ones_like(h), *nodes], 1 + state.older, m, two=0.5)
         ratio = process.sigma(t) / process.sigma(last)
         moved = ratio * state.x + (process.alpha(t) - ratio * process.alpha(last)) * x0
-        return jnp.where(known, moved, x)
+        return jnp.where(there & (h != 0), moved, x)
 
 
 def unipc(order: int = 2) -> UniPC:
@@ -373,7 +379,7 @@ class Adams(Refine):
     def update(
         self, state: History, est: Estimate, x: Array, t: Time, s: Time, *, process: Process, denoise: Denoise, key: Array, eta: Scale
     ) -> tuple[History, Estimate, Array]:
-        nodes, usable = state.nodes(lambda time: self.line.clock(process, time), t, s)
+        nodes, usable, _ = state.nodes(lambda time: self.line.clock(process, time), t, s)
         if self.even:
             nodes = [jnp.full_like(u, -1.0 - i) for i, u in enumerate(nodes)]
         m = [jnp.asarray(1 / (k + 1), x.dtype) for k in range(self.order)]

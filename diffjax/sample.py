@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, Key
 from diffjax import struct
 from diffjax.guide import Denoise, Scale
 from diffjax.predict import Estimate
-from diffjax.process import Process, Time
+from diffjax.process import Process, Time, root
 from diffjax.refine import Chain, Refine
 
 Law = Callable[[Array, Scale], Array]
@@ -34,12 +34,12 @@ def ddim_law(r: Float[Array, ""], eta: Scale) -> Float[Array, ""]:
 
 def small(process: Process, est: Estimate, t: Time, s: Time, tau: Array) -> Array:
     """The move's own deviation, sigma_s sqrt(tau): the posterior's (`fixed_small`) at eta = 1."""
-    return process.sigma(s) * _root(tau)
+    return process.sigma(s) * root(tau)
 
 
 def large(process: Process, est: Estimate, t: Time, s: Time, tau: Array) -> Array:
     """sqrt(1 - (alpha_t / alpha_s)^2), and 0 at sigma_s = 0: `fixed_large` (Ho et al. 2020, section 3.2)."""
-    return _root(1 - (process.alpha(t) / process.alpha(s)) ** 2) * (process.sigma(s) > 0)
+    return root(1 - (process.alpha(t) / process.alpha(s)) ** 2) * (process.sigma(s) > 0)
 
 
 def learned(process: Process, est: Estimate, t: Time, s: Time, tau: Array) -> Array:
@@ -52,11 +52,6 @@ def learned_range(process: Process, est: Estimate, t: Time, s: Time, tau: Array)
     share = (est.logvar + 1) / 2
     low, high = (jnp.log(jnp.maximum(f(process, est, t, s, tau), 1e-10)) for f in (small, large))
     return jnp.exp(share * high + (1 - share) * low) * (process.sigma(s) > 0)
-
-
-def _root(value: Array) -> Array:
-    """Square root whose derivative at 0 is 0."""
-    return jnp.sqrt(jnp.where(value > 0, value, 1.0)) * (value > 0)
 
 
 @struct.dataclass
@@ -92,7 +87,7 @@ def move(
     r = process.alpha(t) * sigma_s / (alpha_s * process.sigma(t))
     tau = sampler.law(r, sampler.eta)
     noise = sampler.deviation(process, est, t, s, tau)
-    return alpha_s * est.x0 + sigma_s * _root(1 - tau) * est.eps + noise * z
+    return alpha_s * est.x0 + sigma_s * root(1 - tau) * est.eps + noise * z
 
 
 def normal(keys: Key[Array, "b"], index: Int[Array, ""], shape: tuple[int, ...], dtype: Any) -> Float[Array, "b ..."]:
