@@ -74,7 +74,7 @@ SAMPLERS = {
 DETERMINISTIC = ("heun", "unipc", "ipndm")
 GRIDS = {
     "uniform": lambda process, steps: grids.uniform(steps),
-    "logsnr": lambda process, steps: _from_noise(grids.logsnr(process, steps, *_ends(process))),
+    "logsnr": lambda process, steps: _from_noise(grids.logsnr(process, steps, *ends(process))),
     "karras": lambda process, steps: _from_noise(grids.karras(process, steps, *_sigmas(process))),
     "leading": lambda process, steps: grids.leading(steps, _table(process)),
     "linspace": lambda process, steps: grids.linspace(steps, _table(process)),
@@ -263,7 +263,7 @@ def _from_noise(times: grids.Grid) -> grids.Grid:
     return times
 
 
-def _ends(of: processes.Process) -> tuple[float, float]:
+def ends(of: processes.Process) -> tuple[float, float]:
     """The times between which `logsnr` and `karras` run: EDM's sigma / alpha, 80 to 0.002, as far as the process reaches."""
     first = 1 / of.steps if isinstance(of, processes.Discrete) else 0.0
     start, stop = np.clip(of.inverse(-2 * jnp.log(jnp.asarray([80.0, 0.002]))), first, 1.0)
@@ -271,7 +271,7 @@ def _ends(of: processes.Process) -> tuple[float, float]:
 
 
 def _sigmas(of: processes.Process) -> tuple[float, float]:
-    start, stop = np.exp(-np.asarray(of.logsnr(jnp.asarray(_ends(of)))) / 2)
+    start, stop = np.exp(-np.asarray(of.logsnr(jnp.asarray(ends(of)))) / 2)
     return float(stop), float(start)
 
 

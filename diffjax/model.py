@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from diffjax import build, cascade, guide, sample, struct
+from diffjax import build, cascade, fit, guide, sample, struct
 from diffjax import grid as grids
 from diffjax.denoise import Apply, Denoiser
 from diffjax.errors import UserError
@@ -130,6 +130,8 @@ class Model:
                 bound = bound.replace(keep_eps=True)
             chosen = chosen.replace(refine=Chain((bound, chosen.refine)))
         grid = self.defaults.grid if grid is None else grid
+        if isinstance(grid, str) and grid == fit.FITTED:
+            grid = fit.stored(self.name, str(sampler), steps)
         times = grid(steps) if callable(grid) else build.grid(grid, process, steps)
         times = grids.after(times, strength) if strength < 1 else times
         shape = self.shape if size is None else self.state_shape(size)

@@ -23,7 +23,7 @@ SHARE = 0.5
 
 ROUNDS = 15
 SIDE = 768
-LINKS = 64
+LINKS = 16
 CONVOLUTIONS = ((128, 128), (64, 256), (32, 256), (16, 512))
 """Sizes to measure at: products of SIDE x SIDE, LINKS small products, 3 x 3 convolutions of (pixels a side, channels)."""
 

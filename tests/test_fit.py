@@ -71,7 +71,7 @@ def test_a_model_samples_on_its_fitted_grid(found, tmp_path):
     key = jax.random.key(1)
     named = model.sample(key, num=1, steps=STEPS, sampler="dpmpp_2m", grid="fitted")
     assert np.array_equal(named, model.sample(key, num=1, steps=STEPS, sampler="dpmpp_2m", grid=found.grid))
-    with pytest.raises(UserError, match="diffjax fit-grid --steps 7 --sampler unipc"):
+    with pytest.raises(UserError, match="diffjax fit-grid --steps 7 --sampler dpmpp_2m"):
         model.sample(key, steps=7, sampler="dpmpp_2m", grid="fitted")
 
 
