@@ -1,1 +1,14 @@
 """diffjax: diffusion models in pure JAX."""
+
+from typing import Any
+
+
+def __getattr__(name: str) -> Any:
+    """`diffjax.load` and `diffjax.weights`, imported when they are first asked for."""
+    import importlib
+
+    if name == "load":
+        return importlib.import_module("diffjax.model").load
+    if name == "weights":
+        return importlib.import_module("diffjax.weights")
+    raise AttributeError(f"module 'diffjax' has no attribute {name!r}")

@@ -65,7 +65,7 @@ class _Parser(argparse.ArgumentParser):
 def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     parser = _Parser(prog="diffjax", description="Diffusion models in JAX.", epilog=_EXAMPLES)
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for add in (_doctor, _train):
+    for add in (_doctor, _train, _sample, _evaluate, _plan, _fit_grid):
         add(subparsers)
     for command in (parser, *subparsers.choices.values()):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -75,6 +75,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
 _EXAMPLES = """examples:
   diffjax doctor                                   what jax finds on this machine, and what is wrong with it
   diffjax train --config experiments/emoji.py --workdir runs/emoji
+  diffjax sample --run runs/emoji --prompt "a red heart" --out pictures
   diffjax COMMAND --help                           what a command takes, with examples
 """
 
@@ -131,6 +132,173 @@ def _train(subparsers) -> None:
         from diffjax.train.loop import train
 
         train(args.config, args.workdir)
+
+    parser.set_defaults(run=run)
+
+
+def _sample(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "sample",
+        help="draw pictures with a trained or a published model",
+        description="Draw pictures into a folder: each as soon as it is done, then a sheet of all and a manifest.\n"
+        "The same command goes on where it was stopped, and draws no picture twice.",
+        epilog="examples:\n"
+        '  diffjax sample --run runs/emoji --prompt "red heart" --prompt pizza --num 8 --out pictures\n'
+        "  diffjax sample --model google/ddpm-cat-256 --steps 20 --sampler unipc --num 4 --out cats\n"
+        "  diffjax sample --replay pictures/manifest.json --out again\n",
+    )
+    _add_subject(parser)
+    _add_method(parser)
+    parser.add_argument("--out", required=True, metavar="DIR", help="where the pictures go")
+    parser.add_argument("--overwrite", action="store_true", help="draw anew what is in DIR")
+    parser.add_argument(
+        "--preview", type=int, metavar="N", help="show pictures under way every N steps; 0 never (default: every 3 s)"
+    )
+
+    def run(args) -> int | None:
+        from diffjax import generate, mesh
+
+        if args.replay:
+            _refuse_beside_replay(args, parser)
+            mesh.start()
+            return not generate.replay(args.replay, args.out, preview=args.preview, overwrite=args.overwrite)
+        request = generate.requested(args)
+        mesh.start()
+        generate.generate(generate.preset(request), args.out, preview=args.preview, overwrite=args.overwrite)
+
+    parser.set_defaults(run=run)
+
+
+def _refuse_beside_replay(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+    if given := given - {"command", "debug", "replay", "out", "preview", "overwrite"}:
+        raise UserError(f"--replay takes {', '.join(sorted(given))} from the manifest: leave them out")
+
+
+def _add_subject(parser: argparse.ArgumentParser) -> None:
+    """Which model, and what it is told."""
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--run", dest="workdir", metavar="DIR", help="the --workdir of a training")
+    model.add_argument("--model", metavar="ID", help="a hub id, or a folder in the layout of diffusers")
+    model.add_argument("--replay", metavar="FILE", help="the manifest.json of an earlier job: the same again")
+    parser.add_argument("--revision", default="", help="the step of a run's checkpoint, or a commit of the hub")
+    parser.add_argument("--dtype", type=one_of("dtype", "float32", "bfloat16"), help="what to compute in")
+    parser.add_argument("--prompt", action="append", dest="prompts", default=[], metavar="TEXT", help="can be repeated")
+    parser.add_argument("--prompt-file", metavar="FILE", help="more prompts, one on a line")
+    parser.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from")
+    parser.add_argument("--label", action="append", dest="labels", default=[], help="a class by name or number")
+    parser.add_argument("--image", metavar="FILE", help="start from this picture")
+    parser.add_argument("--strength", type=float, help="how much of --image may change, 0 to 1 (default 0.6)")
+    parser.add_argument("--mask", metavar="FILE", help="change --image only where this picture is white")
+
+
+def _add_method(parser: argparse.ArgumentParser) -> None:
+    """How to draw; what is left out is the model's own choice."""
+    parser.add_argument("--num", type=int, default=4, help="pictures of each prompt or label (default 4)")
+    parser.add_argument("--seed", type=int, default=0, help="picture i of a seed is always the same (default 0)")
+    parser.add_argument("--steps", type=int, help="steps of the sampler")
+    parser.add_argument("--sampler", help="ddpm, ddim, euler, heun, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, unipc or ipndm")
+    parser.add_argument("--grid", help="the times: uniform, logsnr, karras, leading, linspace or trailing")
+    parser.add_argument("--guidance", type=float, help="scale of classifier-free guidance; 1 is none")
+    parser.add_argument("--eta", type=float, help="fresh noise in each step, from 0 to 1")
+    parser.add_argument("--batch", type=int, help="pictures at once on each device; another number rounds otherwise")
+
+
+def _evaluate(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "evaluate",
+        help="measure how well a text-to-image run draws its training prompts",
+        description="Draw training prompts and compare with the training pictures: retrieval top-1 and PSNR.\n"
+        "The result goes to evaluation.json and evaluation.png in the run's folder.",
+        epilog="examples:\n"
+        "  diffjax evaluate --run runs/emoji\n"
+        "  diffjax evaluate --run runs/emoji --num 16 --guidance 3\n",
+    )
+    parser.add_argument("--run", dest="workdir", required=True, metavar="DIR", help="the --workdir of a training")
+    parser.add_argument("--num", type=int, default=64, help="prompts (default 64)")
+    parser.add_argument("--steps", type=int, default=25, help="steps of the sampler (default 25)")
+    parser.add_argument("--guidance", type=float, default=2.0, help="scale of classifier-free guidance (default 2)")
+    parser.add_argument("--sampler", help="the sampler (default: the run's own)")
+    parser.add_argument("--seed", type=int, default=0, help="which prompts, and the noise (default 0)")
+    parser.add_argument("--step", type=int, help="the checkpoint of this step (default: the newest)")
+
+    def run(args) -> None:
+        from diffjax import mesh
+        from diffjax.evaluate import evaluate
+
+        mesh.start()
+        evaluate(args.workdir, args.num, args.steps, args.guidance, args.sampler, args.seed, args.step)
+
+    parser.set_defaults(run=run)
+
+
+def _plan(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "plan",
+        help="say what a job will cost before it runs: memory, operations, time",
+        description="Print parameters, bytes, peak memory, floating-point operations and the predicted time of drawing\n"
+        "with a model, or of training an experiment and drawing with it. Nothing is computed and no weights are read;\n"
+        "the first call measures this machine's speed for a few seconds.",
+        epilog="examples:\n"
+        "  diffjax plan --model google/ddpm-cat-256 --steps 25 --num 4\n"
+        "  diffjax plan --run runs/emoji --sampler heun\n"
+        "  diffjax plan --config experiments/emoji64.py --device h100 --config.train.batch=512\n",
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--run", dest="workdir", metavar="DIR", help="the --workdir of a training")
+    what.add_argument("--model", metavar="ID", help="a hub id, or a folder in the layout of diffusers")
+    what.add_argument("--config", metavar="FILE", help="an experiment; any field can be overridden: --config.a.b=value")
+    for name, meaning in (("steps", "of sampling"), ("num", "pictures in all"), ("batch", "pictures at once"), ("size", "pixels")):
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=meaning, default=1 if name == "num" else None)
+    parser.add_argument("--sampler", metavar="NAME", help="the solver (heun calls the network twice a step)")
+    parser.add_argument("--guidance", type=float, metavar="W", help="guidance scale: twice the rows")
+    parser.add_argument("--dtype", default="float32", metavar="TYPE", help="of a published model: float32 or bfloat16")
+    parser.add_argument("--device", metavar="NAME", help="h100, h200, a100, t4, v5e or cpu; default: the one found here")
+    parser.add_argument("--compile", action="store_true", help="compile, for the exact peak memory")
+
+    def run(args) -> None:
+        from diffjax import plan
+
+        names = ("steps", "num", "batch", "size", "guidance", "sampler", "dtype")
+        asked = plan.Asked(**{name: getattr(args, name) for name in names})
+        kind, subject = (plan.run, args.workdir) if args.workdir else (plan.model, args.model)
+        jobs = plan.experiment(args.config, asked) if args.config else kind(subject, asked)
+        print("\n\n".join(plan.report(job, args.device, args.compile) for job in jobs))
+
+    parser.set_defaults(run=run)
+
+
+def _fit_grid(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "fit-grid",
+        help="fit the times of a few-step solver to a model",
+        description="Search the time grid with which a solver of few steps ends nearest to its own fine solution, by gradient\n"
+        "descent through the sampler; print its error on other seeds beside that of the named grids, and keep it with the\n"
+        "model, where `--grid fitted` finds it. Each iteration costs about four drawings of all seeds.",
+        epilog="examples:\n"
+        "  diffjax fit-grid --model google/ddpm-cifar10-32 --steps 10\n"
+        "  diffjax fit-grid --run runs/emoji --steps 8 --sampler dpmpp_2m --prompt pizza --prompt rocket\n",
+    )
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--run", dest="name", metavar="DIR", help="the --workdir of a training")
+    model.add_argument("--model", dest="name", metavar="ID", help="a hub id, or a folder in the layout of diffusers")
+    parser.add_argument("--steps", type=int, required=True, metavar="N", help="steps of the grid")
+    parser.add_argument("--sampler", default="unipc", metavar="NAME", help="a sampler without noise (default unipc)")
+    parser.add_argument("--guidance", type=float, metavar="W", help="guidance scale (default: the model's own)")
+    parser.add_argument("--prompt", action="append", metavar="TEXT", help="can be repeated: the images take turns")
+    parser.add_argument("--seeds", type=int, default=8, metavar="N", help="images to fit to (default 8)")
+    parser.add_argument("--iterations", type=int, default=60, metavar="N", help="of the descent (default 60)")
+
+    def run(args) -> None:
+        from diffjax import fit, mesh, model
+
+        mesh.start()
+        told = {name: getattr(args, name) for name in ("guidance", "prompt", "seeds", "iterations")}
+        loaded = model.load(args.name)
+        found = fit.fit(loaded, args.steps, args.sampler, shown=fit.progress, **told)
+        print(fit.report(found))
+        print(f"kept in {fit.keep(loaded.name, args.sampler, found)}: sample with")
+        print(f"  --steps {args.steps} --sampler {args.sampler} --grid fitted")
 
     parser.set_defaults(run=run)
 

@@ -5,6 +5,8 @@ import dataclasses
 import itertools
 import json
 import time
+import warnings
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ from diffjax.gallery import Background, Gallery, read_manifest, sha256
 from diffjax.interrupt import stop_on_signal
 from diffjax.model import Model, load
 from diffjax.train.record import differences
+from diffjax.trained import Prompts
 
 SAVE_SECONDS = 10.0
 PREVIEW_SECONDS = 3.0
@@ -67,6 +70,43 @@ class Request:
         """Every prompt with every label."""
         prompts, labels = dict.fromkeys(self.prompts or [None]), dict.fromkeys(self.labels or [None])
         return list(itertools.product(prompts, labels))
+
+
+def requested(args: Namespace) -> Request:
+    """The request of the command line's arguments, files named by their whole path.
+
+    Raises `UserError` for numbers that cannot be, a run or a prompt file that is not there, and a file without prompts.
+    """
+    if args.workdir and not Path(args.workdir).is_dir():
+        raise UserError(f"there is no run {args.workdir}: train one with `diffjax train --workdir {args.workdir}`")
+    if args.preview is not None and args.preview < 0:
+        raise UserError(f"--preview is {args.preview}: give a number of steps, or 0 for none")
+    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Request)}
+    given["model"] = str(Path(args.workdir).resolve()) if args.workdir else args.model
+    given |= {name: str(Path(given[name]).resolve()) for name in ("image", "mask") if given[name]}
+    read = read_prompts(args.prompt_file) if args.prompt_file else []
+    return Request(**given | {"prompts": (*args.prompts, *read), "labels": tuple(args.labels)})
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The lines of a file, but for empty ones. Raises `UserError` when there are none."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; give a text file with one prompt on a line") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no text in UTF-8: save it as such, one prompt on a line") from error
+    if prompts := [line.strip() for line in lines if line.strip()]:
+        return prompts
+    raise UserError(f"{path} is empty: write one prompt on a line")
+
+
+def preset(request: Request) -> Request:
+    """The request with the command line's choice of dtype: bfloat16 for published models on accelerators."""
+    is_run = (Path(request.model) / "run.json").exists()
+    if request.dtype or is_run or jax.default_backend() == "cpu":
+        return request
+    return dataclasses.replace(request, dtype="bfloat16")
 
 
 def generate(
@@ -146,11 +186,22 @@ def prepared(request: Request, model: Model) -> Drawing:
     """How to draw a completed request, prompts encoded. Raises `UserError` for what the model cannot be told."""
     how = ("steps", "sampler", "grid", "guidance", "eta", "strength")
     recipe = model.recipe(**{name: getattr(request, name) for name in how})
-    model = model.with_encoded([*request.prompts, *filter(None, [request.negative_prompt])])
+    model = encoded(model, [*request.prompts, *filter(None, [request.negative_prompt])])
     drawing = Drawing(model, recipe, jax.random.key(request.seed), request.batch, conditions(request, model))
     for subject in request.subjects:
         drawing.inputs(Part((Picture(0, *subject),)))
     return drawing
+
+
+def encoded(model: Model, prompts: Sequence[str]) -> Model:
+    """The model with the prompts encoded. Raises `UserError` for one that is longer than the encoder of a run reads."""
+    with warnings.catch_warnings():
+        if isinstance(model.text, Prompts):
+            warnings.simplefilter("error", UserWarning)
+        try:
+            return model.with_encoded(prompts)
+        except UserWarning as cut:
+            raise UserError(f"{cut}: say it in fewer words") from cut
 
 
 def conditions(request: Request, model: Model) -> dict[str, Any]:

@@ -1,0 +1,161 @@
+"""What a text-to-image run has learned: whether its pictures of training prompts are those of the training set.
+
+Retrieval top-1 is the share of prompts whose picture is nearer, pixel by pixel, to the prompt's own training picture
+than to any other; PSNR compares with the same picture. Two floors say what no learning would reach: the mean picture,
+and the nearest picture of another prompt.
+"""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float, UInt8
+from ml_collections import ConfigDict
+
+import diffjax.data
+from diffjax import files, image
+from diffjax.draw import Drawing, Picture, shown
+from diffjax.errors import UserError
+from diffjax.model import load
+
+Pictures = UInt8[np.ndarray, "n h w c"]
+
+AT_ONCE = 256
+COLUMNS = 8
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """Squared distances of pictures to their own one in a training set, and to the nearest that differs from that."""
+
+    own: Float[np.ndarray, "n"]
+    other: Float[np.ndarray, "n"]
+
+
+def evaluate(
+    run: str | Path,
+    num: int = 64,
+    steps: int = 25,
+    guidance: float = 2.0,
+    sampler: str | None = None,
+    seed: int = 0,
+    step: int | None = None,
+) -> dict[str, Any]:
+    """Draw `num` training prompts, measure, print a table; `evaluation.json` and `.png` in the run's folder keep it.
+
+    Raises `UserError` for a run without text, and for what `load` cannot read.
+    """
+    if num < 1:
+        raise UserError(f"--num is {num}: it must be at least 1")
+    run = Path(run)
+    model = load(run.absolute(), revision=None if step is None else str(step))
+    if model.text is None:
+        raise UserError(f"{run} was trained without text: only pictures of prompts can be measured")
+    data = diffjax.data.load(ConfigDict(json.loads((run / "config.json").read_text())["data"]))
+    chosen, prompts = training_prompts(data, num, seed)
+    recipe = model.recipe(steps=steps, guidance=guidance, sampler=sampler)
+    drawing = Drawing(model.with_encoded(prompts), recipe, jax.random.key(seed), model.defaults.batch, {})
+    drawn, seconds = draw(drawing, prompts)
+    truth = data.examples(chosen)["image"]
+    result = {
+        "run": str(run.resolve()),
+        "step": int(model.revision),
+        **measures(drawn, truth, data),
+        "seconds_per_image": seconds,
+        "sampling": {"steps": steps, "guidance": guidance, "sampler": sampler or model.defaults.sampler, "seed": seed},
+    }
+    each = zip(prompts, image.psnr(drawn, truth).tolist(), strict=True)
+    result["prompts"] = [{"prompt": prompt, "psnr": psnr} for prompt, psnr in each]
+    files.write_json(run / "evaluation.json", result)
+    pairs = np.concatenate([drawn, np.full_like(drawn[:, :1], 255), truth], axis=1)
+    image.write_png(run / "evaluation.png", image.sheet(pairs, COLUMNS, prompts))
+    report(result, run)
+    return result
+
+
+def training_prompts(data: diffjax.data.Dataset, num: int, seed: int) -> tuple[list[int], list[str]]:
+    """Records that are the only one of their main caption, at most `num` drawn by the seed, and their prompts."""
+    captions = [captions[0] if captions else "" for captions in data.captions()]
+    counts = Counter(captions)
+    unique = [i for i, caption in enumerate(captions) if caption and counts[caption] == 1]
+    if not unique:
+        raise UserError(f"{data.name} has no caption that belongs to one picture only: nothing can be compared")
+    chosen = sorted(np.random.default_rng(seed).permutation(unique)[:num].tolist())
+    return chosen, [data.config.templates[0].format(captions[i]) for i in chosen]
+
+
+def draw(drawing: Drawing, prompts: Sequence[str]) -> tuple[Pictures, float | None]:
+    """One picture of each prompt, number i of prompt i; seconds an image once compiled, None where one batch is all."""
+    groups = drawing.groups(drawing.parts([Picture(i, prompt) for i, prompt in enumerate(prompts)]))
+    found, times = [], []
+    for stage in shown(drawing.stages(groups), groups, drawing.steps, f"{len(prompts)} prompts"):
+        if stage.finished:
+            found.append(drawing.images(stage, stage.state.x))
+            times.append(time.perf_counter())
+    later = sum(map(len, found[1:]))
+    return np.concatenate(found), (times[-1] - times[0]) / later if later else None
+
+
+def measures(drawn: Pictures, truth: Pictures, data: diffjax.data.Dataset) -> dict[str, Any]:
+    """Retrieval and PSNR of pictures of prompts whose training pictures are `truth`, and the floors."""
+    found, floor, mean = compare(drawn, truth, data)
+    pixels = truth[0].size
+    return {
+        "num": len(drawn),
+        "training_pictures": len(data),
+        "top1": float(np.mean(found.own <= found.other)),
+        "psnr": float(np.mean(image.psnr(drawn, truth))),
+        "floors": {
+            "mean_picture_psnr": float(np.mean(image.psnr(truth, mean))),
+            "nearest_other_psnr": float(np.median(10 * np.log10(255**2 * pixels / floor.other))),
+        },
+    }
+
+
+def compare(
+    drawn: Pictures, truth: Pictures, data: diffjax.data.Dataset
+) -> tuple[Nearest, Nearest, Float[np.ndarray, "h w c"]]:
+    """How near `drawn` and `truth` itself are to the whole training set, and the mean of that set."""
+    rows = _rows(np.concatenate([drawn, truth]))
+    own, others, total = np.tile(_rows(truth), (2, 1)), [], 0.0
+    for first in range(0, len(data), AT_ONCE):
+        block = data.examples(range(first, min(first + AT_ONCE, len(data))))["image"]
+        total = total + block.sum(axis=0, dtype=np.float64)
+        apart = squared_distances(own, _rows(block)) > 0
+        others.append(np.where(apart, squared_distances(rows, _rows(block)), np.inf).min(axis=1))
+    other = np.min(others, axis=0)
+    distance = np.sum((rows - own) ** 2, axis=1)
+    n = len(drawn)
+    return Nearest(distance[:n], other[:n]), Nearest(distance[n:], other[n:]), total / len(data)
+
+
+def squared_distances(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]) -> Float[np.ndarray, "n m"]:
+    """|a_i - b_j|^2, exact for pixel values."""
+    return (a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1) - 2 * a @ b.T
+
+
+def report(result: dict[str, Any], run: Path) -> None:
+    """Print the measures as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    floors, among = result["floors"], result["training_pictures"]
+    title = f"{run}, step {result['step']}, {result['num']} training prompts"
+    table = Table("measure", "value", "without learning", title=title)
+    table.add_row(f"retrieval top-1 among {among}", f"{result['top1']:.1%}", f"{1 / among:.1%} (chance)")
+    table.add_row("PSNR", f"{result['psnr']:.1f} dB", f"{floors['mean_picture_psnr']:.1f} dB (the mean picture)")
+    table.add_row("", "", f"{floors['nearest_other_psnr']:.1f} dB (the nearest other picture)")
+    if result["seconds_per_image"] is not None:
+        table.add_row("time", f"{1000 * result['seconds_per_image']:.0f} ms an image", "")
+    Console().print(table)
+    print(f"evaluation.json and evaluation.png (drawn above, true below) are in {run}")
+
+
+def _rows(pictures: Pictures) -> Float[np.ndarray, "n d"]:
+    return pictures.reshape(len(pictures), -1).astype(np.float64)
