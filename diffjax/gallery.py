@@ -94,7 +94,7 @@ class Gallery:
     def preview(self, pictures: Sequence[Picture], images: UInt8[np.ndarray, "n h w c"]) -> None:
         """Write what pictures under way look like."""
         for picture, pixels in zip(pictures, images, strict=True):
-            image.write_png(self._preview(picture), pixels, {"prompt": picture.prompt or "", "preview": "yes"})
+            _write_lightly(self._preview(picture), image.png(pixels, {"prompt": picture.prompt or "", "preview": "yes"}))
 
     def save(self, parts: Sequence[Part]) -> None:
         """Keep batches under way, for `saved`."""
@@ -203,6 +203,17 @@ class Background:
         for future in futures:
             self._due.remove(future)
             future.result()
+
+
+def _write_lightly(path: Path, data: bytes) -> None:
+    """All or nothing for those who look, but unlike `write_atomic` without waiting for the disk."""
+    part = path.with_name(f".{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(data)
+        part.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; free some space") from error
 
 
 def _or_warn(function: Callable, *arguments: Any) -> None:

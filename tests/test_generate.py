@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import toys
 
-from diffjax import draw, generate, image
+from diffjax import cli, draw, generate, image, mesh
 from diffjax.errors import UserError
 from diffjax.gallery import Background, Gallery, file_name, read_manifest, sheet_columns
 from diffjax.generate import Request
@@ -326,6 +326,46 @@ def test_a_gallery_reads_only_its_own_states(models, tmp_path):
     assert found.done == 3 and found.pictures == part.pictures
     assert jax.tree.structure(found.state) == jax.tree.structure(state)
     assert Gallery(tmp_path, {}, [(None, None)], 1).saved(drawing.blank) == []
+
+
+def test_the_command_line(models, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(mesh, "start", lambda: None)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "prompts.txt").write_text("red heart\n\n  pizza \n")
+    run = ["sample", "--run", str(tmp_path / "texts"), "--prompt-file", str(tmp_path / "prompts.txt")]
+    assert cli.main([*run, "--num", "2", "--guidance", "3", "--out", str(tmp_path / "out")]) == 0
+    recipe = read_manifest(tmp_path / "out" / "manifest.json")["recipe"]
+    assert (recipe["prompts"], recipe["num"], recipe["guidance"]) == (["red heart", "pizza"], 2, 3.0)
+    again = ["sample", "--replay", str(tmp_path / "out" / "manifest.json"), "--out", str(tmp_path / "again")]
+    assert cli.main(again) == 0
+    assert pictures(tmp_path / "out") == pictures(tmp_path / "again")
+    assert cli.main([*again, "--steps", "3", "--prompt", "a"]) == 2
+    assert "--replay takes prompts, steps from the manifest: leave them out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--run", "nowhere"], "there is no run nowhere: train one with"),
+        (["--run", ".", "--prompt-file", "none.txt"], "cannot read none.txt: No such file"),
+        (["--run", ".", "--prompt-file", "empty.txt"], "empty.txt is empty: write one prompt on a line"),
+        (["--run", ".", "--prompt-file", "binary.txt"], "binary.txt is no text in UTF-8"),
+        (["--run", ".", "--steps", "0"], "--steps is 0"),
+        (["--run", ".", "--steps", "many"], "invalid int value"),
+        (["--run", ".", "--preview", "-1"], "--preview is -1"),
+        (["--run", ".", "--stepps", "3"], "did you mean --steps"),
+        (["--run", ".", "--model", "x"], "not allowed with"),
+        ([], "one of the arguments --run"),
+    ],
+)
+def test_a_wrong_command_is_one_line(tmp_path, monkeypatch, capsys, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe")
+    assert cli.main(["sample", "--out", "out", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 SCRIPT = """
