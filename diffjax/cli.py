@@ -145,6 +145,7 @@ def _sample(subparsers) -> None:
         epilog="examples:\n"
         '  diffjax sample --run runs/emoji --prompt "red heart" --prompt pizza --num 8 --out pictures\n'
         "  diffjax sample --model google/ddpm-cat-256 --steps 20 --sampler unipc --num 4 --out cats\n"
+        '  diffjax sample --cascade runs/base64 runs/super256 --prompt "a lighthouse" --out pictures\n'
         "  diffjax sample --replay pictures/manifest.json --out again\n",
     )
     _add_subject(parser)
@@ -162,6 +163,11 @@ def _sample(subparsers) -> None:
             _refuse_beside_replay(args, parser)
             mesh.start()
             return not generate.replay(args.replay, args.out, preview=args.preview, overwrite=args.overwrite)
+        if args.cascade:
+            from diffjax import stages
+
+            mesh.start()
+            return stages.draw(args)
         request = generate.requested(args)
         mesh.start()
         generate.generate(generate.preset(request), args.out, preview=args.preview, overwrite=args.overwrite)
@@ -180,6 +186,7 @@ def _add_subject(parser: argparse.ArgumentParser) -> None:
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--run", dest="workdir", metavar="DIR", help="the --workdir of a training")
     model.add_argument("--model", metavar="ID", help="a hub id, or a folder in the layout of diffusers")
+    model.add_argument("--cascade", nargs="+", metavar="DIR", help="trainings whose pictures each enlarges those before")
     model.add_argument("--replay", metavar="FILE", help="the manifest.json of an earlier job: the same again")
     parser.add_argument("--revision", default="", help="the step of a run's checkpoint, or a commit of the hub")
     parser.add_argument("--dtype", type=one_of("dtype", "float32", "bfloat16"), help="what to compute in")
@@ -190,6 +197,8 @@ def _add_subject(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", metavar="FILE", help="start from this picture")
     parser.add_argument("--strength", type=float, help="how much of --image may change, 0 to 1 (default 0.6)")
     parser.add_argument("--mask", metavar="FILE", help="change --image only where this picture is white")
+    parser.add_argument("--low-res", metavar="PATH", help="a picture to enlarge, or the folder of an earlier job")
+    parser.add_argument("--level", type=float, help="noise in what is enlarged, from 0 to below 1")
 
 
 def _add_method(parser: argparse.ArgumentParser) -> None:

@@ -69,7 +69,9 @@ class Stage:
 
 @dataclass(frozen=True)
 class Drawing:
-    """How a job draws; `conditions` (negative_prompt, image, mask) are common to all its pictures."""
+    """How a job draws; `conditions` (negative_prompt, image, mask, low_res, level) are common to all its pictures, or a
+    function of them. A model that enlarges is not told the prompts and labels that it does not read.
+    """
 
     model: Model
     recipe: Recipe
@@ -98,11 +100,12 @@ class Drawing:
         rows = [part.pictures[min(i, len(part.pictures) - 1)] for i in range(self.batch)]
         told = {
             name: [getattr(row, name) for row in rows]
-            for name in ("prompt", "label")
-            if getattr(rows[0], name) is not None
+            for name, read in (("prompt", self.model.text is not None), ("label", bool(self.model.classes)))
+            if getattr(rows[0], name) is not None and (read or not self.model.low_res)
         }
+        common = {name: value(rows) if callable(value) else value for name, value in self.conditions.items()}
         guided = self.recipe.denoise is not self.model.denoiser
-        return self.model.inputs(self.key, [row.number for row in rows], guided=guided, **told, **self.conditions)
+        return self.model.inputs(self.key, [row.number for row in rows], guided=guided, **told, **common)
 
     def blank(self, part: Part) -> sample.State:
         """The shapes of a part's state; nothing is computed."""

@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import functools
+import hashlib
 import itertools
 import json
 import time
@@ -16,12 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.multihost_utils import sync_global_devices
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 
 from diffjax import image
 from diffjax.draw import Drawing, Part, Picture, Stage, shown
 from diffjax.errors import UserError
-from diffjax.gallery import Background, Gallery, read_manifest, sha256
+from diffjax.gallery import Background, Gallery, file_name, read_manifest, sha256
 from diffjax.interrupt import stop_on_signal
 from diffjax.model import Model, load
 from diffjax.train.record import differences
@@ -37,6 +39,8 @@ class Request:
     """What is asked for; None is the model's own choice. `num` images of each prompt (or label, or pair of both).
 
     `image` is where to start from, `strength` how much of it may change; `mask` is white where it is drawn anew.
+    A model that enlarges does so with the picture `low_res`, or with those of an earlier job in that folder, `level` the
+    noise in them.
     """
 
     model: str
@@ -56,6 +60,8 @@ class Request:
     image: str | None = None
     mask: str | None = None
     strength: float | None = None
+    low_res: str | None = None
+    level: float | None = None
 
     def __post_init__(self):
         for name, least in (("num", 1), ("steps", 1), ("batch", 1), ("seed", 0)):
@@ -83,7 +89,7 @@ def requested(args: Namespace) -> Request:
         raise UserError(f"--preview is {args.preview}: give a number of steps, or 0 for none")
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Request)}
     given["model"] = str(Path(args.workdir).resolve()) if args.workdir else args.model
-    given |= {name: str(Path(given[name]).resolve()) for name in ("image", "mask") if given[name]}
+    given |= {name: str(Path(given[name]).resolve()) for name in ("image", "mask", "low_res") if given[name]}
     read = read_prompts(args.prompt_file) if args.prompt_file else []
     return Request(**given | {"prompts": (*args.prompts, *read), "labels": tuple(args.labels)})
 
@@ -216,7 +222,27 @@ def conditions(request: Request, model: Model) -> dict[str, Any]:
         common["image"] = jnp.asarray(image.from_uint8(known)[None])
     if request.mask is not None:
         common["mask"] = jnp.asarray(1 - image.read(request.mask, (height, width), 1)[None] / 255, jnp.float32)
+    if request.low_res is not None:
+        common["low_res"] = functools.partial(earlier, request, model)
+    if request.level is not None:
+        common["level"] = request.level
     return common
+
+
+def earlier(request: Request, model: Model, pictures: Sequence[Picture]) -> Float[np.ndarray, "b h w c"]:
+    """What each picture is enlarged from: one file for all, or the picture of the same name in an earlier job's folder.
+
+    Raises `UserError` when it is not there.
+    """
+    folder = Path(request.low_res)
+    if folder.is_file():
+        size = model.low_res, model.low_res
+        return image.from_uint8(image.read(folder, size, model.shape[-1]))[None]
+    places = {subject: place for place, subject in enumerate(request.subjects)}
+    names = [file_name(places[prompt, label], (prompt, label), number) for number, prompt, label in pictures]
+    if absent := next((name for name in names if not (folder / name).is_file()), None):
+        raise UserError(f"{folder} does not hold {absent}: draw the same prompts, and as many of each, there first")
+    return image.from_uint8(np.stack([image.read_png(folder / name)[0] for name in names]))
 
 
 def recipe_of(request: Request, model: Model) -> dict[str, Any]:
@@ -225,10 +251,19 @@ def recipe_of(request: Request, model: Model) -> dict[str, Any]:
     A model of the hub is known by its commit.
     """
     named = {name: sha256(Path(path)) for name in ("image", "mask") if (path := getattr(request, name))}
+    if request.low_res:
+        named["low_res"] = drawn_in(Path(request.low_res))
     recipe = dataclasses.asdict(request) | {"checksum": None, "files": named}
     if Path(model.name).exists():
         recipe["checksum"] = model.checksum()
     return json.loads(json.dumps(recipe))
+
+
+def drawn_in(path: Path) -> str:
+    """The checksum of a picture, or of all that a job has drawn."""
+    if path.is_file():
+        return sha256(path)
+    return hashlib.sha256(json.dumps(read_manifest(path / "manifest.json")["images"]).encode()).hexdigest()
 
 
 def to_draw(gallery: Gallery, drawing: Drawing, missing: Sequence[Picture]) -> list[Part]:

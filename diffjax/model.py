@@ -226,8 +226,8 @@ class Model:
         if self.low_res:
             told = self._enlarged(repeat(low_res), self.defaults.level if level is None else level, keys)
             cond = {branch: of | told for branch, of in cond.items()} if guided else cond | told
-        elif low_res is not None:
-            raise UserError(f"{self._called} enlarges nothing: leave low_res out")
+        elif low_res is not None or level is not None:
+            raise UserError(f"{self._called} enlarges nothing: leave low_res and level out")
         known = image if image is None or self.encode is None else self.encode(image)
         return Inputs(keys, cond, repeat(known), repeat(mask))
 

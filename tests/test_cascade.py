@@ -1,19 +1,36 @@
+import functools
+import re
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import toys
+from PIL import Image
 
-from diffjax import cascade, loss
+from diffjax import cascade, cli, config, image, loss, mesh, trained
 from diffjax.cascade import Cascade, LowRes
 from diffjax.denoise import Apply, Denoiser
 from diffjax.errors import UserError
 from diffjax.model import Defaults, Model
 from diffjax.predict import X0
 from diffjax.process import Cosine, Flow
+from diffjax.train import loop
+from diffjax.train.checkpoint import load_run
 from diffjax.train.step import Objective
 
 KEY = jax.random.key(3)
+EXPERIMENTS = Path(__file__).parents[1] / "experiments" / "minimagen"
+SHRUNK = {
+    "dim": 8,
+    "mults": (1,),
+    "blocks": (1,),
+    "attention": (False,),
+    "cross_attention": (True,),
+    "heads": 1,
+    "head_dim": 8,
+}
 
 
 class Echo:
@@ -148,9 +165,81 @@ def test_image_to_image_starts_the_first_stage():
         (lambda: enlarging().sample(KEY), "to 16 enlarges pictures of 8 x 8 pixels in 3 channels, and none is given"),
         (lambda: enlarging().sample(KEY, low_res=pictures(1, 4)), "and not 4 x 4 of 3"),
         (lambda: enlarging().sample(KEY, low_res=pictures(1, 8), level=1.0), "level is 1.0"),
-        (lambda: toys.model().sample(KEY, low_res=pictures(1, 8)), "toy enlarges nothing: leave low_res out"),
+        (lambda: toys.model().sample(KEY, low_res=pictures(1, 8)), "toy enlarges nothing: leave low_res and level out"),
     ],
 )
 def test_what_does_not_fit_is_said(wrong, said):
     with pytest.raises(UserError, match=said):
         wrong()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The two test experiments, shrunk and trained for two steps on a folder of pictures."""
+    folder = tmp_path_factory.mktemp("runs")
+    draw = np.random.default_rng(0)
+    (folder / "pictures").mkdir()
+    for number in range(8):
+        picture = Image.fromarray(draw.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+        picture.save(folder / "pictures" / f"{number}.png")
+        (folder / "pictures" / f"{number}.txt").write_text(f"picture {number}")
+    for name, size in (("test_base", 8), ("test_super", 16)):
+        settings = config.load(str(EXPERIMENTS / f"{name}.py"))
+        settings.data.update(name="captioned_folder", path=str(folder / "pictures"), size=size)
+        settings.imagen.update(SHRUNK)
+        settings.text.update(width=16, heads=2)
+        settings.train.update(steps=2, batch=8, log_every=1)
+        settings.sample.update(steps=2, prompts=("picture 1",))
+        if name == "test_super":
+            settings.low_res.size = 8
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(mesh, "data_mesh", functools.partial(mesh.data_mesh, jax.devices()[:1]))
+            loop.train(settings, folder / name)
+    return folder
+
+
+def test_the_test_experiments_train_and_draw_together(runs, capsys):
+    out = runs / "out"
+    words = ["sample", "--cascade", str(runs / "test_base"), str(runs / "test_super"), "--prompt", "picture 3", "--num", "2"]
+    assert cli.main([*words, "--out", str(out)]) == 0
+    stages = [image.read_png(path / "000_picture-3_0001.png")[0] for path in (out / "stage_1", out)]
+    assert [picture.shape for picture in stages] == [(8, 8, 3), (16, 16, 3)]
+    before = (out / "000_picture-3_0001.png").stat().st_mtime_ns
+    assert cli.main([*words, "--out", str(out)]) == 0 and "images are in" in capsys.readouterr().out
+    assert (out / "000_picture-3_0001.png").stat().st_mtime_ns == before
+
+
+def test_one_stage_enlarges_a_picture(runs):
+    words = ["sample", "--run", str(runs / "test_super"), "--low-res", str(runs / "pictures" / "1.png"), "--level", "0.2"]
+    assert cli.main([*words, "--prompt", "picture 1", "--num", "1", "--out", str(runs / "one")]) == 0
+    assert image.read_png(runs / "one" / "000_picture-1_0000.png")[0].shape == (16, 16, 3)
+
+
+@pytest.mark.parametrize(
+    "order, said",
+    [(("test_super", "test_base"), "stage 2 .*test_base. enlarges nothing"), (("test_super",), "or give --low-res")],
+)
+def test_runs_in_the_wrong_order_are_refused(runs, order, said, capsys):
+    words = ["sample", "--cascade", *(str(runs / name) for name in order), "--prompt", "x", "--out", str(runs / "none")]
+    assert cli.main(words) == 2
+    assert re.search(said, capsys.readouterr().err) and not (runs / "none").exists()
+
+
+def test_previews_show_what_is_given_interpolation_the_model_and_the_truth(runs):
+    plan = trained.recalled(runs / "test_super")
+    shown = plan.preview(load_run(runs / "test_super").params).reshape(4, 4, 16, 16, 3)
+    truth = np.stack([np.asarray(Image.open(runs / "pictures" / f"{i}.png")) for i in range(8)]) / 127.5 - 1
+    assert all(np.abs(truth - row[3]).max(axis=(1, 2, 3)).min() < 1e-5 for row in shown)
+    np.testing.assert_allclose(shown[:, 1], cascade.enlarge(cascade.shrink(shown[:, 3], 8), 16), atol=1e-5)
+
+
+def test_a_size_that_does_not_divide_and_a_network_without_low_res(runs, tmp_path):
+    settings = config.load(str(EXPERIMENTS / "test_super.py"))
+    settings.data.update(name="captioned_folder", path=str(runs / "pictures"), size=16)
+    with pytest.raises(UserError, match="low_res.size=7 does not divide data.size=16"):
+        settings.low_res.size = 7
+        loop.train(settings, tmp_path / "seven")
+    with pytest.raises(UserError, match="network unet reads no low-res pictures"):
+        settings.low_res.size = 8
+        settings.network = "unet"
+        loop.train(settings, tmp_path / "unet")
