@@ -197,7 +197,7 @@ def _on_devices(function: Callable[..., sample.State]) -> Callable[..., sample.S
 
 
 _begin = _on_devices(lambda recipe, inputs: recipe.begin(_typed(inputs)))
-_advance = _on_devices(lambda recipe, inputs, state: recipe.advance(_typed(inputs), state))
+_advance = _on_devices(lambda recipe, inputs, state: recipe.advance_part(_typed(inputs), state))
 
 
 def _plain(inputs: Inputs) -> Inputs:

@@ -74,11 +74,19 @@ class Recipe:
     def advance(
         self, inputs: "Inputs", state: sample.State, noise: Float[Array, "steps b ..."] | None = None
     ) -> sample.State:
-        """The state after the steps of the grid, compiled once for its length; a part of a run is another grid."""
-        denoise = self.denoise
-        if inputs.mask is not None:
-            denoise = guide.Inpaint(denoise, self.process, inputs.image, inputs.mask)
-        return sample.run(state, self.grid, noise, denoise, self.process, self.sampler, inputs.cond, inputs.keys)
+        """The state after the steps of the grid, compiled once for its length."""
+        given = self._denoise(inputs), self.process, self.sampler, inputs.cond, inputs.keys
+        return sample.run(state, self.grid, noise, *given)
+
+    def advance_part(self, inputs: "Inputs", state: sample.State) -> sample.State:
+        """The same for a grid that ends in rows with t = s, which are left out: one program for any part of a run."""
+        given = self._denoise(inputs), self.process, self.sampler, inputs.cond, inputs.keys
+        return sample.run_part(state, self.grid, *given)
+
+    def _denoise(self, inputs: "Inputs") -> guide.Denoise:
+        if inputs.mask is None:
+            return self.denoise
+        return guide.Inpaint(self.denoise, self.process, inputs.image, inputs.mask)
 
 
 @struct.dataclass

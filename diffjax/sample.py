@@ -120,21 +120,41 @@ def advance(
     cond: Any,
     keys: Key[Array, "b"],
 ) -> State:
-    """The state after the steps of `grid`, one `lax.scan`; rows with t = s do nothing, so that chunks of one size can be padded.
+    """The state after the steps of `grid`, one `lax.scan`.
 
     keys: one per image; `noise` in their place replays a run, row i for step i.
     """
     grid = jnp.asarray(grid, state.x.dtype)
 
     def body(state: State, rows: tuple[Array, Array | None]) -> tuple[State, None]:
-        run = lambda state: step(state, rows[0], rows[1], denoise, process, sampler, cond, keys)
-        return jax.lax.cond(rows[0][0] != rows[0][1], run, lambda state: state, state), None
+        return step(state, rows[0], rows[1], denoise, process, sampler, cond, keys), None
 
     return jax.lax.scan(body, state, (grid, noise))[0]
 
 
+def advance_part(
+    state: State,
+    grid: Float[Array, "steps 2"],
+    denoise: Denoise,
+    process: Process,
+    sampler: Sampler,
+    cond: Any,
+    keys: Key[Array, "b"],
+) -> State:
+    """`advance` for a grid that ends in rows with t = s, which are left out: one program for any number of steps.
+
+    The loop's length is traced, so it has no reverse derivative.
+    """
+    grid = jnp.asarray(grid, state.x.dtype)
+    body = lambda i, state: step(state, grid[i], None, denoise, process, sampler, cond, keys)
+    return jax.lax.fori_loop(0, jnp.sum(grid[:, 0] != grid[:, 1]), body, state)
+
+
 run = jax.jit(advance)
 """`advance`, compiled once per shape: prompts, seeds, guidance, eta, grids and parameters are traced."""
+
+run_part = jax.jit(advance_part)
+"""`advance_part`, compiled once for every number of steps up to the length of the grid."""
 
 
 def sample(

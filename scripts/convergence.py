@@ -129,7 +129,7 @@ def start(mixture: Mixture, solver: Solver, xs: np.ndarray, rows: np.ndarray, le
 
 def advance(state: sample.State, rows: np.ndarray, mixture: Mixture, sampler: sample.Sampler) -> sample.State:
     keys = jax.random.split(jax.random.key(0), len(NOISE))
-    return sample.run(state, rows, None, mixture, mixture.process, sampler, {}, keys)
+    return sample.run_part(state, rows, mixture, mixture.process, sampler, {}, keys)
 
 
 def ends(mixture: Mixture, solver: Solver, steps: int, begin: float) -> np.ndarray:
