@@ -54,6 +54,7 @@ WEIGHTS = {
 }
 TIMES = {
     "uniform": lambda: loss.uniform,
+    "table": lambda: loss.table,
     "logit_normal": loss.logit_normal,
     "lognormal_sigma": loss.lognormal_sigma,
 }

@@ -65,7 +65,7 @@ class _Parser(argparse.ArgumentParser):
 def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     parser = _Parser(prog="diffjax", description="Diffusion models in JAX.", epilog=_EXAMPLES)
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for add in (_doctor, _train, _sample, _evaluate, _plan, _fit_grid):
+    for add in (_doctor, _train, _sample, _evaluate, _plan, _fit_grid, _convert):
         add(subparsers)
     for command in (parser, *subparsers.choices.values()):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -308,6 +308,27 @@ def _fit_grid(subparsers) -> None:
         print(fit.report(found))
         print(f"kept in {fit.keep(loaded.name, args.sampler, found)}: sample with")
         print(f"  --steps {args.steps} --sampler {args.sampler} --grid fitted")
+
+    parser.set_defaults(run=run)
+
+
+def _convert(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "convert",
+        help="write a model for other programs: diffusers, or Orbax",
+        description="Write a U-Net that was trained on a discrete process as a folder that diffusers.DDPMPipeline.from_pretrained\n"
+        "loads and samples to the same numbers, or the parameters of any model as an Orbax checkpoint.",
+        epilog="examples:\n  diffjax convert runs/ddpm ddpm\n  diffjax convert google/ddpm-cat-256 cat.orbax --to orbax\n",
+    )
+    parser.add_argument("model", metavar="MODEL", help="a run's folder, one in the layout of diffusers, or a hub id")
+    parser.add_argument("out", metavar="OUT", help="the folder to write")
+    parser.add_argument("--to", type=one_of("format", "diffusers", "orbax"), default="diffusers", help="diffusers or orbax")
+
+    def run(args) -> None:
+        from diffjax.convert import convert
+
+        convert(args.model, args.out, args.to)
+        print(f"{args.out} is written")
 
     parser.set_defaults(run=run)
 

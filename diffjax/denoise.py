@@ -12,13 +12,13 @@ from jaxtyping import Array, Float
 
 from diffjax import struct
 from diffjax.predict import Estimate, Prediction, estimate
-from diffjax.process import Process, Time, expand
+from diffjax.process import Discrete, Process, Time, expand
 
 Cond = dict[str, Array]
 
 
 def thousand_t(process: Process, t: Time) -> Time:
-    """1000 t: the clock of the networks trained here."""
+    """1000 t: the clock of networks trained on continuous times."""
     return 1000 * jnp.asarray(t)
 
 
@@ -30,6 +30,11 @@ def thousand_sigma(process: Process, t: Time) -> Time:
 def table_step(process: Process, t: Time) -> Time:
     """k = T t - 1: the clock of networks trained on a `Discrete` table."""
     return process.step(t)
+
+
+def own_clock(process: Process, t: Time) -> Time:
+    """The clock of the networks trained here: `table_step` of a table, `thousand_t` of anything else."""
+    return table_step(process, t) if isinstance(process, Discrete) else thousand_t(process, t)
 
 
 def quarter_log_sigma(process: Process, t: Time) -> Time:
@@ -59,7 +64,7 @@ class Denoiser:
     prediction: Prediction
     params: Any
     apply: Callable = struct.field(pytree_node=False)
-    clock: Callable[[Process, Time], Time] = struct.field(pytree_node=False, default=thousand_t)
+    clock: Callable[[Process, Time], Time] = struct.field(pytree_node=False, default=own_clock)
     scale: Callable[[Process, Time], Time] = struct.field(pytree_node=False, default=unit_scale)
 
     def network(self, x: Float[Array, "b ..."], t: Time, cond: Cond) -> Float[Array, "b ..."]:

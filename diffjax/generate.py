@@ -26,6 +26,7 @@ from diffjax.errors import UserError
 from diffjax.gallery import Background, Gallery, file_name, read_manifest, sha256
 from diffjax.interrupt import stop_on_signal
 from diffjax.model import Model, load
+from diffjax.train.checkpoint import checksum
 from diffjax.train.record import differences
 from diffjax.trained import Prompts
 
@@ -255,7 +256,7 @@ def recipe_of(request: Request, model: Model) -> dict[str, Any]:
         named["low_res"] = drawn_in(Path(request.low_res))
     recipe = dataclasses.asdict(request) | {"checksum": None, "files": named}
     if Path(model.name).exists():
-        recipe["checksum"] = model.checksum()
+        recipe["checksum"] = int(checksum(jax.tree.leaves(model)))
     return json.loads(json.dumps(recipe))
 
 

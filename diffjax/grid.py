@@ -35,7 +35,7 @@ def linspace(steps: int, table: int = 1000) -> Grid:
 
 def trailing(steps: int, table: int = 1000) -> Grid:
     """T - 1, T - 1 - T / N, ..., rounded, then t = 0 (Lin et al. 2024, table 2)."""
-    return _integers(np.round(np.arange(table, 0, -table / steps)) - 1, table)
+    return _integers(np.round(np.arange(table, 0, -table / steps)[:steps]) - 1, table)
 
 
 def _integers(k: np.ndarray, table: int) -> Grid:

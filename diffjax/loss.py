@@ -96,6 +96,11 @@ def uniform(process: Process, u: Float[Array, "b"]) -> Float[Array, "b"]:
     return u
 
 
+def table(process: Process, u: Float[Array, "b"]) -> Float[Array, "b"]:
+    """t = (k + 1) / T: every step k of a `Discrete` table as likely (Ho et al. 2020, algorithm 1)."""
+    return (jnp.floor(u * process.steps) + 1) / process.steps
+
+
 def logit_normal(mean: float = 0.0, std: float = 1.0) -> Times:
     """t = sigmoid(mean + std z), z normal (Esser et al. 2024, eq. 19); a mean above 0 favours noisy images."""
     return lambda process, u: jax.nn.sigmoid(mean + std * jax.scipy.special.ndtri(u))

@@ -1,6 +1,5 @@
 """The facade: a model is a denoiser with what its publisher meant for it, and `sample` draws from it."""
 
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator
@@ -254,13 +253,6 @@ class Model:
         """The shape of one state for pictures of `size` pixels, a number or (height, width)."""
         height, width = (size, size) if isinstance(size, int) else size
         return (height // self.factor, width // self.factor, self.shape[-1])
-
-    def checksum(self) -> int:
-        """CRC-32 of all parameters, in the order of the tree."""
-        crc = 0
-        for leaf in jax.tree.leaves(self):
-            crc = zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8), crc)
-        return crc
 
     def images(self, x: Float[Array, "b ..."]) -> Float[Array, "b h w c"]:
         """Pictures of states: themselves for pixel models, decoded and clamped to [-1, 1] for latent ones."""

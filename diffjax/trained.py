@@ -21,8 +21,8 @@ from diffjax.denoise import Apply, Denoiser
 from diffjax.errors import UserError
 from diffjax.model import Defaults, Model
 from diffjax.predict import Prediction
-from diffjax.process import Process
-from diffjax.refine import Threshold
+from diffjax.process import Discrete, Process
+from diffjax.refine import Clip, Refine, Threshold
 from diffjax.text import CaptionTokenizer
 from diffjax.train.checkpoint import load_run
 from diffjax.train.step import Objective
@@ -115,13 +115,13 @@ class Plan:
     def defaults(self) -> Defaults:
         """The config's sampling."""
         config = self.config.sample
-        quantile = config.get("threshold", 0.0)
         return Defaults(
             config.steps,
             config.sampler,
             config.grid,
             config.guidance if self.conditions else None,
-            bound=Threshold(quantile) if quantile else None,
+            bound=_bound(config),
+            unit_start=isinstance(self.process, Discrete),
             level=config.get("level", 0.0),
         )
 
@@ -148,6 +148,13 @@ class Plan:
             told["label"] = [i % len(self.classes) for i in range(config.num)]
         num = len(config.prompts) if self.config.text else config.num
         return self.model(params).sample(jax.random.key(self.config.seed), num=num, **told)
+
+
+def _bound(config: ConfigDict) -> Refine | None:
+    """What keeps x0 in range: `threshold`, a quantile, or `clip`, a radius; 0, or neither, is nothing."""
+    if quantile := config.get("threshold", 0.0):
+        return Threshold(quantile)
+    return Clip(radius) if (radius := config.get("clip", 0.0)) else None
 
 
 def panel(model: Model, seen: Seen, key: Key[Array, ""]) -> Float[Array, "4*n h w c"]:

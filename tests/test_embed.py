@@ -1,15 +1,19 @@
 """Frozen text encoders and the cache of their states, on a tiny encoder written to a folder."""
 
+import functools
 import json
 import pickle
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
-from diffjax import embed, files, weights
+from diffjax import config, embed, files, mesh, trained, weights
 from diffjax.errors import UserError
 from diffjax.nets.bert import Bert
+from diffjax.train import loop
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "red", "heart", "pizza", "cat", "of"]
 TINY = Bert(len(WORDS), 16, 1, 2, 16, max_position_embeddings=16)
@@ -143,3 +147,27 @@ def test_minilm_of_the_pip_package():
     pooled = np.asarray(embed.load(choice)(["a cat", "a kitten", "tax return"])["pooled"])
     near, far = (pooled[0] @ pooled[i] for i in (1, 2))
     assert near > far
+
+
+def test_a_run_reads_states_and_its_model_any_prompt(choice, tmp_path, monkeypatch):
+    """Trained on captions that were encoded before, drawn with the encoder; another encoder in its place is refused."""
+    draw = np.random.default_rng(0)
+    (tmp_path / "pictures").mkdir()
+    for number, words in enumerate(["red heart", "pizza", "cat", "a cat"] * 2):
+        picture = Image.fromarray(draw.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+        picture.save(tmp_path / "pictures" / f"{number}.png")
+        (tmp_path / "pictures" / f"{number}.txt").write_text(words)
+    settings = config.load(str(Path(__file__).parent / "train" / "toy.py"))
+    settings.data.path = str(tmp_path / "pictures")
+    settings.text = choice
+    settings.train.update(steps=2, save_every=2)
+    settings.sample.prompts = ("pizza", "a heart")
+    monkeypatch.setattr(mesh, "data_mesh", functools.partial(mesh.data_mesh, jax.devices()[:1]))
+    loop.train(settings, tmp_path / "run")
+    model = trained.load(tmp_path / "run")
+    assert model.text.module == TINY
+    images = model.sample(jax.random.key(0), num=2, prompt=["a red pizza", "heart of cat"], guidance=2.0)
+    assert images.shape == (2, 16, 16, 3) and np.isfinite(images).all()
+    (tmp_path / "run" / "encoder.json").write_text(json.dumps({"name": "minilm", "digest": "another"}))
+    with pytest.raises(UserError, match="is not the minilm that .* was trained with"):
+        trained.load(tmp_path / "run")

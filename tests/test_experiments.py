@@ -5,9 +5,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from diffjax import build, config, trained
+from diffjax import build, config, mesh, trained
+from diffjax.train.parallel import by_jit, by_pmap
 from diffjax.train.state import create
 from diffjax.train.step import make_step
 
@@ -78,7 +80,7 @@ def test_an_experiment_has_the_size_it_says(name, network, tmp_path):
     optimizer, _ = build.optimizer(settings.optimizer, settings.train.steps)
     state = jax.eval_shape(lambda: create(plan.init(jax.random.key(0)), optimizer, jax.random.key(1)))
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
-    low, high = {"emoji": (6e6, 1.2e7), "emoji64": (4e7, 8e7), "cifar10": (2e7, 4.5e7)}[name]
+    low, high = {"emoji": (6e6, 1.2e7), "emoji64": (4e7, 8e7), "cifar10": (2e7, 4.5e7), "ddpm_train": (3.5e7, 3.6e7)}[name]
     assert low < parameters < high
     step = make_step(plan.objective(), optimizer, settings.train.ema, settings.train.accumulate)
     after, metrics = jax.eval_shape(step, state, batch(plan, settings.train.batch))
@@ -98,3 +100,28 @@ def test_an_experiment_takes_a_step_and_draws(name, network, tmp_path):
     assert any(jax.tree.leaves(jax.tree.map(lambda old, new: bool(jnp.any(old != new)), state.params, after.params)))
     images = plan.preview(after.ema)
     assert images.shape == (2, 16, 16, 3) and np.isfinite(images).all()
+
+
+def trained_on(way, devices, workdir):
+    """The parameters and the losses of a few steps of the small emoji experiment in float32."""
+    settings = experiment("emoji", "dit", small=True)
+    settings.dit.update(dtype="float32", depth=2)
+    plan = planned(settings, workdir)
+    optimizer, _ = build.optimizer(settings.optimizer, settings.train.steps)
+    parallel = way(make_step(plan.objective(), optimizer), mesh.data_mesh(jax.devices()[:devices]))
+    state = parallel.place(jax.jit(lambda: create(plan.init(jax.random.key(0)), optimizer, jax.random.key(1)))())
+    losses = []
+    for seed in range(4):
+        images = np.random.default_rng(seed).integers(0, 256, (16, *plan.shape), dtype=np.uint8)
+        state, metrics = parallel.step(state, parallel.feed(batch(plan, 16) | {"image": images}))
+        losses.append(float(metrics["loss"]))
+    return jax.device_get(parallel.gather(state).params), losses
+
+
+def test_one_device_and_eight_train_alike(tmp_path):
+    params, losses = trained_on(by_jit, 1, tmp_path)
+    for way in (by_jit, by_pmap):
+        others, again = trained_on(way, 8, tmp_path)
+        difference = optax.tree.norm(jax.tree.map(np.subtract, others, params)) / optax.tree.norm(params)
+        assert difference < 1e-6
+        np.testing.assert_allclose(again, losses, rtol=1e-6)

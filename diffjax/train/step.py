@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 
 from diffjax import struct
 from diffjax.cascade import LowRes
-from diffjax.denoise import Denoiser, thousand_t
+from diffjax.denoise import Denoiser, own_clock
 from diffjax.loss import Times, Weight, loss
 from diffjax.predict import Prediction
 from diffjax.process import Process, Time
@@ -47,7 +47,7 @@ class Objective:
     weight: Weight = struct.field(pytree_node=False)
     times: Times = struct.field(pytree_node=False)
     uniforms: Callable[[Key[Array, ""], Int[Array, " b"], int], Float[Array, " b"]] = struct.field(pytree_node=False)
-    clock: Callable[[Process, Time], Time] = struct.field(pytree_node=False, default=thousand_t)
+    clock: Callable[[Process, Time], Time] = struct.field(pytree_node=False, default=own_clock)
     drop: float = struct.field(pytree_node=False, default=0.0)
     low_res: LowRes | None = struct.field(pytree_node=False, default=None)
 

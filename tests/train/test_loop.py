@@ -1,3 +1,4 @@
+import functools
 import hashlib
 import json
 import os
@@ -39,6 +40,12 @@ def compiled_once(tmp_path_factory):
     for field, value in before.items():
         jax.config.update(field, value)
     compilation_cache.reset_cache()
+
+
+@pytest.fixture(autouse=True)
+def few_devices(monkeypatch):
+    """Two are as good as eight here, and their programs smaller."""
+    monkeypatch.setattr(loop.mesh, "data_mesh", functools.partial(loop.mesh.data_mesh, jax.devices()[:2]))
 
 
 def command(pictures, workdir, **changes):
@@ -130,9 +137,17 @@ def test_ctrl_c_saves_and_leaves(pictures, tmp_path, monkeypatch):
     assert digest(tmp_path)[0] == 8
 
 
+def test_a_run_under_pmap_is_saved_and_goes_on(pictures, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(5, patch)
+        train(pictures, tmp_path, **{"train.parallel": "pmap"})
+    train(pictures, tmp_path, **{"train.parallel": "pmap"})
+    assert digest(tmp_path)[0] == 8
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(pictures, tmp_path):
     with pytest.raises(UserError, match=r"step \d+: the loss is nan.*last good checkpoint is step \d+") as error:
-        train(pictures, tmp_path, **{"optimizer.learning_rate": 1e38, "optimizer.adam_learning_rate": 1e38, "train.save_every": 1})
+        train(pictures, tmp_path, **{"optimizer.learning_rate": 1e38, "train.save_every": 1})
     broken = json.loads((tmp_path / "not_finite.json").read_text())
     assert f"step {broken['step']}:" in str(error.value) and len(broken["records"]) == 8
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(load_run(tmp_path, ema=False).params))

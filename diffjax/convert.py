@@ -1,0 +1,107 @@
+"""Models written for other programs: as a folder that diffusers loads, or as an Orbax checkpoint."""
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from diffjax import predict, weights
+from diffjax.errors import UserError
+from diffjax.model import Model, load
+from diffjax.nets.unet import UNet
+from diffjax.process import Discrete, discrete
+from diffjax.pretrained import PREDICTIONS
+from diffjax.refine import Clip, Threshold
+from diffjax.weights import hub
+from diffjax.weights.folder import component
+from diffjax.weights.scheduler import FILE, Scheduler, read_scheduler
+
+SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+SPACINGS = ("leading", "linspace", "trailing")
+
+
+def convert(name: str, out: str | Path, to: str = "diffusers") -> None:
+    """Write the model of a run (its averaged parameters), a folder or a hub id as `to`, one of `FORMATS`.
+
+    Raises `UserError` when `out` is not empty, and for a model that the format has no place for.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is there already: name a new folder")
+    FORMATS[to](name, load(name), out)
+
+
+def to_diffusers(name: str, model: Model, out: Path) -> None:
+    """A folder for `diffusers.DDPMPipeline.from_pretrained`."""
+    module = model.denoiser.apply.module
+    if not (isinstance(module, UNet) and isinstance(model.denoiser.process, Discrete)) or model.low_res:
+        raise UserError(
+            f"{name} cannot be a DDPMPipeline, which is a U-Net trained on a discrete process: "
+            "--to orbax keeps the parameters of any model"
+        )
+    module = module.clone(sample_size=module.sample_size or model.shape[0])
+    weights.save_pipeline(out, module, model.denoiser.params, _published(name) or scheduler(model))
+
+
+def to_orbax(name: str, model: Model, out: Path) -> None:
+    """The parameters as one tree, `network` and, of a text encoder that was trained with it, `text`."""
+    import orbax.checkpoint as ocp
+
+    params = {"network": model.denoiser.params}
+    if jax.tree.leaves(model.text):
+        params["text"] = model.text.params
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(out.absolute(), params)
+
+
+FORMATS: dict[str, Callable[[str, Model, Path], None]] = {"diffusers": to_diffusers, "orbax": to_orbax}
+
+
+def scheduler(model: Model) -> Scheduler:
+    """What `DDPMScheduler` must be told to sample a model of a table as we do.
+
+    Raises `UserError` for a prediction that it does not know.
+    """
+    bound, spacing = model.defaults.bound, model.defaults.grid
+    fields: dict[str, Any] = {"clip_sample": isinstance(bound, Clip), "timestep_spacing": spacing if spacing in SPACINGS else "leading"}
+    if isinstance(bound, Clip):
+        fields["clip_sample_range"] = float(bound.radius)
+    if isinstance(bound, Threshold):
+        fields |= {"thresholding": True, "dynamic_thresholding_ratio": float(bound.quantile), "sample_max_value": min(float(bound.limit), 1e6)}
+    return Scheduler(prediction_type=_prediction(model.denoiser.prediction), **fields, **_table(model.denoiser.process))
+
+
+def _prediction(prediction: predict.Prediction) -> str:
+    for name, known in PREDICTIONS.items():
+        if type(known) is type(prediction):
+            return name
+    raise UserError(f"a DDPMPipeline predicts eps, v or x0, and this model {type(prediction).__name__}: --to orbax keeps its parameters")
+
+
+def _table(process: Discrete) -> dict[str, Any]:
+    """The fields of a noise table: the name of a published one, or its betas."""
+    steps = {"num_train_timesteps": process.steps}
+    for schedule, zero in itertools.product(SCHEDULES, (False, True)):
+        fields = {**steps, "beta_schedule": schedule, "rescale_betas_zero_snr": zero, **_ends(schedule)}
+        with np.errstate(all="ignore"):
+            known = discrete(Scheduler(**fields).betas())
+        if np.array_equal(known.alpha2, process.alpha2):
+            return fields
+    alpha2 = np.asarray(process.alpha2, np.float64)
+    return {**steps, "trained_betas": tuple((1 - alpha2 / np.append(1.0, alpha2[:-1])).tolist())}
+
+
+def _ends(schedule: str) -> dict[str, float]:
+    """The first and last beta with which a schedule was published."""
+    return {"beta_start": 0.00085, "beta_end": 0.012} if schedule == "scaled_linear" else {}
+
+
+def _published(name: str) -> Scheduler | None:
+    """The scheduler that a published model comes with."""
+    if (Path(name) / "run.json").exists():
+        return None
+    folder = hub.fetch(name).folder
+    return read_scheduler(folder) if (component(folder, "scheduler") / FILE).exists() else None

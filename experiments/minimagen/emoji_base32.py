@@ -1,0 +1,70 @@
+"""The first stage of the emoji cascade: pictures of 32 pixels from their names, read by a frozen MiniLM.
+
+    diffjax train --config experiments/minimagen/emoji_base32.py --workdir runs/emoji_base32
+
+The pixel transformer, which a CPU trains best; Imagen's own U-Net with --config.network=imagen.
+The names are encoded before the first step, once for all runs.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """The experiment; any field can be overridden with --config.FIELD=VALUE."""
+    return ConfigDict(
+        {
+            "name": "emoji_base32",
+            "seed": 0,
+            "data": {"name": "openmoji", "path": "", "subset": "200", "size": 32, "background": "white"},
+            "classes": 0,
+            "text": {"name": "minilm", "path": "", "tokens": 16},
+            "process": {"name": "flow", "shift": 1.0},
+            "prediction": {"name": "x0"},
+            "network": "dit",
+            "dit": {"patch": 8, "width": 256, "depth": 6, "heads": 4, "hidden": 672, "rank": 32, "dtype": "bfloat16"},
+            "imagen": {
+                "dim": 64,
+                "mults": (1, 2, 3),
+                "blocks": (1, 2, 2),
+                "attention": (False, False, True),
+                "cross_attention": (False, True, True),
+                "patch": 2,
+                "heads": 4,
+            },
+            "loss": {
+                "weight": {"name": "velocity", "floor": 0.1},
+                "times": {"name": "logit_normal", "mean": 0.6, "std": 1.0},
+                "uniforms": "antithetic",
+                "drop": 0.1,
+            },
+            "optimizer": {
+                "name": "muon",
+                "learning_rate": 0.02,
+                "adam_learning_rate": 2e-3,
+                "weight_decay": 0.01,
+                "clip": 1.0,
+                "schedule": {"name": "linear", "warmup": 100, "hold": 0.5, "final": 0.02},
+            },
+            "train": {
+                "steps": 488,
+                "batch": 64,
+                "accumulate": 1,
+                "ema": 0.998,
+                "parallel": "jit",
+                "log_every": 20,
+                "save_every": 100,
+                "preview_every": 0,
+                "keep_last": 2,
+                "keep_best": 1,
+            },
+            "log": {"tensorboard": True, "wandb": ""},
+            "sample": {
+                "sampler": "dpmpp_2m",
+                "grid": "uniform",
+                "steps": 25,
+                "guidance": 2.0,
+                "num": 16,
+                "prompts": ("red heart", "pizza", "cat face", "rocket", "sunflower", "ghost", "rainbow", "green apple"),
+            },
+        }
+    )

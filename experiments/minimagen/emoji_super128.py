@@ -1,0 +1,70 @@
+"""The second stage of the emoji cascade: from 32 to 128 pixels.
+
+    diffjax train --config experiments/minimagen/emoji_super128.py --workdir runs/emoji_super128
+    diffjax sample --cascade runs/emoji_base32 runs/emoji_super128 --prompt "red heart" --out pictures
+
+It reads no text: what it draws is in the small picture. Every 20th icon is kept apart (`split`).
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """The experiment; any field can be overridden with --config.FIELD=VALUE."""
+    return ConfigDict(
+        {
+            "name": "emoji_super128",
+            "seed": 0,
+            "data": {"name": "openmoji", "path": "", "subset": "no_skin_tones", "size": 128, "background": "white", "split": "train[:95%]"},
+            "classes": 0,
+            "text": None,
+            "low_res": {"size": 32, "most": 0.3},
+            "process": {"name": "flow", "shift": 1.0},
+            "prediction": {"name": "x0"},
+            "network": "imagen",
+            "imagen": {
+                "dim": 32,
+                "mults": (1, 2),
+                "blocks": (1, 2),
+                "attention": (False, False),
+                "cross_attention": (False, False),
+                "patch": 4,
+            },
+            "loss": {
+                "weight": {"name": "velocity", "floor": 0.1},
+                "times": {"name": "logit_normal", "mean": 0.6, "std": 1.0},
+                "uniforms": "antithetic",
+                "drop": 0.0,
+            },
+            "optimizer": {
+                "name": "muon",
+                "learning_rate": 0.02,
+                "adam_learning_rate": 2e-3,
+                "weight_decay": 0.01,
+                "clip": 1.0,
+                "schedule": {"name": "linear", "warmup": 50, "hold": 0.5, "final": 0.02},
+            },
+            "train": {
+                "steps": 400,
+                "batch": 16,
+                "accumulate": 1,
+                "ema": 0.998,
+                "parallel": "jit",
+                "log_every": 20,
+                "save_every": 100,
+                "preview_every": 0,
+                "keep_last": 2,
+                "keep_best": 1,
+            },
+            "log": {"tensorboard": True, "wandb": ""},
+            "sample": {
+                "sampler": "dpmpp_2m",
+                "grid": "uniform",
+                "steps": 8,
+                "guidance": 1.0,
+                "level": 0.1,
+                "num": 16,
+                "prompts": (),
+            },
+        }
+    )
