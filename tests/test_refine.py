@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from diffjax import grid, guide, refine, sample, struct
-from diffjax.analytic import Mixture
+from diffjax.analytic import Mixture, flow_map
 from diffjax.predict import Estimate, with_x0
 from diffjax.process import Cosine, Exploding, Flow, Linear, Shift, discrete, linear_betas, zero_terminal_snr
 
@@ -49,8 +49,8 @@ def test_reference_is_far_finer_than_the_errors_measured(float64, problem):
     fine, coarse = (convergence.exact(mixture, convergence.NOISE, ts, tolerance)[-1] for tolerance in (1e-13, 1e-10))
     assert np.abs(fine - coarse).max() < 1e-10
     if problem == "gaussian":
-        closed = convergence.flow_map(mixture, jnp.asarray(convergence.NOISE), 0.99, 0.01)
-        np.testing.assert_allclose(fine, closed, atol=1e-12)
+        closed = flow_map(mixture, jnp.asarray(convergence.NOISE), 0.99, 0.01)
+        np.testing.assert_allclose(fine, closed, atol=1e-11)
 
 
 @struct.dataclass
@@ -96,7 +96,7 @@ def test_2m_is_ddim_of_an_extrapolated_x0():
     denoise, x, previous = mixture(process), jnp.asarray(X) * process.sigma(0.95), None
     for t, s in rows:
         est = denoise(x, t)
-        x0, eps = est
+        x0, eps = est.x0, est.eps
         if previous is not None:
             h, h_previous = (float(process.logsnr(b) - process.logsnr(a)) for a, b in ((t, s), (previous[1], t)))
             x0 = est.x0 + h / h_previous / 2 * (est.x0 - previous[0])
@@ -112,10 +112,11 @@ def test_chain_of_none_is_ddim_and_chains_compose():
     np.testing.assert_array_equal(draw(refine.chain(refine.Clip(1e6)), DDPM, rows), plain)
     np.testing.assert_allclose(draw(refine.extrapolate(1), DDPM, rows), plain, atol=1e-6)
     np.testing.assert_array_equal(draw(refine.chain(refine.extrapolate(2)), DDPM, rows), draw(refine.extrapolate(2), DDPM, rows))
-    clipped_first = draw(refine.chain(refine.Clip(0.3), refine.extrapolate(2)), DDPM, rows)
-    clipped_last = draw(refine.chain(refine.extrapolate(2), refine.Clip(0.3)), DDPM, rows)
-    assert jnp.abs(clipped_last).max() <= 0.3 < jnp.abs(clipped_first - clipped_last).max() + 0.3
-    assert jnp.abs(clipped_first - clipped_last).max() > 1e-3
+    clip, extrapolate = refine.Clip(0.5), refine.extrapolate(2)
+    assert jnp.abs(draw(refine.chain(extrapolate, clip), DDPM, rows)).max() <= 0.5
+    rows = grid.uniform(5, 0.6, 0.1)
+    first, last = (draw(refine.chain(*links), DDPM, rows) for links in ((clip, extrapolate), (extrapolate, clip)))
+    assert jnp.abs(first - last).max() > 1e-3
 
 
 def test_heun_step_is_the_mean_of_two_slopes():
