@@ -97,12 +97,6 @@ def test_a_conversion_converts_to_itself(converted, tmp_path):
         assert (tmp_path / "again" / file).read_bytes() == (converted[1] / file).read_bytes()
 
 
-def test_classes_come_along(tmp_path):
-    run = trained(tmp_path, 2)
-    convert.convert(str(run), tmp_path / "out")
-    assert np.array_equal(drawn(run, label=1), drawn(tmp_path / "out", label=1))
-
-
 def test_orbax(converted, tmp_path):
     import orbax.checkpoint as ocp
 
