@@ -127,7 +127,7 @@ def test_inversion_is_the_exact_flow_backwards(float64, name):
     process, start, stop = PROCESSES[name]
     start = min(start, 0.999)
     gauss = gaussian(process, jnp.asarray([0.3, -0.1]), jnp.asarray(VARIANCE))
-    rows = even(process, start, stop, 300)
+    rows = even(process, start, stop, 600)
     noise = ode.invert(gauss, process, jnp.asarray(X), rows, refine.extrapolate(2))
     exact = flow_map(gauss, process.alpha(stop) * jnp.asarray(X), stop, start)
     np.testing.assert_allclose(noise, exact, atol=1e-4 * np.abs(exact).max())
