@@ -1,10 +1,12 @@
 """How the suite runs: on the CPU, as eight devices, in a cache folder of its own."""
 
 import os
+import sys
 
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 OPTIONS = {
@@ -57,3 +59,11 @@ def float64():
 
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Free what a module compiled: every program keeps mapped memory, and a process may map only so much."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
