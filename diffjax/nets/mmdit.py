@@ -31,7 +31,7 @@ def layer_norm(x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
 
 
 def position_table(side: int, base: int, width: int) -> Float[Array, "1 side*side width"]:
-    """Sines and cosines of the column, then of the row, on a grid of `side` x `side` places, `side / base` to a unit."""
+    """Sines and cosines of the column, then of the row, on `side` x `side` places, `side / base` to a unit."""
     place = jnp.arange(side) * (base / side)
     rate = 10000.0 ** (-jnp.arange(width // 4) / (width // 4))
     angle = place[:, None] * rate
