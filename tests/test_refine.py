@@ -266,20 +266,24 @@ class Blind:
         return jax.tree.map(lambda leaf: leaf + broken, self.denoise(x, t))
 
 
+@pytest.mark.parametrize("name", CHAINS)
+def test_from_pure_noise_to_the_image_everything_is_finite(name):
+    """Both clocks are infinite at t = 1 and at t = 0, and the network is not asked at sigma = 0."""
+    assert np.isfinite(draw(CHAINS[name], Flow(), grid.uniform(4), eta=0.5, denoise=Blind(mixture(Flow())))).all()
+
+
 @pytest.mark.parametrize(
     "name, process",
-    [(name, "flow") for name in CHAINS] + [("2m", "shift")] + [(name, "zero-terminal") for name in ("ddim", "2m", "unipc 3")],
+    [*((name, "flow") for name in ("heun eps", "3m", "unipc 2", "adams 4", "churn")), ("2m", "zero-terminal"), ("2m of sd3", "shift")],
 )
-def test_from_pure_noise_to_the_image_everything_is_finite(name, process):
-    """Both clocks are infinite at t = 1; values, and derivatives by x, the grid and eta, are not."""
-    process, rows = ENDS[process], jnp.asarray(grid.uniform(4), jnp.float32)
-    denoise = Blind(mixture(process)) if process is ENDS["flow"] else mixture(process)
+def test_derivatives_by_x_the_grid_and_eta_are_finite_there(name, process):
+    process, rows = ENDS[process], jnp.asarray(grid.uniform(3), jnp.float32)
 
     def energy(x, rows, eta):
-        return jnp.sum(sample.sample(denoise, process, x, rows, sample.Sampler(CHAINS[name], eta), KEYS()) ** 2)
+        return jnp.sum(sample.sample(mixture(process), process, x, rows, sample.Sampler(CHAINS[name], eta), KEYS()) ** 2)
 
-    value, slopes = jax.value_and_grad(energy, (0, 1, 2))(jnp.asarray(X), rows, 0.5)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((value, slopes)))
+    slopes = jax.grad(energy, (0, 1, 2))(jnp.asarray(X), rows, 0.5)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(slopes))
 
 
 def test_multistep_begins_with_order_one_at_an_infinite_clock():
