@@ -1,12 +1,8 @@
-"""What a job will cost, said before it runs: parameters, bytes, memory, floating-point operations and time.
-
-A job is a list of parts: programs, and how often each is called. They are traced on shapes: of a model's files only the
-configurations are read, and nothing is computed.
-"""
+"""The jobs that can be planned: training and drawing, as programs on shapes."""
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,18 +14,13 @@ from flax import linen as nn
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from diffjax import build, pretrained, rates, trained, weights
-from diffjax.errors import UserError
-from diffjax.nets import Cost, program_cost
+from diffjax import build, pretrained, trained, weights
+from diffjax.plan.figures import Part, tree_size
 from diffjax.refine import Heun
 from diffjax.train.state import create
 from diffjax.train.step import make_step
-from diffjax.weights import hub
 from diffjax.weights.folder import component
 from diffjax.weights.scheduler import read_scheduler
-
-FEW = 20
-"""The number of steps that a sampling job of more is compared with."""
 
 VOCABULARY = 8192
 
@@ -48,18 +39,6 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Part:
-    """A program `call(held, *given)` of the job, its arguments as shapes: what stays in memory, and what each call is given."""
-
-    name: str
-    call: Callable[..., PyTree]
-    held: PyTree
-    given: tuple[Any, ...]
-    parameters: int
-    calls: float
-
-
-@dataclass(frozen=True)
 class Job:
     """The parts of a job that makes `steps` steps of `images` images; `loop` is the part that each step calls."""
 
@@ -70,62 +49,6 @@ class Job:
     images: int
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """One part's figures: parameters, the bytes it holds, the bytes of one call beside them, its calls and their cost."""
-
-    name: str
-    parameters: int
-    held: int
-    temporary: int
-    calls: float
-    cost: Cost
-
-
-def estimate(part: Part, exact: bool = False) -> Estimate:
-    """The figures of a part, from shapes alone, or, `exact`, with the memory that the compiler allocates."""
-    program = jax.make_jaxpr(part.call)(part.held, *part.given).jaxpr
-    cost = program_cost(program)
-    temporary = compiled_bytes(part) if exact else live_bytes(program)
-    return Estimate(part.name, part.parameters, tree_bytes(part.held), temporary, part.calls, cost)
-
-
-def tree_bytes(tree: PyTree) -> int:
-    """The bytes of all leaves."""
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def tree_size(tree: PyTree) -> int:
-    """The number of values in all leaves."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
-
-
-def live_bytes(program: Any) -> int:
-    """The most bytes of intermediate values alive at once, if nothing were fused; inner programs count when they run."""
-    size = lambda value: math.prod(value.aval.shape) * value.aval.dtype.itemsize if hasattr(value.aval, "shape") else 0
-    last = {}
-    for position, equation in enumerate(program.eqns):
-        for value in equation.invars:
-            if not hasattr(value, "val"):
-                last[value] = position
-    own = set(program.invars) | set(program.constvars)
-    live, most = 0, 0
-    for position, equation in enumerate(program.eqns):
-        inner = [getattr(value, "jaxpr", value) for value in equation.params.values()]
-        inside = max((live_bytes(value) for value in inner if hasattr(value, "eqns")), default=0)
-        live += sum(size(value) for value in equation.outvars)
-        most = max(most, live + inside)
-        used = {value for value in equation.invars if not hasattr(value, "val")}
-        dead = {value for value in used if last[value] == position} - own
-        live -= sum(size(value) for value in dead) + sum(size(v) for v in equation.outvars if v not in last)
-    return most
-
-
-def compiled_bytes(part: Part) -> int:
-    """The temporary bytes that the compiler allocates for a call: exact, at the price of compiling."""
-    return jax.jit(part.call).lower(part.held, *part.given).compile().memory_analysis().temp_size_in_bytes
-
-
 def run(folder: str | Path, asked: Asked) -> list[Job]:
     """The jobs of training a run, from its first step, and of drawing with it.
 
@@ -133,14 +56,6 @@ def run(folder: str | Path, asked: Asked) -> list[Job]:
     """
     plan = trained.recalled(Path(folder))
     return [training(plan), drawing(plan, asked, str(folder))]
-
-
-def model(name: str, asked: Asked) -> list[Job]:
-    """The job of drawing with a published model: a folder, or a hub id, of which only JSON files are fetched.
-
-    Raises `UserError` as `diffjax.load` does.
-    """
-    return [published(hub.fetch(name, patterns=("*.json",)).folder, asked, name)]
 
 
 def experiment(config: ConfigDict, asked: Asked) -> list[Job]:
@@ -237,59 +152,3 @@ class _Blank:
 
     def __call__(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
         return {"tokens": np.zeros((len(captions), self.length), np.int32), "mask": np.ones((len(captions), self.length), bool)}
-
-
-def report(job: Job, device: str | None, exact: bool = False) -> str:
-    """The table of a job and its sum in one line."""
-    name, speed = rates.of_device(device)
-    figures = [estimate(part, exact) for part in job.parts]
-    rows = [("part", "parameters", "bytes", "calls", "FLOPs a call", "FLOPs in all", "time")]
-    rows += [_row(figure, speed) for figure in figures]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    table = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
-    memory = sum(figure.held for figure in figures) + max(figure.temporary for figure in figures)
-    room = rates.MEMORY.get(device)
-    fits = "" if room is None else f" of {si(room)}B" + ("" if memory < room else ": too much")
-    peak = f"peak memory: {si(memory)}B{fits} ({'as compiled' if exact else 'estimated; --compile measures it'})"
-    return "\n".join([job.title, "", *table, "", peak, summary(job, figures, name, speed)])
-
-
-def _row(figure: Estimate, speed: rates.Rates) -> tuple[str, ...]:
-    total = figure.cost.times(figure.calls)
-    return (
-        figure.name,
-        si(figure.parameters),
-        f"{si(figure.held)}B",
-        f"{figure.calls:g}",
-        si(figure.cost.flops),
-        si(total.flops),
-        duration(speed.seconds(total)),
-    )
-
-
-def summary(job: Job, figures: Sequence[Estimate], name: str, speed: rates.Rates) -> str:
-    """Such as `1000 steps: 31 min on this CPU; 20 steps: 38 s`."""
-    seconds = {figure.name: speed.seconds(figure.cost.times(figure.calls)) for figure in figures}
-    line = f"{job.steps} steps: {duration(sum(seconds.values()))} on {name}"
-    if job.loop == "training":
-        return f"{line}, {job.images * job.steps / seconds['training']:.3g} images/s"
-    rest = sum(seconds.values()) - seconds[job.loop]
-    fewer = f"; {FEW} steps: {duration(rest + seconds[job.loop] * FEW / job.steps)}" if job.steps > FEW else ""
-    return line + fewer
-
-
-def si(value: float) -> str:
-    """Three digits with a prefix: 113.7e6 is `114 M`."""
-    for power, prefix in ((15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
-        if value >= 10**power:
-            return f"{value / 10**power:.3g} {prefix}"
-    return f"{value:.3g} "
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words: `0.4 s`, `38 s`, `31 min`, `2.1 h`, `3.5 days`."""
-    if seconds < 100:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    if seconds < 6000:
-        return f"{seconds / 60:.0f} min" if seconds > 600 else f"{seconds / 60:.1f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 172800 else f"{seconds / 86400:.1f} days"

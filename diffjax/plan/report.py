@@ -1,0 +1,66 @@
+"""A job in words: the table of its parts, its peak memory and its time."""
+
+from collections.abc import Sequence
+
+from diffjax import rates
+from diffjax.plan.figures import Estimate, estimate
+from diffjax.plan.jobs import Job
+
+FEW = 20
+"""The number of steps that a sampling job of more is compared with."""
+
+
+def report(job: Job, device: str | None, exact: bool = False) -> str:
+    """The table of a job and its sum in one line."""
+    name, speed = rates.of_device(device)
+    figures = [estimate(part, exact) for part in job.parts]
+    rows = [("part", "parameters", "bytes", "calls", "FLOPs a call", "FLOPs in all", "time")]
+    rows += [_row(figure, speed) for figure in figures]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    table = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
+    memory = sum(figure.held for figure in figures) + max(figure.temporary for figure in figures)
+    room = rates.MEMORY.get(device)
+    fits = "" if room is None else f" of {si(room)}B" + ("" if memory < room else ": too much")
+    peak = f"peak memory: {si(memory)}B{fits} ({'as compiled' if exact else 'estimated; --compile measures it'})"
+    return "\n".join([job.title, "", *table, "", peak, summary(job, figures, name, speed)])
+
+
+def _row(figure: Estimate, speed: rates.Rates) -> tuple[str, ...]:
+    total = figure.cost.times(figure.calls)
+    return (
+        figure.name,
+        si(figure.parameters),
+        f"{si(figure.held)}B",
+        f"{figure.calls:g}",
+        si(figure.cost.flops),
+        si(total.flops),
+        duration(speed.seconds(total)),
+    )
+
+
+def summary(job: Job, figures: Sequence[Estimate], name: str, speed: rates.Rates) -> str:
+    """Such as `1000 steps: 31 min on this CPU; 20 steps: 38 s`."""
+    seconds = {figure.name: speed.seconds(figure.cost.times(figure.calls)) for figure in figures}
+    line = f"{job.steps} steps: {duration(sum(seconds.values()))} on {name}"
+    if job.loop == "training":
+        return f"{line}, {job.images * job.steps / seconds['training']:.3g} images/s"
+    rest = sum(seconds.values()) - seconds[job.loop]
+    fewer = f"; {FEW} steps: {duration(rest + seconds[job.loop] * FEW / job.steps)}" if job.steps > FEW else ""
+    return line + fewer
+
+
+def si(value: float) -> str:
+    """Three digits with a prefix: 113.7e6 is `114 M`."""
+    for power, prefix in ((15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if value >= 10**power:
+            return f"{value / 10**power:.3g} {prefix}"
+    return f"{value:.3g} "
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: `0.4 s`, `38 s`, `31 min`, `2.1 h`, `3.5 days`."""
+    if seconds < 100:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} min" if seconds > 600 else f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172800 else f"{seconds / 86400:.1f} days"
