@@ -250,8 +250,9 @@ class History:
         return History(jnp.concatenate([value[None], self.values])[: len(self.values)], times[: len(self.times)])
 
     def nodes(self, clock: Callable[[Time], Time], t: Time, s: Time) -> tuple[list[Array], Array, Array]:
-        """u_i = (clock_i - clock_t) / h, made safe, how many of them can be used, and h = clock_s - clock_t.
+        """u_i = (clock_i - clock_t) / h, how many of them can be used, and h = clock_s - clock_t.
 
+        One that cannot be used stands one step before the next newer: apart from all others, so that no derivative is infinite.
         h is 0 where the clock is infinite at t or s.
         """
         (now, at_t), (end, at_s), there = _finite(clock, t), _finite(clock, s), self.times >= 0
@@ -259,7 +260,10 @@ class History:
         step = jnp.where(h == 0, 1.0, h)
         past = [_finite(clock, time) for time in jnp.where(there, self.times, t)]
         usable = jnp.cumprod(jnp.stack([ok & (h != 0) for _, ok in past] or [jnp.array(False)]) & there)
-        u = [jnp.where(ok, (value - now) / step, -1.0 - i) for i, ((value, _), ok) in enumerate(zip(past, usable))]
+        u, last = [], jnp.zeros_like(h)
+        for (value, _), ok in zip(past, usable):
+            last = jnp.where(ok, (value - now) / step, last - 1)
+            u.append(last)
         return u, jnp.sum(usable, dtype=jnp.int32), h
 
 

@@ -103,7 +103,8 @@ jax.monitoring.register_event_listener(lambda event, **_: hits.append(event.ends
 jax.jit(lambda x: jax.numpy.sin(x) @ x)(jax.numpy.ones((4, 4)))
 print(any(hits))
 """
-    answers = [run_python(code, DIFFJAX_HOME=str(tmp_path)).communicate()[0] for _ in range(2)]
+    ours = dict(DIFFJAX_HOME=str(tmp_path), JAX_ENABLE_COMPILATION_CACHE="true")
+    answers = [run_python(code, **ours).communicate()[0] for _ in range(2)]
     assert answers == ["False\n", "True\n"]
     assert any((tmp_path / "xla").iterdir())
 
