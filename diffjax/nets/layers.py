@@ -16,6 +16,8 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from diffjax.quantize import Quantized
+
 Dtype = Any
 
 # Above this many float32 scores, attention works through the queries in chunks.
@@ -85,13 +87,15 @@ class RMSNorm(nn.Module):
         return y.astype(self.dtype)
 
 
-def matmul(x: Float[Array, "*batch i"], kernel: Float[Array, "i o"], dtype: Dtype) -> Float[Array, "*batch o"]:
+def matmul(x: Float[Array, "*batch i"], kernel: Float[Array, "i o"] | Quantized, dtype: Dtype) -> Float[Array, "*batch o"]:
     """`x @ kernel` read in `dtype` and accumulated in float32 or wider, which is also what it returns.
 
+    The kernel may be a `Quantized` one, which becomes `dtype` here, one layer of a stack at a time.
     In bfloat16 and float16 both products of the backward pass read `dtype` as well (autodiff alone would take a float32
     cotangent to a float32 product), and only reverse mode is defined.
     """
     rows = x.reshape(-1, x.shape[-1])
+    kernel = kernel.astype(dtype) if isinstance(kernel, Quantized) else kernel
     if jnp.dtype(dtype).itemsize < 4:
         y = _half_matmul(rows, kernel, dtype)
     else:

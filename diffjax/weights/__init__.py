@@ -16,6 +16,7 @@ from flax import linen as nn
 
 from diffjax import files
 from diffjax.errors import UserError
+from diffjax.quantize import Scheme
 from diffjax.weights import safetensors
 from diffjax.weights.config import class_name, read_json
 from diffjax.weights.folder import read_tensors
@@ -38,17 +39,17 @@ FORMATS = {
 
 
 def load(
-    path: str | Path, dtype: Any = None, sharding: Placement | None = None
+    path: str | Path, dtype: Any = None, sharding: Placement | None = None, scheme: Scheme | None = None
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The network of a component folder and its parameters.
 
     With `dtype=None` parameters keep the file's dtype, and the network computes in it; else both are `dtype`. Tensors
-    go from the file to their devices one at a time; `sharding(path, shape)` says where (the default device without it).
-    Raises `UserError` for a class or a field that is not implemented (naming it), and for weights that are damaged or
-    do not fit.
+    go from the file to their devices one at a time; `sharding(path, shape)` says where (the default device without it),
+    and `scheme` quantises large kernels on the way. Raises `UserError` for a class or a field that is not implemented
+    (naming it), and for weights that are damaged or do not fit.
     """
     folder = Path(path)
-    return assemble(read_json(folder / "config.json"), read_tensors(folder), str(folder), dtype, sharding)
+    return assemble(read_json(folder / "config.json"), read_tensors(folder), str(folder), dtype, sharding, scheme)
 
 
 def describe(path: str | Path) -> nn.Module:
@@ -66,11 +67,12 @@ def assemble(
     source: str,
     dtype: Any = None,
     sharding: Placement | None = None,
+    scheme: Scheme | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """`load` of a configuration and tensors that were read already; errors name `source`."""
     kind = _format(class_name(config), source)
     module = kind.module(config, source)
-    params = read_params(tensors, param_shapes(module, kind), kind.names(module), source, dtype, sharding)
+    params = read_params(tensors, param_shapes(module, kind), kind.names(module), source, dtype, sharding, scheme)
     compute = _common_dtype(params, source)
     return module.clone(dtype=compute, param_dtype=compute), params
 

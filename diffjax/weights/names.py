@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array
 
 from diffjax.errors import UserError
+from diffjax.quantize import Quantized, Scheme
 
 Params = Mapping[str, Any]
 Placement = Callable[[str, tuple[int, ...]], Sharding]
@@ -114,11 +115,13 @@ def read_params(
     source: str,
     dtype: Any = None,
     sharding: Placement | None = None,
+    scheme: Scheme | None = None,
 ) -> dict[str, Any]:
     """The parameters of the given shapes out of a checkpoint's tensors, in the file's dtype or in `dtype`.
 
     Tensors go to their devices one at a time; `sharding` says where by a leaf's path and shape (the default device
-    without it). Raises one `UserError` that lists the missing, the unexpected and the ill-fitting keys.
+    without it). Stacked kernels that `scheme` reads are quantised there, layer by layer. Raises one `UserError` that lists the
+    missing, the unexpected and the ill-fitting keys.
     """
     tensors, repeated = _renamed(tensors, names)
     rows = list(table(shapes, names))
@@ -126,8 +129,7 @@ def read_params(
     leaves = {}
     for row in rows:
         parts = [tensors[key] for key in row.keys]
-        place = sharding(row.path, row.leaf.shape) if sharding else None
-        leaves[row.path] = (_stack if row.stacked else _single)(parts, row, _leaf_dtype(parts, dtype), place)
+        leaves[row.path] = _leaf(parts, row, _leaf_dtype(parts, dtype), sharding, scheme)
     return traverse_util.unflatten_dict(leaves, sep="/")
 
 
@@ -183,6 +185,15 @@ def _leaf_dtype(parts: list[np.ndarray], dtype: Any) -> Any:
     return dtype if dtype is not None and jnp.issubdtype(own, jnp.floating) else own
 
 
+def _leaf(
+    parts: list[np.ndarray], row: Row, dtype: Any, sharding: Placement | None, scheme: Scheme | None
+) -> jax.Array | Quantized:
+    if scheme and row.stacked and scheme.reads(row.path):
+        return _quantized(parts, row, dtype, sharding, scheme)
+    place = sharding(row.path, row.leaf.shape) if sharding else None
+    return (_stack if row.stacked else _single)(parts, row, dtype, place)
+
+
 def _put(array: np.ndarray, place: Sharding | None) -> jax.Array:
     """On the default device, or as `place` has it: every device is sent its own part."""
     if place is None:
@@ -203,6 +214,23 @@ def _stack(parts: list[np.ndarray], row: Row, dtype: Any, place: Sharding | None
     return leaf
 
 
+def _quantized(
+    parts: list[np.ndarray], row: Row, dtype: Any, sharding: Placement | None, scheme: Scheme
+) -> Quantized:
+    """A stacked leaf in whole numbers, filled on the device: one layer at a time is there in full."""
+
+    def blank(path, leaf) -> Array:
+        name = jax.tree_util.keystr(path, simple=True)
+        place = sharding(f"{row.path}/{name}", leaf.shape) if sharding else None
+        return jnp.zeros(leaf.shape, leaf.dtype, device=place)
+
+    whole = jax.ShapeDtypeStruct(row.leaf.shape, dtype)
+    leaf = jax.tree_util.tree_map_with_path(blank, jax.eval_shape(scheme, whole))
+    for i, part in enumerate(parts):
+        leaf = _fill_quantized(leaf, _put(part, _shares(part, leaf.values.sharding)), i, row.layout, dtype, scheme)
+    return leaf
+
+
 def _shares(part: np.ndarray, place: Sharding | None) -> Sharding | None:
     """How one layer's tensor travels: cut along its first axis so that no byte is sent twice, whole if it cannot be."""
     if not isinstance(place, NamedSharding):
@@ -217,6 +245,12 @@ def _fill(leaf: Array, part: Array, layer: int, layout: Layout) -> Array:
     # As whole numbers: on a CPU, XLA widens all of a bfloat16 leaf to write a layer of it.
     bits = f"uint{8 * leaf.dtype.itemsize}"
     return leaf.view(bits).at[layer].set(part.view(bits)).view(leaf.dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "dtype", "scheme"), donate_argnames="leaf")
+def _fill_quantized(leaf: Quantized, part: Array, layer: int, layout: Layout, dtype: Any, scheme: Scheme) -> Quantized:
+    part = scheme(layout.read(part).astype(dtype))
+    return jax.tree.map(lambda leaf, part: leaf.at[layer].set(part), leaf, part)
 
 
 def _complain(problems: dict[str, list[str]], source: str) -> None:
