@@ -4,6 +4,7 @@ Data parallelism is `jit` over arrays placed by `shard_batch` and `replicate`; F
 `jit` with parameters placed by `shard_by_rules`. The compiler derives the communication from the placement.
 """
 
+import functools
 import math
 import os
 import re
@@ -21,7 +22,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from diffjax.errors import UserError
 from diffjax.files import home
 
-Rule = tuple[str, PartitionSpec | Callable[[tuple[int, ...], Mesh], PartitionSpec]]
+Split = Callable[[tuple[int, ...], Mesh], PartitionSpec]
+Rule = tuple[str, PartitionSpec | Split]
 
 
 def start() -> None:
@@ -127,23 +129,29 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
 
 
-def shard_by_rules(tree: Any, rules: Sequence[Rule], mesh: Mesh) -> Any:
-    """A `NamedSharding` for every leaf (array or `ShapeDtypeStruct`), for `jax.device_put` or as `in_shardings`.
+def placement(rules: Sequence[Rule], mesh: Mesh) -> Callable[[str, tuple[int, ...]], NamedSharding]:
+    """The function (name, shape) -> sharding of rules, as `weights.load` takes it.
 
     A leaf is named by its path, as in `blocks/attention/query/kernel`; the first rule whose regular expression is
     found in the name gives its `PartitionSpec`, itself or as a function (shape, mesh) -> spec such as `largest_axis`.
     No rule: replicated. Raises `UserError` where a spec does not fit the leaf's shape.
     """
 
-    def place(path, leaf) -> NamedSharding:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+    def place(name: str, shape: tuple[int, ...]) -> NamedSharding:
         spec = next((spec for pattern, spec in rules if re.search(pattern, name)), PartitionSpec())
-        spec = spec if isinstance(spec, PartitionSpec) else spec(leaf.shape, mesh)
-        if not _fits(leaf.shape, spec, mesh):
-            raise UserError(f"{name} of shape {leaf.shape} cannot be split as {spec}: change its rule")
+        spec = spec if isinstance(spec, PartitionSpec) else spec(shape, mesh)
+        if not _fits(shape, spec, mesh):
+            raise UserError(f"{name} of shape {shape} cannot be split as {spec}: change its rule")
         return NamedSharding(mesh, spec)
 
-    return jax.tree_util.tree_map_with_path(place, tree)
+    return place
+
+
+def shard_by_rules(tree: Any, rules: Sequence[Rule], mesh: Mesh) -> Any:
+    """`placement` of every leaf (array or `ShapeDtypeStruct`), for `jax.device_put` or as `in_shardings`."""
+    place = placement(rules, mesh)
+    name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: place(name(path), leaf.shape), tree)
 
 
 def _fits(shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> bool:
@@ -151,15 +159,28 @@ def _fits(shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> bool:
     return len(parts) <= len(shape) and all(size % part == 0 for size, part in zip(shape, parts))
 
 
-def largest_axis(name: str) -> Callable[[tuple[int, ...], Mesh], PartitionSpec]:
+def largest_axis(name: str, beside: Split | None = None) -> Split:
     """The rule of FSDP (ZeRO stage 3, Rajbhandari et al. 2020): split a leaf's largest axis among those that the mesh
-    axis `name` divides; replicate a leaf without one.
+    axis `name` divides, and that the rule `beside` left whole; a leaf without one is not split further.
     """
 
     def rule(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-        sizes = [size if size % mesh.shape[name] == 0 else 0 for size in shape]
-        if not any(sizes):
+        spec = list(beside(shape, mesh)) if beside else []
+        spec += [None] * (len(shape) - len(spec))
+        sizes = [size if size % mesh.shape[name] == 0 and not spec[i] else 0 for i, size in enumerate(shape)]
+        if any(sizes):
+            spec[int(np.argmax(sizes))] = name
+        return PartitionSpec(*spec) if any(spec) else PartitionSpec()
+
+    return rule
+
+
+def one_axis(axis: int, name: str) -> Split:
+    """The rule of tensor parallelism: split this axis over the mesh axis `name` if that divides it."""
+
+    def rule(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+        if len(shape) < abs(axis) or shape[axis] % mesh.shape[name]:
             return PartitionSpec()
-        return PartitionSpec(*(name if i == int(np.argmax(sizes)) else None for i in range(len(shape))))
+        return PartitionSpec(*(name if i == axis % len(shape) else None for i in range(len(shape))))
 
     return rule

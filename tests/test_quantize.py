@@ -76,7 +76,7 @@ def network(request, tmp_path_factory):
     """A module, its parameters, and the folder that they were saved in."""
     module, folder = request.param, tmp_path_factory.mktemp("network")
     shapes, random = jax.eval_shape(module.init, jax.random.key(0), *arguments(module))["params"], np.random.RandomState(0)
-    params = jax.tree.map(lambda leaf: jnp.float32(random.standard_normal(leaf.shape) / leaf.shape[-2 % leaf.ndim] ** 0.5), shapes)
+    params = jax.tree.map(lambda leaf: jnp.float32(random.standard_normal(leaf.shape) / leaf.shape[0] ** 0.5), shapes)
     weights.save(folder, module, params)
     return module, params, folder
 
