@@ -65,7 +65,7 @@ class _Parser(argparse.ArgumentParser):
 def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     parser = _Parser(prog="diffjax", description="Diffusion models in JAX.", epilog=_EXAMPLES)
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for add in (_doctor, _train, _sample, _evaluate, _plan, _fit_grid, _convert):
+    for add in (_doctor, _prepare, _train, _sample, _evaluate, _plan, _fit_grid, _convert):
         add(subparsers)
     for command in (parser, *subparsers.choices.values()):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -108,6 +108,33 @@ def _doctor(subparsers) -> None:
         from diffjax.doctor import main
 
         return main(require=args.require, as_json=args.json)
+
+    parser.set_defaults(run=run)
+
+
+def _prepare(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "prepare",
+        help="make an experiment's data ready: fetch, shrink, encode the captions",
+        description="Do once what training would do before its first step, and what it never does: fetch the pictures that a\n"
+        "table has on the web. All goes to the cache folder; interrupted, the same command goes on.",
+        epilog="examples:\n"
+        "  diffjax prepare --config experiments/minimagen/base64.py --config.data.path=PICTURES\n"
+        "  diffjax prepare --config experiments/minimagen/base64.py \\\n"
+        "    --config.data.name=captioned_table --config.data.path=links.parquet\n\n"
+        "Any field of the config can be overridden: --config.a.b=value, --noconfig.flag.\n",
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="a Python file with get_config()")
+    parser.add_argument("--retry", action="store_true", help="try once more to fetch the pictures that failed before")
+
+    def run(args) -> None:
+        from diffjax import data, embed
+
+        data.fetch(args.config.data, args.retry)
+        found = data.load(args.config.data)
+        if embed.is_frozen(args.config.text):
+            embed.encoded(args.config.text, embed.captions(found, args.config.sample.prompts))
+        print(f"{len(found)} pictures of {found.size} pixels are ready")
 
     parser.set_defaults(run=run)
 

@@ -3,8 +3,11 @@
 `load(config.data)` gives a `Dataset`; its `batches` are endless, shuffled, sharded and restorable, and `Prefetch`
 places them on the devices ahead of time. Fields of the configuration (`default_config` has them all):
 
-    name         "openmoji", "captioned_folder", or any TFDS name such as "cifar10" or "oxford_flowers102"
+    name         "openmoji", "captioned_folder", "captioned_table", "webdataset", or any TFDS name such as "cifar10"
     path         captioned_folder: the folder; `diffjax.data.captions` lists the layouts that are read
+                 captioned_table: a .csv, .tsv, .jsonl or .parquet file, a folder of them or a pattern such as "part-*";
+                 its pictures are files or URLs, and `diffjax prepare` fetches the latter
+                 webdataset: a .tar file, a folder of them or a pattern such as "shards/*.tar"
     data_dir     where prepared data are looked for and put; "" is $TFDS_DATA_DIR, else the cache folder
     split        a TFDS split or slice: "train", "test", "train[:90%]"
     subset       openmoji: "all", "no_skin_tones", or so many, such as "200" (everyday things first)
@@ -19,7 +22,7 @@ places them on the devices ahead of time. Fields of the configuration (`default_
     workers      processes that decode; 0 decodes on threads of this one
 """
 
-from diffjax.data.dataset import Dataset, default_config, load
+from diffjax.data.dataset import Dataset, default_config, fetch, load
 from diffjax.data.pipeline import Batches, Prefetch
 
-__all__ = ["Batches", "Dataset", "Prefetch", "default_config", "load"]
+__all__ = ["Batches", "Dataset", "Prefetch", "default_config", "fetch", "load"]

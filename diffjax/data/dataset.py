@@ -12,11 +12,14 @@ import ml_collections
 import numpy as np
 
 from diffjax import files
+from diffjax.data.captions import Folder
 from diffjax.data.images import check_size, colour
 from diffjax.data.pipeline import Batches, Pictures, Tokenize, batches
 from diffjax.data.prepare import prepared, track
 from diffjax.data.records import Records
 from diffjax.data.skipped import Skipped
+from diffjax.data.tables import Table
+from diffjax.data.webdataset import Shards
 from diffjax.errors import UserError
 
 
@@ -137,14 +140,17 @@ def _openmoji(config: ml_collections.ConfigDict, folder: Path) -> Any:
     return prepared(lambda: openmoji.Openmoji(config=settings, data_dir=folder))
 
 
-def _captioned_folder(config: ml_collections.ConfigDict, folder: Path) -> Any:
-    from diffjax.data import captioned_folder
+def _captioned_pictures(config: ml_collections.ConfigDict, folder: Path) -> Any:
+    from diffjax.data import captioned_pictures
 
+    settings = captioned_pictures.config(_source(config), config.size, config.background, config.enlarge)
+    return prepared(lambda: captioned_pictures.builder(settings, folder))
+
+
+def _source(config: ml_collections.ConfigDict) -> Any:
     if not config.path:
-        raise UserError("data.path is empty; set it to your folder of pictures")
-    path = Path(config.path).expanduser()
-    settings = captioned_folder.config(path, config.size, config.background, config.enlarge)
-    return prepared(lambda: captioned_folder.builder(settings, folder))
+        raise UserError(f"data.path is empty; set it to where the pictures of {config.name} are")
+    return SOURCES[config.name](Path(config.path).expanduser())
 
 
 def _named(config: ml_collections.ConfigDict, folder: Path) -> Any:
@@ -166,7 +172,15 @@ def _named(config: ml_collections.ConfigDict, folder: Path) -> Any:
         raise UserError(f"cannot prepare {config.name}: {reason}; {remedy}") from error
 
 
-BUILDERS = {"openmoji": _openmoji, "captioned_folder": _captioned_folder}
+SOURCES = {"captioned_folder": Folder, "captioned_table": Table, "webdataset": Shards}
+BUILDERS = {"openmoji": _openmoji, **dict.fromkeys(SOURCES, _captioned_pictures)}
+
+
+def fetch(config: ml_collections.ConfigDict, retry: bool = False) -> None:
+    """Fetch the pictures that a table has on the web, which `load` never does; with `retry` also those that failed before."""
+    config = _complete(config)
+    if config.name == "captioned_table":
+        _source(config).fetch(retry)
 
 
 def load(config: ml_collections.ConfigDict) -> Dataset:

@@ -9,6 +9,8 @@ from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 from diffjax.errors import UserError
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+"""What is opened, whatever a file is called: PIL knows more, some of which call other programs."""
 
 
 def colour(background: str) -> tuple[int, int, int]:
@@ -51,7 +53,7 @@ def open_picture(data: bytes, size: int) -> Image.Image:
     Raises `OSError` for bytes that are no picture.
     """
     try:
-        picture = Image.open(io.BytesIO(data))
+        picture = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError as error:
         raise OSError("no picture in any known format") from error
     picture.draft(None, (size, size))

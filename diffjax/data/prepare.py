@@ -3,15 +3,18 @@
 import contextlib
 import errno
 import io
+import itertools
 import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 from diffjax.errors import UserError
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def track(items: Iterable[Item], title: str, total: int) -> Iterable[Item]:
@@ -24,6 +27,21 @@ def track(items: Iterable[Item], title: str, total: int) -> Iterable[Item]:
         print(f"{title} ({total})", file=sys.stderr, flush=True)
         return items
     return rich_track(items, title, total=total, console=console, transient=True)
+
+
+def in_parallel(work: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[tuple[Item, Result]]:
+    """(item, work(item)) as they are done; few more than so many are begun at a time, and none once nobody asks."""
+    waiting, pool = iter(items), ThreadPoolExecutor(threads)
+    running: dict = {}
+    try:
+        while True:
+            running |= {pool.submit(work, item): item for item in itertools.islice(waiting, 2 * threads - len(running))}
+            if not running:
+                return
+            for done in wait(running, return_when=FIRST_COMPLETED).done:
+                yield running.pop(done), done.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 @contextlib.contextmanager
