@@ -277,6 +277,7 @@ def _plan(subparsers) -> None:
         "the first call measures this machine's speed for a few seconds.",
         epilog="examples:\n"
         "  diffjax plan --model google/ddpm-cat-256 --steps 25 --num 4\n"
+        "  diffjax plan --model stabilityai/stable-diffusion-3.5-large --size 1024 --steps 28 --device h100\n"
         "  diffjax plan --run runs/emoji --sampler heun\n"
         "  diffjax plan --config experiments/emoji64.py --device h100 --config.train.batch=512\n",
     )
@@ -288,7 +289,7 @@ def _plan(subparsers) -> None:
         parser.add_argument(f"--{name}", type=int, metavar="N", help=meaning, default=1 if name == "num" else None)
     parser.add_argument("--sampler", metavar="NAME", help="the solver (heun calls the network twice a step)")
     parser.add_argument("--guidance", type=float, metavar="W", help="guidance scale: twice the rows")
-    parser.add_argument("--dtype", default="float32", metavar="TYPE", help="of a published model: float32 or bfloat16")
+    parser.add_argument("--dtype", metavar="TYPE", help="float32 or bfloat16 (default: float32, of latent models bfloat16)")
     parser.add_argument("--device", metavar="NAME", help="h100, h200, a100, t4, v5e or cpu; default: the one found here")
     parser.add_argument("--compile", action="store_true", help="compile, for the exact peak memory")
 

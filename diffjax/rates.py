@@ -30,14 +30,15 @@ CONVOLUTIONS = ((128, 128), (64, 256), (32, 256), (16, 512))
 
 @dataclass(frozen=True)
 class Rates:
-    """Operations a second of 16-bit and 32-bit products and of convolutions, bytes a second of memory, and the seconds
-    that it takes to start one operation."""
+    """Operations a second of 16-bit and 32-bit products and of convolutions, bytes a second of memory, the seconds that it
+    takes to start one operation, and whether attention is fused."""
 
     products16: float
     products32: float
     convolutions: float
     bandwidth: float
     launch: float
+    fused: bool = False
 
     def seconds(self, cost: Cost) -> float:
         """The time of a program of this cost."""
@@ -45,23 +46,23 @@ class Rates:
             cost.products16 / self.products16
             + cost.products32 / self.products32
             + cost.convolutions / self.convolutions
-            + cost.traffic / self.bandwidth
+            + (cost.traffic + (0 if self.fused else cost.scores)) / self.bandwidth
             + cost.launches * self.launch
         )
 
 
-def _published(products16: float, products32: float, bandwidth: float) -> Rates:
+def _published(products16: float, products32: float, bandwidth: float, fused: bool) -> Rates:
     """Rates of dense peaks; convolutions count as 32-bit products."""
-    return Rates(SHARE * products16, SHARE * products32, SHARE * products32, bandwidth, 5e-6)
+    return Rates(SHARE * products16, SHARE * products32, SHARE * products32, bandwidth, 5e-6, fused)
 
 
 # Vendors' data sheets; 32-bit products as jax makes them by default: TF32 on H100 and A100, bfloat16 on TPUs.
 NAMED = {
-    "h100": _published(989e12, 494e12, 3.35e12),
-    "h200": _published(989e12, 494e12, 4.8e12),
-    "a100": _published(312e12, 156e12, 2.04e12),
-    "t4": _published(65e12, 8.1e12, 0.32e12),
-    "v5e": _published(197e12, 197e12, 0.82e12),
+    "h100": _published(989e12, 494e12, 3.35e12, True),
+    "h200": _published(989e12, 494e12, 4.8e12, True),
+    "a100": _published(312e12, 156e12, 2.04e12, True),
+    "t4": _published(65e12, 8.1e12, 0.32e12, False),
+    "v5e": _published(197e12, 197e12, 0.82e12, False),
 }
 MEMORY = {"h100": 80e9, "h200": 141e9, "a100": 80e9, "t4": 16e9, "v5e": 16e9}
 
@@ -78,6 +79,16 @@ def of_device(name: str | None = None) -> tuple[str, Rates]:
         raise unknown("device", name, dict.fromkeys([*NAMED, "cpu", backend]))
     kind = name or backend
     return ("this CPU" if kind == "cpu" else f"this {jax.devices(kind)[0].device_kind}"), _measured(kind)
+
+
+def memory(name: str | None = None) -> float | None:
+    """The bytes of a device's memory, where they are known: from the table, or as the device at hand says."""
+    if name in MEMORY:
+        return MEMORY[name]
+    kind = name or jax.default_backend()
+    if kind == "cpu":
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return (jax.devices(kind)[0].memory_stats() or {}).get("bytes_limit")
 
 
 def _measured(kind: str) -> Rates:

@@ -122,3 +122,5 @@ def test_the_command(folder, calibrated, capsys):
 )
 def test_durations_in_words(seconds, words):
     assert plan.duration(seconds) == words
+
+

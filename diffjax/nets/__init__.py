@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import jax
 from flax import linen as nn
 
+from diffjax.nets.layers import scaled_dot_product
+
 
 def parameter_count(module: nn.Module, *inputs: Any, **named: Any) -> int:
     """The number of parameters of `module` called on `inputs` (arrays or `jax.ShapeDtypeStruct`s); computes nothing."""
@@ -15,13 +17,15 @@ def parameter_count(module: nn.Module, *inputs: Any, **named: Any) -> int:
 
 class Cost(NamedTuple):
     """What a program does: floating-point operations of its matrix products (of 16-bit operands, and of wider ones) and
-    convolutions, the bytes that these and sums move, and how many such operations there are."""
+    convolutions, the bytes that these and sums move, how many such operations there are, and the further bytes of attention
+    scores, which only a device without fused attention moves."""
 
     products16: float = 0.0
     products32: float = 0.0
     convolutions: float = 0.0
     traffic: float = 0.0
     launches: float = 0.0
+    scores: float = 0.0
 
     @property
     def flops(self) -> float:
@@ -65,6 +69,9 @@ def program_cost(jaxpr: Any) -> Cost:
         elif name.startswith("dot_product_attention"):
             (b, t, n, h), s = equation.invars[0].aval.shape, equation.invars[1].aval.shape[1]
             total = total.plus(_product(4.0 * b * n * t * s * h, equation.invars[0].aval).plus(moved))
+        elif equation.params.get("name") == scaled_dot_product.__name__:
+            beside = max(0.0, inner[0].traffic - moved.traffic)
+            total = total.plus(inner[0]._replace(traffic=moved.traffic, launches=1.0, scores=beside))
         elif name.startswith("reduce_"):
             total = total.plus(moved)
         elif name == "cond":

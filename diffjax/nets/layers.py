@@ -168,16 +168,10 @@ def attention(
     `mask` is True where a key is seen. On a GPU that has it, cuDNN's flash attention; elsewhere the score matrix, in
     chunks of queries when it would pass `MAX_SCORES` numbers, each chunk recomputed in the backward pass.
     """
-    (b, t, n, h), s, dtype = q.shape, k.shape[1], q.dtype
-    flash = _flash_reads(q)
+    dtype, flash = q.dtype, _flash_reads(q)
     if dtype == jnp.float16 and not flash:  # which XLA's CPU products do not know
         q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
-    if flash:
-        y = _flash(q, k, v, mask, bias)
-    elif b * n * t * s <= MAX_SCORES:
-        y = jax.nn.dot_product_attention(q, k, v, bias, mask, implementation="xla")
-    else:
-        y = _chunked(q, k, v, mask, bias, max(1, MAX_SCORES // (8 * b * n * s)))
+    y = _flash(q, k, v, mask, bias) if flash else scaled_dot_product(q, k, v, mask, bias, MAX_SCORES)
     if mask is not None:
         seen = jnp.any(mask, axis=-1)
         y = jnp.where(jnp.swapaxes(seen, 1, 2)[..., None], y, 0)
@@ -206,6 +200,15 @@ def _flash(q: Array, k: Array, v: Array, mask: Array | None, bias: Array | None)
         even(q), even(k), even(v), bias, mask, implementation="cudnn", **(lengths if t % 2 or s % 2 else {})
     )
     return y[:, :t]
+
+
+@functools.partial(jax.jit, static_argnums=5)
+def scaled_dot_product(q: Array, k: Array, v: Array, mask: Array | None, bias: Array | None, most: int) -> Array:
+    """Attention by way of the scores, in chunks if there are more than `most`; `nets.program_cost` knows it by its name."""
+    scores = q.shape[0] * q.shape[2] * k.shape[1]
+    if scores * q.shape[1] <= most:
+        return jax.nn.dot_product_attention(q, k, v, bias, mask, implementation="xla")
+    return _chunked(q, k, v, mask, bias, max(1, most // (8 * scores)))
 
 
 def _chunked(q: Array, k: Array, v: Array, mask: Array | None, bias: Array | None, size: int) -> Array:

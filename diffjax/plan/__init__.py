@@ -4,9 +4,10 @@ A job is a list of parts: programs, and how often each is called. They are trace
 configurations are read, and nothing is computed.
 """
 
+from diffjax.plan import latent
 from diffjax.plan.figures import Part, compiled_bytes, estimate, live_bytes, tree_bytes, tree_size
 from diffjax.plan.jobs import Asked, Job, experiment, published, run
-from diffjax.plan.report import duration, report
+from diffjax.plan.report import duration, peak, report
 from diffjax.weights import hub
 
 
@@ -15,4 +16,5 @@ def model(name: str, asked: Asked) -> list[Job]:
 
     Raises `UserError` as `diffjax.load` does.
     """
-    return [published(hub.fetch(name, patterns=("*.json",)).folder, asked, name)]
+    folder = hub.fetch(name, patterns=("*.json",)).folder
+    return [latent.drawing(folder, asked, name) if (folder / "transformer").is_dir() else published(folder, asked, name)]

@@ -35,18 +35,34 @@ class Asked:
     size: int | None = None
     guidance: float | None = None
     sampler: str | None = None
-    dtype: str = "float32"
+    dtype: str | None = None
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to keep the parts of a job in memory: all `together`, or one after the other; the job's `loop` part may be split
+    over several devices.
+    """
+
+    name: str
+    parts: tuple[Part, ...]
+    together: bool = False
+    devices: int = 1
 
 
 @dataclass(frozen=True)
 class Job:
-    """The parts of a job that makes `steps` steps of `images` images; `loop` is the part that each step calls."""
+    """The parts of a job that makes `steps` steps of `images` images; `loop` is the part that each step calls.
+
+    Without `ways`, all parts are in memory together.
+    """
 
     title: str
     parts: tuple[Part, ...]
     loop: str
     steps: int
     images: int
+    ways: tuple[Way, ...] = ()
 
 
 def run(folder: str | Path, asked: Asked) -> list[Job]:
@@ -71,7 +87,7 @@ def experiment(config: ConfigDict, asked: Asked) -> list[Job]:
 
 def published(folder: Path, asked: Asked, name: str) -> Job:
     """Drawing with a published pixel model."""
-    dtype = build.named("dtype", build.DTYPES, asked.dtype)
+    dtype = build.named("dtype", build.DTYPES, asked.dtype or "float32")
     module = weights.describe(component(folder, "unet")).clone(dtype=dtype, param_dtype=dtype)
     defaults = pretrained.defaults(read_scheduler(folder), module)
     shape = _sized(pretrained.shape(module), asked.size)
@@ -112,29 +128,43 @@ def training(plan: trained.Plan) -> Job:
 def _drawing(
     name: str, shape: tuple[int, ...], defaults: Any, asked: Asked, module: nn.Module, cond: PyTree, encoders: Sequence[Part]
 ) -> Job:
-    steps, batch = asked.steps or defaults.steps, asked.batch or defaults.batch
-    sampler = asked.sampler or defaults.sampler
-    guidance = defaults.guidance if asked.guidance is None else asked.guidance
-    rows = batch * (1 if guidance is None else 2)
-    batches = math.ceil(asked.num / batch)
+    asked = completed(asked, defaults)
+    rows = asked.batch * (1 if asked.guidance is None else 2)
     cond = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype), cond)
     inputs = jax.ShapeDtypeStruct((rows, *shape), jnp.float32), jax.ShapeDtypeStruct((rows,), jnp.float32)
-    evaluations = 2 if isinstance(build.sampler(sampler).refine, Heun) else 1
-    network = _network("network", module, inputs, cond, steps * evaluations * batches)
+    network = _network("network", module, inputs, cond, calls(asked))
+    return Job(titled(name, shape, asked), (*encoders, network), "network", asked.steps, asked.num)
+
+
+def completed(asked: Asked, defaults: Any) -> Asked:
+    """What is asked for, with the model's choices filled in."""
+    given = {name: value for name, value in vars(asked).items() if value is not None}
+    own = {name: getattr(defaults, name) for name in ("steps", "batch", "sampler", "guidance")}
+    return Asked(**own | given)
+
+
+def calls(asked: Asked) -> int:
+    """How often drawing what is asked for calls the denoising network."""
+    evaluations = 2 if isinstance(build.sampler(asked.sampler).refine, Heun) else 1
+    return asked.steps * evaluations * math.ceil(asked.num / asked.batch)
+
+
+def titled(name: str, shape: tuple[int, ...], asked: Asked) -> str:
+    """The job of drawing pictures of a shape, in words."""
     images = "1 image" if asked.num == 1 else f"{asked.num} images"
-    images += "" if batch == 1 else f" in batches of {batch}"
-    guided = "" if guidance is None else f", guided by {guidance:g}"
-    title = f"{name}: {images} of {shape[0]} x {shape[1]} pixels, {steps} steps of {sampler}{guided}"
-    return Job(title, (*encoders, network), "network", steps, asked.num)
+    images += "" if asked.batch == 1 else f" in batches of {asked.batch}"
+    guided = "" if asked.guidance is None else f", guided by {asked.guidance:g}"
+    return f"{name}: {images} of {shape[0]} x {shape[1]} pixels, {asked.steps} steps of {asked.sampler}{guided}"
 
 
 def _network(name: str, module: nn.Module, inputs: tuple, named: PyTree, calls: float) -> Part:
     """A network called on inputs and named conditions, all of them shapes."""
     held = jax.eval_shape(module.init, jax.random.key(0), *inputs, **named)
-    return Part(name, functools.partial(_apply, module), held, (*inputs, named), tree_size(held), calls)
+    return Part(name, functools.partial(apply, module), held, (*inputs, named), tree_size(held), calls)
 
 
-def _apply(module: nn.Module, variables: PyTree, *given: Any) -> PyTree:
+def apply(module: nn.Module, variables: PyTree, *given: Any) -> PyTree:
+    """The program of a `Part`: the module called on inputs, then named conditions."""
     *inputs, named = given
     return module.apply(variables, *inputs, **named)
 

@@ -4,25 +4,56 @@ from collections.abc import Sequence
 
 from diffjax import rates
 from diffjax.plan.figures import Estimate, estimate
-from diffjax.plan.jobs import Job
+from diffjax.plan.jobs import Job, Way
 
 FEW = 20
 """The number of steps that a sampling job of more is compared with."""
 
 
 def report(job: Job, device: str | None, exact: bool = False) -> str:
-    """The table of a job and its sum in one line."""
+    """The table of a job, what it needs of memory, and its sum in one line."""
     name, speed = rates.of_device(device)
     figures = [estimate(part, exact) for part in job.parts]
     rows = [("part", "parameters", "bytes", "calls", "FLOPs a call", "FLOPs in all", "time")]
     rows += [_row(figure, speed) for figure in figures]
+    room = rates.memory(device)
+    how = "as compiled" if exact else "estimated; --compile measures it"
+    memory = _ways(job, room, exact, how) if job.ways else [_peak(figures, room, how)]
+    return "\n".join([job.title, "", *_aligned(rows), "", *memory, summary(job, figures, name, speed)])
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows)]
-    table = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
+
+
+def _peak(figures: Sequence[Estimate], room: float | None, how: str) -> str:
     memory = sum(figure.held for figure in figures) + max(figure.temporary for figure in figures)
-    room = rates.MEMORY.get(device)
     fits = "" if room is None else f" of {si(room)}B" + ("" if memory < room else ": too much")
-    peak = f"peak memory: {si(memory)}B{fits} ({'as compiled' if exact else 'estimated; --compile measures it'})"
-    return "\n".join([job.title, "", *table, "", peak, summary(job, figures, name, speed)])
+    return f"peak memory: {si(memory)}B{fits} ({how})"
+
+
+def _ways(job: Job, room: float | None, exact: bool, how: str) -> list[str]:
+    """The peak memory of every way on each device, and the first way that fits."""
+    parts = {id(part): part for way in job.ways for part in way.parts}
+    figures = {key: estimate(part, exact) for key, part in parts.items()}
+    peaks = {way.name: peak(way, [figures[id(part)] for part in way.parts], job.loop) for way in job.ways}
+    fits = lambda memory: "" if room is None else "fits" if memory < room else "too much"
+    width = max(map(len, peaks))
+    lines = [f"peak memory of a device ({how}):"]
+    lines += [f"  {name:{width}}  {si(memory):>8}B  {fits(memory)}".rstrip() for name, memory in peaks.items()]
+    if room is None:
+        return [*lines, ""]
+    first = next((name for name, memory in peaks.items() if memory < room), "nothing here: draw fewer or smaller pictures")
+    return [*lines, f"what fits {si(room)}B: {first}", ""]
+
+
+def peak(way: Way, figures: Sequence[Estimate], loop: str) -> float:
+    """The most bytes at once on one device."""
+    held = [figure.held / (way.devices if figure.name == loop else 1) for figure in figures]
+    if way.together:
+        return sum(held) + max(figure.temporary for figure in figures)
+    return max(size + figure.temporary for size, figure in zip(held, figures))
 
 
 def _row(figure: Estimate, speed: rates.Rates) -> tuple[str, ...]:

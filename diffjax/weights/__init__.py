@@ -103,6 +103,11 @@ def save_pipeline(path: str | Path, module: nn.Module, params: Params, scheduler
     files.write_json(folder / "model_index.json", index)
 
 
+def shapes(module: nn.Module) -> Params:
+    """The shapes of the parameters of any network that has a published class."""
+    return param_shapes(module, _format_of(module))
+
+
 def param_shapes(module: nn.Module, kind: Format) -> Params:
     """The shapes of a network's parameters; nothing is computed."""
     variables = jax.eval_shape(lambda *inputs: module.init(jax.random.key(0), *inputs), *kind.example(module))

@@ -1,0 +1,90 @@
+"""Drawing with Stable Diffusion 3 and 3.5: the parts of the job, and the ways to fit them into a device's memory."""
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import PyTree
+
+from diffjax import build, weights
+from diffjax.model import Defaults
+from diffjax.plan.figures import Part, tree_size
+from diffjax.plan.jobs import Asked, Job, Way, apply, calls, completed, titled
+from diffjax.quantize import SCHEMES, quantize
+
+T5 = "text_encoder_3"
+TEXTS = {"text_encoder": 77, "text_encoder_2": 77, T5: 256}
+"""Text encoders and the tokens that each reads."""
+
+COUNTS = (2, 4, 8)
+"""The numbers of devices that the transformer is split over."""
+
+
+def drawing(folder: Path, asked: Asked, name: str) -> Job:
+    """Drawing with a published latent model, of which only the configurations need to be there."""
+    asked = completed(asked, Defaults(steps=28, batch=1, sampler="euler", guidance=4.5))
+    parts = components(folder, asked)
+    size = asked.size or 1024
+    return Job(titled(name, (size, size), asked), tuple(parts.values()), "transformer", asked.steps, asked.num, ways(parts))
+
+
+def components(folder: Path, asked: Asked) -> dict[str, Part]:
+    """The components that are there, in the order in which they run: the texts once, the transformer at every step, the
+    decoder for every batch of pictures.
+    """
+    dtype = build.named("dtype", build.DTYPES, asked.dtype or "bfloat16")
+    there = [part for part in (*TEXTS, "transformer", "vae") if (folder / part / "config.json").exists()]
+    modules = {part: weights.describe(folder / part).clone(dtype=dtype, param_dtype=dtype) for part in there}
+    branches = 1 if asked.guidance is None else 2
+    rows, network, vae = asked.batch * branches, modules["transformer"], modules["vae"]
+    side = (asked.size or 1024) // vae.factor
+    shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)
+    context = shape(rows, TEXTS["text_encoder"] + TEXTS[T5], network.joint_attention_dim)
+    latents = shape(rows, side, side, network.in_channels), shape(rows), context, shape(rows, network.pooled_projection_dim)
+    given = {name: (jax.ShapeDtypeStruct((branches, length), jnp.int32),) for name, length in TEXTS.items()}
+    given |= {"transformer": latents, "vae": (shape(asked.batch, side, side, vae.latent_channels),)}
+    often = dict.fromkeys(TEXTS, 1) | {"transformer": calls(asked), "vae": math.ceil(asked.num / asked.batch)}
+    return {name: _part(name, module, given[name], often[name]) for name, module in modules.items()}
+
+
+def _part(name: str, module: nn.Module, given: tuple[Any, ...], calls: float) -> Part:
+    held = {"params": weights.shapes(module)}
+    call = functools.partial(_decode if name == "vae" else apply, module)
+    return Part(name, call, held, (*given, {}), tree_size(held), calls)
+
+
+def _decode(module: nn.Module, variables: PyTree, z: Any, named: PyTree) -> PyTree:
+    return module.apply(variables, z, method="decode", **named)
+
+
+def ways(parts: Mapping[str, Part]) -> tuple[Way, ...]:
+    """From the simplest to the one that needs least: kept in fewer bits, left out, or split over devices."""
+    large = [name for name in ("transformer", T5) if name in parts]
+    small = {bits: {name: _quantized(parts[name], bits) for name in large} for bits in SCHEMES}
+    chosen = lambda **other: tuple((dict(parts) | other).values())
+    both, turns = "transformer and T5" if T5 in parts else "transformer", "one component after the other"
+    return (
+        Way("all components resident", chosen(), together=True),
+        Way(turns, chosen()),
+        *(Way(f"{turns}, {name}", some) for name, some in _lighter_texts(parts, small["int8"]).items()),
+        *(Way(f"{turns}, {both} in {bits}", chosen(**some)) for bits, some in small.items()),
+        *(Way(f"{turns}, transformer split over {n}", chosen(), devices=n) for n in COUNTS),
+    )
+
+
+def _lighter_texts(parts: Mapping[str, Part], small: Mapping[str, Part]) -> dict[str, tuple[Part, ...]]:
+    if T5 not in parts:
+        return {}
+    without = tuple(part for name, part in parts.items() if name != T5)
+    return {"T5 in int8": tuple((dict(parts) | {T5: small[T5]}).values()), "no T5": without}
+
+
+def _quantized(part: Part, bits: str) -> Part:
+    held = {"params": jax.eval_shape(lambda params: quantize(params, SCHEMES[bits]), part.held["params"])}
+    return replace(part, held=held)

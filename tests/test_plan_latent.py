@@ -1,0 +1,90 @@
+"""The plan of Stable Diffusion 3.5, from configurations alone, against published counts."""
+
+import re
+
+import jax.numpy as jnp
+import pytest
+from diffjax import cli, files, plan, rates
+from diffjax.nets.clip import ClipText
+from diffjax.nets.mmdit import MMDiT
+from diffjax.nets.t5 import T5Encoder
+from diffjax.nets.vae import AutoencoderKL
+from diffjax.plan import latent
+from diffjax.weights import clip, mmdit, t5, vae
+
+CLIP_G = ClipText(
+    hidden_size=1280,
+    num_hidden_layers=32,
+    num_attention_heads=20,
+    intermediate_size=5120,
+    projection_dim=1280,
+    hidden_act="gelu",
+)
+COMPONENTS = {
+    "text_encoder": (clip.FORMAT, ClipText()),
+    "text_encoder_2": (clip.FORMAT, CLIP_G),
+    "text_encoder_3": (t5.FORMAT, T5Encoder()),
+    "transformer": (mmdit.FORMAT, MMDiT()),
+    "vae": (vae.FORMAT, AutoencoderKL()),
+}
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """SD3.5 large, its configurations only."""
+    folder = tmp_path_factory.mktemp("large")
+    for name, (kind, module) in COMPONENTS.items():
+        files.write_json(folder / name / "config.json", kind.config(module))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def job(large):
+    return plan.model(str(large), plan.Asked(steps=28, guidance=4.5))[0]
+
+
+def test_operations_are_the_published_ones(job):
+    figures = {part.name: plan.estimate(part) for part in job.parts}
+    per_row = {name: figure.cost.flops / 2 for name, figure in figures.items()}
+    assert per_row["transformer"] == pytest.approx(31.12e12, rel=1e-3)
+    assert figures["transformer"].cost.times(28).flops == pytest.approx(1.743e15, rel=1e-3)
+    assert per_row["text_encoder_3"] == pytest.approx(2.40e12, rel=5e-3)
+    assert per_row["text_encoder"] == pytest.approx(13e9, rel=0.03) and per_row["text_encoder_2"] == pytest.approx(98e9, rel=0.01)
+    doubling = 2 * 9 * (512**2 * (256**2 + 512**2) + 256**2 * 1024**2)
+    assert figures["vae"].cost.flops + doubling * 5 / 9 == pytest.approx(10.47e12, rel=2e-3)
+    assert figures["transformer"].parameters == 8_146_280_768 and figures["transformer"].held == 16_292_561_536
+    assert figures["text_encoder_3"].parameters == 4_762_310_656 and figures["vae"].parameters == 83_819_683
+
+
+def test_ways_need_ever_less_until_they_split(job):
+    figures = {id(part): plan.estimate(part) for way in job.ways for part in way.parts}
+    peaks = [plan.peak(way, [figures[id(part)] for part in way.parts], job.loop) for way in job.ways]
+    together, sequential, *_, int8, int4, two, four, eight = peaks
+    assert 27.6e9 < together < 35e9 and 16.3e9 < sequential < 19e9
+    assert sequential > int8 > int4 and 8.2e9 < int8 < 10e9 and 4.4e9 < int4 < 6.5e9
+    assert sequential > two >= four >= eight > 9.5e9
+
+
+def test_choices(large):
+    part = lambda **asked: latent.drawing(large, plan.Asked(**asked), "large").parts
+    *_, transformer, decoder = part(num=5, batch=2, steps=3, sampler="heun", size=512)
+    assert (transformer.calls, decoder.calls) == (18, 3)
+    assert transformer.given[0].shape == (4, 64, 64, 16) and decoder.given[0].shape == (2, 64, 64, 16)
+    assert transformer.held["params"]["pos_embed"].dtype == jnp.bfloat16
+
+
+def test_without_t5(large, tmp_path):
+    for name in ("text_encoder", "text_encoder_2", "transformer", "vae"):
+        (tmp_path / name).symlink_to(large / name)
+    job = latent.drawing(tmp_path, plan.Asked(), "large")
+    assert [part.name for part in job.parts] == ["text_encoder", "text_encoder_2", "transformer", "vae"]
+    assert not any("T5" in way.name for way in job.ways)
+
+
+def test_the_command(large, capsys):
+    assert cli.main(["plan", "--model", str(large), "--size", "1024", "--steps", "28", "--device", "t4"]) == 0
+    said = capsys.readouterr().out
+    assert "1 image of 1024 x 1024 pixels, 28 steps" in said
+    assert re.search(r"one component after the other +17\.\d GB  too much", said)
+    assert "what fits 16 GB: one component after the other, transformer and T5 in int8" in said
+    assert rates.NAMED["h100"].fused and not rates.NAMED["t4"].fused
