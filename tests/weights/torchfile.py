@@ -21,8 +21,8 @@ class Call:
 
 
 class Storage:
-    def __init__(self, key, array):
-        self.id = ("storage", Global("torch", STORAGES[array.dtype.name]), key, "cpu", array.size)
+    def __init__(self, key, array, *view):
+        self.id = ("storage", Global("torch", STORAGES[array.dtype.name]), key, "cpu", array.size, *view)
 
 
 class Pickler(pickle._Pickler):
@@ -46,12 +46,12 @@ def dumps(value):
     return file.getvalue()
 
 
-def tensor(key, array, size=None, stride=None, offset=0):
+def tensor(key, array, size=None, stride=None, offset=0, view=()):
     """The call that rebuilds a tensor from the storage `key`."""
     size = array.shape if size is None else size
     stride = tuple(step // array.itemsize for step in array.strides) if stride is None else stride
     hooks = Call(Global("collections", "OrderedDict"))
-    return Call(Global("torch._utils", "_rebuild_tensor_v2"), Storage(key, array), offset, size, stride, False, hooks)
+    return Call(Global("torch._utils", "_rebuild_tensor_v2"), Storage(key, array, *view), offset, size, stride, False, hooks)
 
 
 def write(path, value, storages, compression=zipfile.ZIP_STORED):
@@ -73,3 +73,14 @@ def write_state(path, tensors, **options):
     storages = {str(i): np.ascontiguousarray(array) for i, array in enumerate(tensors.values())}
     value = {name: tensor(key, array) for name, (key, array) in zip(tensors, storages.items())}
     write(path, value, storages, **options)
+
+
+def write_old_state(path, tensors):
+    """`torch.save(state_dict)` of torch before 1.6."""
+    tensors = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    value = {name: tensor(name, array, view=(None,)) for name, array in tensors.items()}
+    sizes = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
+    parts = [dumps(part) for part in (0x1950A86A20F9469CFC6C, 1001, sizes, value, list(tensors)[::-1])]
+    for array in list(tensors.values())[::-1]:
+        parts.append(struct.pack("<q", array.size) + array.tobytes())
+    path.write_bytes(b"".join(parts))
