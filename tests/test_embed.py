@@ -88,6 +88,7 @@ def test_states_are_trimmed(choice):
 
 def test_broken_off_it_goes_on(choice, encoder, monkeypatch):
     monkeypatch.setattr(embed, "SHARD", 1)
+    monkeypatch.setattr(embed, "BATCH", 1)
     table = embed.Table(files.home() / "table", 6, 16)
     seen = []
 

@@ -28,6 +28,7 @@ PACKAGES = ("diffjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "gr
 def claim(workdir: str | Path, config: ConfigDict) -> Iterator[None]:
     """Hold `workdir` for this job and write `config.json` and `run.json` there; of several hosts, the first one does.
 
+    A run that ends in a `UserError` before its first step leaves none of its files: mended, its config is another one.
     Raises `UserError` when another process trains there, or when it holds a run of another config (`MAY_CHANGE` apart).
     """
     workdir = Path(workdir)
@@ -36,13 +37,18 @@ def claim(workdir: str | Path, config: ConfigDict) -> Iterator[None]:
         return
     with _alone(workdir):
         wanted = json.loads(config.to_json_best_effort())
-        path = workdir / "config.json"
+        path, before = workdir / "config.json", set(workdir.iterdir())
         if path.exists():
             _refuse_another(workdir, json.loads(path.read_text()), wanted)
         files.write_json(path, wanted)
         starts = json.loads((workdir / "run.json").read_text()) if (workdir / "run.json").exists() else []
         files.write_json(workdir / "run.json", [*starts, description()])
-        yield
+        try:
+            yield
+        except UserError:
+            if path not in before and not (workdir / "metrics.jsonl").exists():
+                _remove(set(workdir.iterdir()) - before)
+            raise
 
 
 def description() -> dict[str, Any]:
@@ -84,6 +90,12 @@ def differences(there: dict, here: dict, prefix: str = "") -> list[str]:
 def _refuse_another(workdir: Path, there: dict, here: dict) -> None:
     if lines := differences(there, here):
         raise UserError(f"{workdir} holds a run of another config: {'; '.join(lines)}; choose another --workdir")
+
+
+def _remove(paths: set[Path]) -> None:
+    for path in paths:
+        if path.is_file():
+            path.unlink()
 
 
 @contextlib.contextmanager

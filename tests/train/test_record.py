@@ -40,6 +40,28 @@ def test_another_config_is_refused_and_the_difference_shown(tmp_path):
     assert (tmp_path / "config.json").read_bytes() == before
 
 
+def test_a_config_that_could_not_begin_can_be_mended(tmp_path):
+    (tmp_path / "notes.json").write_text("mine")
+
+    def begin(metrics=False, **changes):
+        with record.claim(tmp_path, config(**changes)):
+            (tmp_path / "data.json").write_text("of the data")
+            if metrics:
+                (tmp_path / "metrics.jsonl").write_text("{}")
+            raise UserError("no such data")
+
+    for batch in (8, 16):
+        with pytest.raises(UserError, match="no such data"):
+            begin(**{"train.batch": batch})
+    assert {file.name for file in tmp_path.iterdir()} == {".lock", "notes.json"}
+    with pytest.raises(UserError, match="no such data"):
+        begin(metrics=True)
+    with pytest.raises(UserError, match="no such data"):
+        begin()
+    with pytest.raises(UserError, match="holds a run of another config"):
+        claim(tmp_path, **{"train.batch": 8})
+
+
 def test_a_field_more_or_less_is_a_difference():
     there, here = {"a": {"b": 1}}, {"a": {"b": 1, "c": None}, "d": 2}
     assert record.differences(there, here) == ["d is null there and 2 here"]
