@@ -73,6 +73,12 @@ SAMPLERS = {
     "ipndm": Sampler(adams(4, even=True)),
 }
 DETERMINISTIC = ("heun", "unipc", "ipndm")
+QUALITIES = {
+    "draft": {"steps": 10, "sampler": "ipndm", "grid": "logsnr"},
+    "good": {"steps": 25, "sampler": "ipndm", "grid": "logsnr"},
+    "reference": {"steps": 1000, "sampler": "ddpm"},
+}
+"""How to draw for a budget of evaluations, by docs/nfe.md; `reference` takes the publisher's own grid."""
 GRIDS = {
     "uniform": lambda process, steps: grids.uniform(steps),
     "logsnr": lambda process, steps: _from_noise(grids.logsnr(process, steps, *ends(process))),

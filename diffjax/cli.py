@@ -171,7 +171,8 @@ def _sample(subparsers) -> None:
         "The same command goes on where it was stopped, and draws no picture twice.",
         epilog="examples:\n"
         '  diffjax sample --run runs/emoji --prompt "red heart" --prompt pizza --num 8 --out pictures\n'
-        "  diffjax sample --model google/ddpm-cat-256 --steps 20 --sampler unipc --num 4 --out cats\n"
+        "  diffjax sample --model google/ddpm-cat-256 --quality good --num 4 --out cats\n"
+        "  diffjax sample --config experiments/ddpm_cat256.py --config.num=4 --out cats\n"
         '  diffjax sample --cascade runs/base64 runs/super256 --prompt "a lighthouse" --out pictures\n'
         "  diffjax sample --replay pictures/manifest.json --out again\n",
     )
@@ -187,7 +188,7 @@ def _sample(subparsers) -> None:
         from diffjax import generate, mesh
 
         if args.replay:
-            _refuse_beside_replay(args, parser)
+            _refuse_beside("--replay", "from the manifest", args, parser)
             mesh.start()
             return not generate.replay(args.replay, args.out, preview=args.preview, overwrite=args.overwrite)
         if args.cascade:
@@ -195,6 +196,8 @@ def _sample(subparsers) -> None:
 
             mesh.start()
             return stages.draw(args)
+        if args.config:
+            _refuse_beside("--config", "as --config.NAME=value", args, parser)
         request = generate.requested(args)
         mesh.start()
         generate.generate(generate.preset(request), args.out, preview=args.preview, overwrite=args.overwrite)
@@ -202,10 +205,10 @@ def _sample(subparsers) -> None:
     parser.set_defaults(run=run)
 
 
-def _refuse_beside_replay(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+def _refuse_beside(flag: str, whence: str, args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
-    if given := given - {"command", "debug", "replay", "out", "preview", "overwrite"}:
-        raise UserError(f"--replay takes {', '.join(sorted(given))} from the manifest: leave them out")
+    if given := given - {"command", "debug", flag.lstrip("-"), "out", "preview", "overwrite"}:
+        raise UserError(f"{flag} takes {', '.join(sorted(given))} {whence}: leave them out")
 
 
 def _add_subject(parser: argparse.ArgumentParser) -> None:
@@ -214,6 +217,7 @@ def _add_subject(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--run", dest="workdir", metavar="DIR", help="the --workdir of a training")
     model.add_argument("--model", metavar="ID", help="a hub id, or a folder in the layout of diffusers")
     model.add_argument("--cascade", nargs="+", metavar="DIR", help="trainings whose pictures each enlarges those before")
+    model.add_argument("--config", metavar="FILE", help="a sampling experiment; fields are overridden by --config.NAME=value")
     model.add_argument("--replay", metavar="FILE", help="the manifest.json of an earlier job: the same again")
     parser.add_argument("--revision", default="", help="the step of a run's checkpoint, or a commit of the hub")
     parser.add_argument("--dtype", type=one_of("dtype", "float32", "bfloat16"), help="what to compute in")
@@ -232,9 +236,15 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
     """How to draw; what is left out is the model's own choice."""
     parser.add_argument("--num", type=int, default=4, help="pictures of each prompt or label (default 4)")
     parser.add_argument("--seed", type=int, default=0, help="picture i of a seed is always the same (default 0)")
+    parser.add_argument(
+        "--quality",
+        type=one_of("quality", "draft", "good", "reference"),
+        metavar="NAME",
+        help="draft: 10 steps of the best solver, good: 25, reference: 1000 ancestral ones; what is given beside it wins",
+    )
     parser.add_argument("--steps", type=int, help="steps of the sampler")
     parser.add_argument("--sampler", help="ddpm, ddim, euler, heun, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, unipc or ipndm")
-    parser.add_argument("--grid", help="the times: uniform, logsnr, karras, leading, linspace or trailing")
+    parser.add_argument("--grid", help="the times: uniform, logsnr, karras, leading, linspace, trailing or fitted")
     parser.add_argument("--guidance", type=float, help="scale of classifier-free guidance; 1 is none")
     parser.add_argument("--eta", type=float, help="fresh noise in each step, from 0 to 1")
     parser.add_argument("--batch", type=int, help="pictures at once on each device; another number rounds otherwise")
@@ -299,7 +309,7 @@ def _plan(subparsers) -> None:
         names = ("steps", "num", "batch", "size", "guidance", "sampler", "dtype")
         asked = plan.Asked(**{name: getattr(args, name) for name in names})
         kind, subject = (plan.run, args.workdir) if args.workdir else (plan.model, args.model)
-        jobs = plan.experiment(args.config, asked) if args.config else kind(subject, asked)
+        jobs = plan.config(args.config, asked) if args.config else kind(subject, asked)
         print("\n\n".join(plan.report(job, args.device, args.compile) for job in jobs))
 
     parser.set_defaults(run=run)

@@ -19,10 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.multihost_utils import sync_global_devices
 from jaxtyping import Float, UInt8
+from ml_collections import ConfigDict
 
-from diffjax import image
+from diffjax import build, image
 from diffjax.draw import Drawing, Part, Picture, Stage, shown
-from diffjax.errors import UserError
+from diffjax.errors import UserError, unknown
 from diffjax.gallery import Background, Gallery, file_name, read_manifest, sha256
 from diffjax.interrupt import stop_on_signal
 from diffjax.model import Model, load
@@ -79,20 +80,39 @@ class Request:
         return list(itertools.product(prompts, labels))
 
 
+def configured(config: ConfigDict) -> Request:
+    """The request of a sampling experiment: a config of fields of `Request`. Raises `UserError` for any other config."""
+    if "model" not in config:
+        raise UserError("this experiment names no published model: `diffjax train` it, then sample with --run")
+    names = [field.name for field in dataclasses.fields(Request)]
+    if wrong := next((name for name in config if name not in names), None):
+        raise unknown("field of a sampling experiment", wrong, names)
+    return Request(**whole_paths({name: config[name] for name in config}))
+
+
+def whole_paths(given: dict[str, Any]) -> dict[str, Any]:
+    """The same with the files that it names by their whole path."""
+    return given | {name: str(Path(given[name]).resolve()) for name in ("image", "mask", "low_res") if given.get(name)}
+
+
 def requested(args: Namespace) -> Request:
     """The request of the command line's arguments, files named by their whole path.
 
-    Raises `UserError` for numbers that cannot be, a run or a prompt file that is not there, and a file without prompts.
+    What `--quality` stands for fills in what is not given. Raises `UserError` for numbers that cannot be, a run or a prompt
+    file that is not there, and a file without prompts.
     """
+    if args.config:
+        return configured(args.config)
     if args.workdir and not Path(args.workdir).is_dir():
         raise UserError(f"there is no run {args.workdir}: train one with `diffjax train --workdir {args.workdir}`")
     if args.preview is not None and args.preview < 0:
         raise UserError(f"--preview is {args.preview}: give a number of steps, or 0 for none")
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Request)}
     given["model"] = str(Path(args.workdir).resolve()) if args.workdir else args.model
-    given |= {name: str(Path(given[name]).resolve()) for name in ("image", "mask", "low_res") if given[name]}
+    chosen = build.QUALITIES[args.quality] if args.quality else {}
+    given |= {name: value for name, value in chosen.items() if given[name] is None}
     read = read_prompts(args.prompt_file) if args.prompt_file else []
-    return Request(**given | {"prompts": (*args.prompts, *read), "labels": tuple(args.labels)})
+    return Request(**whole_paths(given) | {"prompts": (*args.prompts, *read), "labels": tuple(args.labels)})
 
 
 def read_prompts(path: str | Path) -> list[str]:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import toys
 
-from diffjax import cli, draw, generate, image, mesh
+from diffjax import build, cli, draw, generate, image, mesh
 from diffjax.errors import UserError
 from diffjax.gallery import Background, Gallery, file_name, read_manifest, sheet_columns
 from diffjax.generate import Request
@@ -341,6 +341,33 @@ def test_the_command_line(models, tmp_path, monkeypatch, capsys):
     assert pictures(tmp_path / "out") == pictures(tmp_path / "again")
     assert cli.main([*again, "--steps", "3", "--prompt", "a"]) == 2
     assert "--replay takes prompts, steps from the manifest: leave them out" in capsys.readouterr().err
+
+
+def test_quality_fills_in_what_is_not_given(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(mesh, "start", lambda: None)
+    (tmp_path / "plain").mkdir()
+    run = ["sample", "--run", str(tmp_path / "plain"), "--num", "1", "--quality", "draft"]
+    assert cli.main([*run, "--out", str(tmp_path / "draft")]) == 0
+    assert cli.main([*run, "--steps", "3", "--sampler", "ddim", "--out", str(tmp_path / "own")]) == 0
+    recipes = [read_manifest(tmp_path / name / "manifest.json")["recipe"] for name in ("draft", "own")]
+    assert {name: recipes[0][name] for name in build.QUALITIES["draft"]} == build.QUALITIES["draft"]
+    assert [recipes[1][name] for name in ("steps", "sampler", "grid")] == [3, "ddim", build.QUALITIES["draft"]["grid"]]
+
+
+def test_a_sampling_experiment(models, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(mesh, "start", lambda: None)
+    experiment = Path(__file__).parents[1] / "experiments" / "ddpm_cat256.py"
+    command = ["sample", "--config", str(experiment), "--config.model=plain", "--config.steps=2", "--out", str(tmp_path / "out")]
+    assert cli.main(command) == 0
+    recipe = read_manifest(tmp_path / "out" / "manifest.json")["recipe"]
+    assert (recipe["num"], recipe["steps"], recipe["sampler"]) == (4, 2, build.QUALITIES["good"]["sampler"])
+    assert cli.main([*command, "--seed", "1"]) == 2
+    assert "--config takes seed as --config.NAME=value: leave them out" in capsys.readouterr().err
+    assert cli.main(["train", "--config", str(experiment), "--workdir", str(tmp_path / "run")]) == 2
+    assert "has nothing to train" in capsys.readouterr().err
+    trained = experiment.with_name("emoji.py")
+    assert cli.main(["sample", "--config", str(trained), "--out", str(tmp_path / "out")]) == 2
+    assert "names no published model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from ml_collections import ConfigDict
 
 from diffjax import cli, config, files, plan, rates
 from diffjax.errors import UserError
@@ -84,6 +85,12 @@ def test_an_experiment(folder):
     assert step.held > 4 * 3 * step.parameters
     emoji.sample.guidance = None
     assert len(plan.experiment(emoji, ASKED)[1].parts[1].given[0]) == 8
+
+
+def test_a_sampling_experiment(folder):
+    settings = ConfigDict({"model": str(folder), "num": 3, "steps": 7, "sampler": "ddim"})
+    (job,) = plan.config(settings, plan.Asked(steps=2, batch=1))
+    assert (job.images, job.steps, job.parts[0].calls) == (3, 2, 6)
 
 
 def test_the_calibration_is_kept(calibrated):

@@ -4,6 +4,10 @@ A job is a list of parts: programs, and how often each is called. They are trace
 configurations are read, and nothing is computed.
 """
 
+import dataclasses
+
+from ml_collections import ConfigDict
+
 from diffjax.plan import latent
 from diffjax.plan.figures import Part, compiled_bytes, estimate, live_bytes, tree_bytes, tree_size
 from diffjax.plan.jobs import Asked, Job, experiment, published, run
@@ -18,3 +22,11 @@ def model(name: str, asked: Asked) -> list[Job]:
     """
     folder = hub.fetch(name, patterns=("*.json",)).folder
     return [latent.drawing(folder, asked, name) if (folder / "transformer").is_dir() else published(folder, asked, name)]
+
+
+def config(settings: ConfigDict, asked: Asked) -> list[Job]:
+    """The jobs of an experiment: training and drawing, or drawing alone where it only samples; what is asked for wins."""
+    if "train" in settings:
+        return experiment(settings, asked)
+    own = [field.name for field in dataclasses.fields(Asked) if getattr(asked, field.name) == field.default]
+    return model(settings.model, dataclasses.replace(asked, **{name: settings[name] for name in own if name in settings}))

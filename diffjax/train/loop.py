@@ -90,7 +90,9 @@ def run(
 
 
 def check(config: ConfigDict) -> None:
-    """Raises `UserError` for numbers that no run can have."""
+    """Raises `UserError` for an experiment that only samples, and for numbers that no run can have."""
+    if "train" not in config:
+        raise UserError("this experiment has nothing to train: `diffjax sample --config` draws with it")
     for name in ("steps", "batch", "accumulate", "log_every", "save_every", "keep_last"):
         if config.train[name] < 1:
             raise UserError(f"train.{name} is {config.train[name]}: it must be at least 1")
