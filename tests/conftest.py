@@ -1,4 +1,7 @@
-"""How the suite runs: on the CPU, as eight devices, in a cache folder of its own."""
+"""How the suite runs: on the CPU, as eight devices, in a cache folder of its own, its programs compiled quickly.
+
+Most of its time is compilation. Modules that are about bits and devices take `optimized`: their programs are those of users.
+"""
 
 import os
 import sys
@@ -7,6 +10,7 @@ import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 OPTIONS = {
@@ -34,6 +38,16 @@ def private_home(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DIFFJAX_HOME", str(tmp_path_factory.mktemp("home")))
         yield
+
+
+@pytest.fixture(scope="module")
+def optimized():
+    """Programs as they are outside of tests."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture

@@ -8,6 +8,8 @@ import toys
 from diffjax import draw, image
 from diffjax.draw import Drawing, Part, Picture
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 KEY = jax.random.key(5)
 
 

@@ -17,6 +17,8 @@ from diffjax.errors import UserError
 from diffjax.gallery import Background, Gallery, file_name, read_manifest, sheet_columns
 from diffjax.generate import Request
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 TWO = ("red heart", "pizza")
 
 

@@ -7,6 +7,8 @@ import toys
 from diffjax import guide, sample
 from diffjax.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 KEY = jax.random.key(3)
 
 

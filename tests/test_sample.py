@@ -12,6 +12,8 @@ from diffjax.predict import Estimate, V
 from diffjax.process import Cosine, Exploding, Flow, Shift, discrete, linear_betas, perturb
 from diffjax.sample import Sampler
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 DDPM = discrete(linear_betas())
 MEAN, VARIANCE = np.array([0.3, -0.5, 1.0]), np.array([1.0, 0.09, 0.3])
 MIXTURE = Mixture(

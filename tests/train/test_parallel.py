@@ -9,6 +9,8 @@ from diffjax.errors import UserError
 from diffjax.train.parallel import by_jit, by_pmap
 from diffjax.train.step import make_step
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 STEPS = 4
 
 
