@@ -2,21 +2,15 @@
 
     python scripts/bench_ddpm.py [--quick] [--batch 1 4] [--rounds 5] [--out bench.json]
 
-Every variant is a process of its own; they take turns, one forward each a round, so that a busy machine is unfair to
-none. Each runs as installed and with the tuned allocator (glibc keeps its memory). Needs the extra `reference`.
+Every variant is a process of its own, see scripts/turns.py. Needs the extra `reference`.
 """
 
 import argparse
 import json
-import os
-import resource
-import statistics
-import subprocess
-import sys
 import tempfile
-import time
 
-TUNED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "64000000000", "MALLOC_TOP_PAD_": "268435456"}
+from turns import Worker, measure, serve, show, timed
+
 VARIANTS = ("diffjax", "torch eager", "torch channels_last", "torch compile")
 CAT = dict(
     sample_size=256,
@@ -80,90 +74,18 @@ def jax_forward(batch, cache):
     return lambda: network(params, x).block_until_ready()
 
 
-def timed(function):
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
-def worker(variant, batch, cache):
-    """Answer every line on stdin with the seconds of one forward; the first answer is that of the first call."""
-    forward = jax_forward(batch, cache) if variant == "diffjax" else torch_forward(variant, batch)
-    say = lambda **values: print(json.dumps(values), flush=True)
-    say(seconds=timed(forward))
-    for _ in sys.stdin:
-        say(seconds=timed(forward))
-    say(peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-
-
-class Worker:
-    """A variant in its process."""
-
-    def __init__(self, variant, batch, tuned, cache):
-        command = [sys.executable, __file__, "--worker", variant, "--batch", str(batch), "--cache", cache]
-        environment = os.environ | {"JAX_PLATFORMS": "cpu"} | (TUNED if tuned else {})
-        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        self.process = subprocess.Popen(command, env=environment, text=True, **pipes)
-        self.first = self.answer("seconds")
-        self.seconds = []
-
-    def answer(self, name):
-        """The value that the process says next."""
-        for line in self.process.stdout:
-            if line.startswith("{"):
-                return json.loads(line)[name]
-        raise SystemExit(f"{self.process.args[3]} ended without an answer (exit code {self.process.wait()})")
-
-    def run(self):
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        self.seconds.append(self.answer("seconds"))
-
-    def close(self):
-        """The peak of memory, in MB."""
-        self.process.stdin.close()
-        peak = self.answer("peak")
-        self.process.wait()
-        return peak
-
-
-def measure(variants, batch, rounds):
-    """One line a variant: median and best seconds, the first call's, the peak of memory."""
+def compare(variants, batch, rounds):
+    """The lines of all variants at one batch size."""
     with tempfile.TemporaryDirectory() as cache:
-        chosen = [(variant, tuned) for variant in variants for tuned in (False, True)]
-        workers = [Worker(*one, cache) for one in ((variant, batch, tuned) for variant, tuned in chosen)]
-        for _ in range(rounds):
-            for one in workers:
-                one.run()
-        lines = [
-            dict(
-                variant=variant,
-                batch=batch,
-                tuned=tuned,
-                median=statistics.median(one.seconds),
-                best=min(one.seconds),
-                first=one.first,
-                peak=one.close(),
-            )
-            for (variant, tuned), one in zip(chosen, workers)
-        ]
-        show(lines)
+        arguments = {one: ["--worker", one, "--batch", str(batch), "--cache", cache] for one in variants}
+        lines = [dict(batch=batch) | line for line in measure(arguments, rounds)]
+        print(f"batch {batch}")
+        show(lines, "torch eager")
         if "diffjax" in variants:
-            warm = Worker("diffjax", batch, False, cache)
+            warm = Worker(arguments["diffjax"], False)
             print(f"diffjax, first call with a warm cache: {warm.first:.1f} s\n", flush=True)
             warm.close()
     return lines
-
-
-def show(lines):
-    base = next((line["median"] for line in lines if line["variant"] == "torch eager" and not line["tuned"]), None)
-    print("variant               allocator    batch  median s   best s  / eager  first s  peak MB")
-    for line in lines:
-        ratio = f"{line['median'] / base:.2f}" if base else ""
-        print(
-            f"{line['variant']:22}{'tuned' if line['tuned'] else 'installed':12}{line['batch']:6}{line['median']:10.3f}"
-            f"{line['best']:9.3f}{ratio:>9}{line['first']:9.1f}{line['peak']:9.0f}"
-        )
 
 
 def idle(params, x, t):
@@ -199,10 +121,11 @@ def main():
     parser.add_argument("--cache", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        return worker(args.worker, args.batch[0], args.cache)
+        batch = args.batch[0]
+        return serve(jax_forward(batch, args.cache) if args.worker == "diffjax" else torch_forward(args.worker, batch))
     if args.quick:
         args.batch, args.rounds, args.variants = [1], 3, VARIANTS[:3]
-    lines = [line for batch in args.batch for line in measure(args.variants, batch, args.rounds)]
+    lines = [line for batch in args.batch for line in compare(args.variants, batch, args.rounds)]
     ours = [line["best"] for line in lines if line["variant"] == "diffjax" and line["batch"] == 1]
     if ours:
         loop(min(ours))
