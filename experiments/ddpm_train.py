@@ -3,7 +3,7 @@
     diffjax train --config experiments/ddpm_train.py --workdir runs/ddpm
     diffjax train --config experiments/ddpm_train.py --workdir runs/ddpm-classes --config.classes=10
     diffjax train --config experiments/ddpm_train.py --workdir runs/ddpm-mine \
-        --config.data.name=captioned_folder --config.data.path=pictures
+        --config.data.name=captioned_folder --config.data.path=pictures     # class_folder: a class for each subfolder
     diffjax convert runs/ddpm ddpm          # a folder that diffusers.DDPMPipeline.from_pretrained loads
 
 Time: not measured yet; `diffjax plan --config experiments/ddpm_train.py` predicts it. For 256 pixels take the six levels of

@@ -28,7 +28,7 @@ def trained(folder, classes):
         place.mkdir(parents=True, exist_ok=True)
         Image.fromarray(draw.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(place / f"{number}.png")
     settings = config.load(str(EXPERIMENT))
-    settings.data.update(name="captioned_folder", path=str(folder / "pictures"), size=16)
+    settings.data.update(name="class_folder", path=str(folder / "pictures"), size=16)
     settings.classes = classes
     settings.unet.update(
         block_out_channels=(16, 32), norm_num_groups=8, layers_per_block=1,
@@ -42,11 +42,11 @@ def trained(folder, classes):
     return folder / "run"
 
 
-@pytest.fixture(scope="module")
-def converted(tmp_path_factory):
-    """The folder of a run, and the one it was converted to."""
+@pytest.fixture(scope="module", params=[0, 2])
+def converted(tmp_path_factory, request):
+    """The folder of a run, without and with classes, and the one it was converted to."""
     folder = tmp_path_factory.mktemp("ddpm")
-    run = trained(folder, 0)
+    run = trained(folder, request.param)
     assert cli.main(["convert", str(run), str(folder / "out")]) == 0
     return run, folder / "out"
 
@@ -56,11 +56,11 @@ def inputs():
     return draw.randn(1, 16, 16, 3).astype(np.float32), draw.randn(STEPS, 1, 16, 16, 3).astype(np.float32)
 
 
-def drawn(folder, **told):
+def drawn(folder):
     init, noise = inputs()
     model = diffjax.load(folder)
-    guidance = None if not model.classes else 1.0 if model.defaults.guidance else None
-    return np.asarray(model.sample(jax.random.key(0), steps=STEPS, init=init, noise=noise, guidance=guidance, **told))
+    told = {"label": 1, "guidance": 1.0} if model.classes else {}
+    return np.asarray(model.sample(jax.random.key(0), steps=STEPS, init=init, noise=noise, **told))
 
 
 def by_diffusers(folder):
@@ -71,11 +71,11 @@ def by_diffusers(folder):
     pipeline = diffusers.DDPMPipeline.from_pretrained(folder)
     pipeline.scheduler.set_timesteps(STEPS)
     init, noise = (torch.from_numpy(np.moveaxis(x, -1, -3).copy()) for x in inputs())
-    x = init
+    x, told = init, {"class_labels": torch.ones(1, dtype=torch.long)} if pipeline.unet.config.num_class_embeds else {}
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         for i, t in enumerate(pipeline.scheduler.timesteps):
             patch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *a, **k: noise[i])
-            x = pipeline.scheduler.step(pipeline.unet(x, t).sample, t, x).prev_sample
+            x = pipeline.scheduler.step(pipeline.unet(x, t, **told).sample, t, x).prev_sample
     return x.permute(0, 2, 3, 1).numpy()
 
 

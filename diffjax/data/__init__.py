@@ -3,8 +3,9 @@
 `load(config.data)` gives a `Dataset`; its `batches` are endless, shuffled, sharded and restorable, and `Prefetch`
 places them on the devices ahead of time. Fields of the configuration (`default_config` has them all):
 
-    name         "openmoji", "captioned_folder", "captioned_table", "webdataset", or any TFDS name such as "cifar10"
+    name         "openmoji", "captioned_folder", "class_folder", "captioned_table", "webdataset", or any TFDS name such as "cifar10"
     path         captioned_folder: the folder; `diffjax.data.captions` lists the layouts that are read
+                 class_folder: a folder with a subfolder of pictures for each class
                  captioned_table: a .csv, .tsv, .jsonl or .parquet file, a folder of them or a pattern such as "part-*";
                  its pictures are files or URLs, and `diffjax prepare` fetches the latter
                  webdataset: a .tar file, a folder of them or a pattern such as "shards/*.tar"

@@ -51,13 +51,18 @@ class PicturesConfig(tfds.core.BuilderConfig):
         return self.source.pictures()
 
     @property
+    def classes(self) -> list[str]:
+        """Their names, in order."""
+        return sorted({picture.label for picture in self.pictures} - {""})
+
+    @property
     def skipped(self) -> Skipped:
         return Skipped(f"captioned_pictures/{self.name}/{CaptionedPictures.VERSION}")
 
 
 def config(source: Source, size: int, background: str, enlarge: bool) -> PicturesConfig:
     """The builder configuration of a source as it is now, named after its `stamp`."""
-    stamp = hashlib.sha256(f"{size} {colour(background)} {enlarge}".encode())
+    stamp = hashlib.sha256(f"{type(source).__name__} {size} {colour(background)} {enlarge}".encode())
     for line in source.stamp():
         stamp.update(f"{line}\n".encode())
     return PicturesConfig(
@@ -109,7 +114,7 @@ def _stored(picture: Captioned, settings: PicturesConfig) -> bytes | Exception:
 
 
 class CaptionedPictures(tfds.core.GeneratorBasedBuilder):
-    """TFDS builder `captioned_pictures`: `image`, `file` and, where there are any, `captions`; split `train`.
+    """TFDS builder `captioned_pictures`: `image`, `file` and, where there are any, `captions` and `label`; split `train`.
 
     Pictures that cannot be used, and those without a caption where others have one, are left out and named in
     `config.skipped`.
@@ -121,6 +126,8 @@ class CaptionedPictures(tfds.core.GeneratorBasedBuilder):
         features = {"image": tfds.features.Image(), "file": tfds.features.Text()}
         if any(picture.captions for picture in self.builder_config.pictures):
             features["captions"] = tfds.features.Sequence(tfds.features.Text())
+        if self.builder_config.classes:
+            features["label"] = tfds.features.ClassLabel(names=self.builder_config.classes)
         return tfds.core.DatasetInfo(
             builder=self,
             description="Pictures with captions.",
@@ -143,7 +150,8 @@ class CaptionedPictures(tfds.core.GeneratorBasedBuilder):
                 settings.skipped.add(picture.name, "has no caption")
             else:
                 kept += 1
-                captions = {"captions": list(picture.captions)} if captioned else {}
-                yield picture.name, {"image": data, "file": picture.name} | captions
+                told = {"captions": list(picture.captions)} if captioned else {}
+                told |= {"label": picture.label} if picture.label else {}
+                yield picture.name, {"image": data, "file": picture.name} | told
         if not kept:
             raise UserError(f"none of the pictures in {settings.source.path} can be used; {settings.skipped.path} says why")

@@ -28,7 +28,7 @@ PROSE = frozenset({"readme", "license", "licence", "attribution", "notice", "cre
 class Captioned:
     """A picture, its name in the data set and its captions; its bytes are `length` (-1: all) of `file` from `start` on.
 
-    A `problem` says why it cannot be had.
+    `label` is its class, empty without; a `problem` says why it cannot be had.
     """
 
     name: str
@@ -36,6 +36,7 @@ class Captioned:
     captions: tuple[str, ...]
     start: int = 0
     length: int = -1
+    label: str = ""
     problem: str = ""
 
     def read(self) -> bytes:
@@ -61,6 +62,21 @@ class Folder:
     def pictures(self) -> list[Captioned]:
         """See `scan`."""
         return scan(self.path)
+
+
+@dataclass(frozen=True)
+class Classes(Folder):
+    """The pictures of a folder with a subfolder for each class, named after it."""
+
+    def pictures(self) -> list[Captioned]:
+        """Raises `UserError` when the folder is missing, has no pictures, or has some outside of its subfolders."""
+        found = [picture for picture in listing(self.path) if picture.suffix.lower() in SUFFIXES]
+        names = [file.relative_to(self.path) for file in found]
+        if outside := next((name for name in names if len(name.parts) == 1), None):
+            raise UserError(f"{self.path / outside} has no class: put every picture into a subfolder that is named after its class")
+        if not found:
+            raise UserError(f"{self.path} has no pictures; put {', '.join(sorted(SUFFIXES))} files into a subfolder for each class")
+        return [Captioned(str(name), file, (), label=name.parts[0]) for name, file in zip(names, found)]
 
 
 def label(path: Path) -> str:

@@ -12,7 +12,7 @@ import ml_collections
 import numpy as np
 
 from diffjax import files
-from diffjax.data.captions import Folder
+from diffjax.data.captions import Classes, Folder
 from diffjax.data.images import check_size, colour
 from diffjax.data.pipeline import Batches, Pictures, Tokenize, batches
 from diffjax.data.prepare import prepared, track
@@ -172,7 +172,7 @@ def _named(config: ml_collections.ConfigDict, folder: Path) -> Any:
         raise UserError(f"cannot prepare {config.name}: {reason}; {remedy}") from error
 
 
-SOURCES = {"captioned_folder": Folder, "captioned_table": Table, "webdataset": Shards}
+SOURCES = {"captioned_folder": Folder, "class_folder": Classes, "captioned_table": Table, "webdataset": Shards}
 BUILDERS = {"openmoji": _openmoji, **dict.fromkeys(SOURCES, _captioned_pictures)}
 
 

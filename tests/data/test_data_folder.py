@@ -113,3 +113,19 @@ def test_a_full_disk_is_one_line(folder, monkeypatch, error):
     monkeypatch.setattr(captioned_pictures.CaptionedPictures, "download_and_prepare", full)
     with pytest.raises(UserError, match="No space left on device; free some space"):
         load(folder)
+
+
+def test_subfolders_are_classes(tmp_path):
+    for name, shade in (("red cats", 200), ("dogs", 90)):
+        (tmp_path / "pictures" / name / "more").mkdir(parents=True)
+        for place in ("1.png", "more/2.png"):
+            Image.new("RGB", (20, 20), (shade, 0, 0)).save(tmp_path / "pictures" / name / place)
+    dataset = load(tmp_path / "pictures", name="class_folder")
+    assert dataset.class_names == ("dogs", "red cats")
+    found = dataset.examples(range(4))
+    assert found["image"][:, 0, 0, 0].tolist() == [(90, 200)[label] for label in found["label"]]
+    assert sorted(found["captions"]) == [("dogs",)] * 2 + [("red cats",)] * 2
+    assert load(tmp_path / "pictures").num_classes == 0
+    Image.new("RGB", (20, 20)).save(tmp_path / "pictures" / "stray.png")
+    with pytest.raises(UserError, match="stray.png has no class"):
+        load(tmp_path / "pictures", name="class_folder")
