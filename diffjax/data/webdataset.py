@@ -91,4 +91,4 @@ def _add_captions(sample: _Sample, name: str, data: bytes) -> None:
 
 def _captioned(shard: Path, key: str, sample: _Sample) -> Captioned:
     start, length = sample.picture.offset_data, sample.picture.size
-    return Captioned(f"{shard.name}/{key}", shard, tuple(sample.captions), start, length, sample.problem)
+    return Captioned(f"{shard.name}/{key}", shard, tuple(sample.captions), start, length, problem=sample.problem)
