@@ -73,10 +73,10 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         for byte in picture():
             self.wfile.write(bytes([byte]))
-            time.sleep(0.02)
+            time.sleep(0.01)
 
     def silent(self):
-        time.sleep(1)
+        time.sleep(1.5)
 
     def log_message(self, *_):
         pass
@@ -95,8 +95,6 @@ def server():
 @pytest.fixture
 def site(server, tmp_path, monkeypatch):
     monkeypatch.setenv("DIFFJAX_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(download, "SILENCE", 0.3)
-    monkeypatch.setattr(download, "WHOLE", 0.4)
     monkeypatch.setattr(download, "MOST_BYTES", 4000)
     monkeypatch.setattr(download, "PAUSE", 0.01)
     server.asked.clear()
@@ -111,8 +109,6 @@ REASONS = {
     "file": "leads to file:///etc/hostname, which is not on the web",
     "circle": "more than 5 redirections",
     "huge": "has more than",
-    "slow": "not all there after",
-    "silent": "ReadTimeoutError",
 }
 
 
@@ -125,6 +121,13 @@ def test_every_answer_is_a_picture_or_a_reason(site):
     kept = [np.asarray(Image.open(download.place(f"{site}/{name}")))[0, 0, 0] for name in ("good-10", "moved", "busy")]
     assert kept == [10, 30, 90]
     assert not any(download.place(f"{site}/{name}").exists() for name in REASONS)
+
+
+def test_what_comes_too_slowly_is_given_up(site, monkeypatch):
+    monkeypatch.setattr(download, "SILENCE", 0.8)
+    monkeypatch.setattr(download, "WHOLE", 0.4)
+    failed = download.fetch([f"{site}/slow", f"{site}/silent"])
+    assert "not all there after" in failed[f"{site}/slow"] and "ReadTimeoutError" in failed[f"{site}/silent"]
 
 
 def write(folder, rows, kind):
