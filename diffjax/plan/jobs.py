@@ -40,13 +40,12 @@ class Asked:
 
 @dataclass(frozen=True)
 class Way:
-    """A way to keep the parts of a job in memory: all `together`, or one after the other; the job's `loop` part may be split
-    over several devices.
+    """A way to keep the parts of a job in memory: those of a stage together, one stage after the other; the job's `loop`
+    part may be split over several devices.
     """
 
     name: str
-    parts: tuple[Part, ...]
-    together: bool = False
+    stages: tuple[tuple[Part, ...], ...]
     devices: int = 1
 
 

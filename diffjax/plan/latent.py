@@ -64,25 +64,18 @@ def _decode(module: nn.Module, variables: PyTree, z: Any, named: PyTree) -> PyTr
 
 
 def ways(parts: Mapping[str, Part]) -> tuple[Way, ...]:
-    """From the simplest to the one that needs least: kept in fewer bits, left out, or split over devices."""
-    large = [name for name in ("transformer", T5) if name in parts]
-    small = {bits: {name: _quantized(parts[name], bits) for name in large} for bits in SCHEMES}
-    chosen = lambda **other: tuple((dict(parts) | other).values())
-    both, turns = "transformer and T5" if T5 in parts else "transformer", "one component after the other"
+    """From the simplest to those that need least: texts first, fewer bits, left out, split over devices."""
+    small = {bits: {name: _quantized(parts[name], bits) for name in ("transformer", T5) if name in parts} for bits in SCHEMES}
+    staged = lambda parts: (tuple(parts[name] for name in TEXTS if name in parts), (parts["transformer"], parts["vae"]))
+    both, first = "transformer and T5" if T5 in parts else "transformer", "texts first"
+    lighter = {"T5 in int8": dict(parts) | {T5: small["int8"].get(T5)}, "no T5": {k: v for k, v in parts.items() if k != T5}}
     return (
-        Way("all components resident", chosen(), together=True),
-        Way(turns, chosen()),
-        *(Way(f"{turns}, {name}", some) for name, some in _lighter_texts(parts, small["int8"]).items()),
-        *(Way(f"{turns}, {both} in {bits}", chosen(**some)) for bits, some in small.items()),
-        *(Way(f"{turns}, transformer split over {n}", chosen(), devices=n) for n in COUNTS),
+        Way("all components together", (tuple(parts.values()),)),
+        Way(first, staged(parts)),
+        *(Way(f"{first}, {name}", staged(some)) for name, some in lighter.items() if T5 in parts),
+        *(Way(f"{first}, {both} in {bits}", staged(dict(parts) | some)) for bits, some in small.items()),
+        *(Way(f"{first}, transformer split over {n}", staged(parts), n) for n in COUNTS),
     )
-
-
-def _lighter_texts(parts: Mapping[str, Part], small: Mapping[str, Part]) -> dict[str, tuple[Part, ...]]:
-    if T5 not in parts:
-        return {}
-    without = tuple(part for name, part in parts.items() if name != T5)
-    return {"T5 in int8": tuple((dict(parts) | {T5: small[T5]}).values()), "no T5": without}
 
 
 def _quantized(part: Part, bits: str) -> Part:

@@ -1,9 +1,9 @@
 """A job in words: the table of its parts, its peak memory and its time."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from diffjax import rates
-from diffjax.plan.figures import Estimate, estimate
+from diffjax.plan.figures import Estimate, Part, estimate
 from diffjax.plan.jobs import Job, Way
 
 FEW = 20
@@ -35,9 +35,9 @@ def _peak(figures: Sequence[Estimate], room: float | None, how: str) -> str:
 
 def _ways(job: Job, room: float | None, exact: bool, how: str) -> list[str]:
     """The peak memory of every way on each device, and the first way that fits."""
-    parts = {id(part): part for way in job.ways for part in way.parts}
+    parts = {id(part): part for way in job.ways for stage in way.stages for part in stage}
     figures = {key: estimate(part, exact) for key, part in parts.items()}
-    peaks = {way.name: peak(way, [figures[id(part)] for part in way.parts], job.loop) for way in job.ways}
+    peaks = {way.name: peak(way, figures, job.loop) for way in job.ways}
     fits = lambda memory: "" if room is None else "fits" if memory < room else "too much"
     width = max(map(len, peaks))
     lines = [f"peak memory of a device ({how}):"]
@@ -48,12 +48,15 @@ def _ways(job: Job, room: float | None, exact: bool, how: str) -> list[str]:
     return [*lines, f"what fits {si(room)}B: {first}", ""]
 
 
-def peak(way: Way, figures: Sequence[Estimate], loop: str) -> float:
-    """The most bytes at once on one device."""
-    held = [figure.held / (way.devices if figure.name == loop else 1) for figure in figures]
-    if way.together:
-        return sum(held) + max(figure.temporary for figure in figures)
-    return max(size + figure.temporary for size, figure in zip(held, figures))
+def peak(way: Way, figures: Mapping[int, Estimate], loop: str) -> float:
+    """The most bytes at once on one device, from the figures of all parts by their `id`."""
+
+    def bytes_of(stage: tuple[Part, ...]) -> float:
+        known = [figures[id(part)] for part in stage]
+        held = sum(figure.held / (way.devices if figure.name == loop else 1) for figure in known)
+        return held + max(figure.temporary for figure in known)
+
+    return max(map(bytes_of, way.stages))
 
 
 def _row(figure: Estimate, speed: rates.Rates) -> tuple[str, ...]:
