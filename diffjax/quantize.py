@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from diffjax import struct
 
 KERNELS = r"^blocks(_\d+)?/.*/kernel$"
-"""The products of stacked layers: all but 2% of the weights of T5 and MMDiT. The rest stays as it is."""
+"""The products of stacked layers, all of T5 and MMDiT but tables and embedders, which stay as they are."""
 
 
 @struct.dataclass
