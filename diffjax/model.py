@@ -15,7 +15,7 @@ from diffjax.denoise import Apply, Denoiser
 from diffjax.errors import UserError
 from diffjax.predict import Estimate
 from diffjax.process import Process, perturb
-from diffjax.refine import Chain, Clip, Refine
+from diffjax.refine import Chain, Clip, Clock, Extrapolate, Refine
 
 Guide = float | Callable[[Denoiser], guide.Denoise]
 """The scale of classifier-free guidance, or a guide of one's own."""
@@ -33,7 +33,8 @@ class Defaults:
 
     `grid` is a name or a function of the number of steps; `bound` clips or thresholds x0; `unit_start` starts from unit
     variance instead of sigma(t0); `deviation` is the variance of ancestral steps; `batch` is the compiled batch shape;
-    `level` is the noise in low-res pictures.
+    `level` is the noise in low-res pictures. `clock` is that of the multistep samplers, when named (None: log(alpha /
+    sigma)). `null_prompt` is what guidance leads away from without a negative prompt (None: no text at all).
     """
 
     steps: int = 30
@@ -45,6 +46,8 @@ class Defaults:
     deviation: sample.Deviation = sample.small
     batch: int = 8
     level: float = 0.0
+    clock: Clock | None = None
+    null_prompt: str | None = None
 
 
 @struct.dataclass
@@ -93,8 +96,9 @@ class Model:
     """A pretrained or trained model: parameters are its leaves, everything else is static.
 
     `text(prompts) -> cond` encodes prompts. `shape` is that of one state x; for latent models `encode(images) -> x` and
-    `decode(x) -> images` lead to and from it, `factor` pixels to one of its cells. A model that enlarges pictures reads
-    `low_res` pixels a side. `name` and `revision` (a run's step, a hub's commit) say where it was loaded from.
+    `decode(x) -> images` lead to and from it, `factor` pixels to one of its cells, and `preview(x)` are small pictures
+    that cost little; sizes are multiples of `multiple` pixels. A model that enlarges pictures reads `low_res` pixels a
+    side. `name` and `revision` (a run's step, a hub's commit) say where it was loaded from.
     """
 
     denoiser: Denoiser
@@ -103,6 +107,8 @@ class Model:
     text: Any = None
     decode: Any = None
     encode: Any = None
+    preview: Callable | None = struct.field(pytree_node=False, default=None)
+    multiple: int = struct.field(pytree_node=False, default=1)
     factor: int = struct.field(pytree_node=False, default=1)
     low_res: int = struct.field(pytree_node=False, default=0)
     classes: tuple[str, ...] = struct.field(pytree_node=False, default=())
@@ -128,14 +134,7 @@ class Model:
             raise UserError(f"strength is {strength}: it must be above 0 (keep the picture) and at most 1 (forget it)")
         process = self.denoiser.process
         sampler = self.defaults.sampler if sampler is None else sampler
-        chosen = build.sampler(sampler, eta)
-        if chosen.deviation is sample.small:
-            chosen = chosen.replace(deviation=self.defaults.deviation)
-        bound = self.defaults.bound
-        if bound is not None:
-            if isinstance(bound, Clip) and sampler == "ddim":
-                bound = bound.replace(keep_eps=True)
-            chosen = chosen.replace(refine=Chain((bound, chosen.refine)))
+        chosen = self._sampler(sampler, eta)
         grid = self.defaults.grid if grid is None else grid
         if isinstance(grid, str) and grid == fit.FITTED:
             grid = fit.stored(self.name, str(sampler), steps)
@@ -144,6 +143,19 @@ class Model:
         shape = self.shape if size is None else self.state_shape(size)
         times = np.asarray(times, np.float32)
         return Recipe(self._guided(guidance), process, chosen, times, shape, self.defaults.unit_start)
+
+    def _sampler(self, choice: str | Refine | sample.Sampler, eta: float | None) -> sample.Sampler:
+        """The sampler with the publisher's variance, clock and bound."""
+        default, chosen = self.defaults, build.sampler(choice, eta)
+        if chosen.deviation is sample.small:
+            chosen = chosen.replace(deviation=default.deviation)
+        if default.clock is not None and isinstance(choice, str) and isinstance(chosen.refine, Extrapolate):
+            chosen = chosen.replace(refine=chosen.refine.replace(clock=default.clock))
+        if (bound := default.bound) is None:
+            return chosen
+        if isinstance(bound, Clip) and choice == "ddim":
+            bound = bound.replace(keep_eps=True)
+        return chosen.replace(refine=Chain((bound, chosen.refine)))
 
     def _guided(self, guidance: Guide | None) -> Callable:
         guidance = self.defaults.guidance if guidance is None else guidance
@@ -177,8 +189,9 @@ class Model:
         if not guided:
             return cond
         null = guide.null(cond)
-        if negative_prompt is not None:
-            null |= self._encoded(_repeat(negative_prompt, num))
+        instead = self.defaults.null_prompt if negative_prompt is None else negative_prompt
+        if instead is not None:
+            null |= self._encoded(_repeat(instead, num))
         return {"cond": cond, "null": null}
 
     @property
@@ -187,18 +200,13 @@ class Model:
 
     def _encoded(self, prompts: list[str]) -> dict[str, np.ndarray]:
         """One row a prompt; each different prompt is encoded once, in groups of one shape, whatever the others are."""
-        different, batch = list(dict.fromkeys(prompts)), self.defaults.batch
-        filled = different + [""] * (-len(different) % batch)
-        groups = [self.text(filled[i : i + batch]) for i in range(0, len(filled), batch)]
-        rows = np.asarray([different.index(prompt) for prompt in prompts])
-        return jax.tree.map(lambda *leaves: np.concatenate(leaves)[rows], *groups)
+        return remembered(self.text, prompts, self.defaults.batch)(prompts)
 
     def with_encoded(self, prompts: Iterable[str]) -> "Model":
         """The model with these prompts encoded in place of its text encoder, whose memory is then free."""
         if self.text is None:
             return self
-        different = tuple(dict.fromkeys(["", *prompts]))
-        return self.replace(text=Encoded(different, self._encoded(list(different))))
+        return self.replace(text=remembered(self.text, ["", *prompts], self.defaults.batch))
 
     def _class(self, label: int | str) -> int:
         if isinstance(label, str) and not label.lstrip("-").isdigit():
@@ -250,8 +258,15 @@ class Model:
         return _condition(small, self.shape[0], jnp.float32(level), _folded(keys))
 
     def state_shape(self, size: int | tuple[int, int]) -> tuple[int, ...]:
-        """The shape of one state for pictures of `size` pixels, a number or (height, width)."""
+        """The shape of one state for pictures of `size` pixels, a number or (height, width).
+
+        Raises `UserError` for a size that the model has not.
+        """
         height, width = (size, size) if isinstance(size, int) else size
+        if min(height, width) < 1 or height % self.multiple or width % self.multiple:
+            raise UserError(
+                f"{self._called} draws no picture {width} pixels wide and {height} high: give multiples of {self.multiple}"
+            )
         return (height // self.factor, width // self.factor, self.shape[-1])
 
     def images(self, x: Float[Array, "b ..."]) -> Float[Array, "b h w c"]:
@@ -293,15 +308,19 @@ class Model:
         return jnp.concatenate([self.images(recipe.advance(part, recipe.begin(part)).x) for part in parts])[:num]
 
 
-def load(name: str | Path, dtype: Any = None, revision: str | None = None) -> Model:
+def load(
+    name: str | Path, dtype: Any = None, revision: str | None = None, prompts: Iterable[str] | None = None
+) -> Model:
     """The model of one of our runs, of a folder in a published layout, or of a hub id.
 
     A path that exists or is absolute never asks the hub. With `dtype=None` parameters keep the file's dtype and the
     network computes as it was trained; else both are `dtype`. `revision` is the step of a run's checkpoint (None: the
-    newest) or a commit of the hub. Raises `UserError` for what is not there, cannot be read or is not implemented.
+    newest) or a commit of the hub. With `prompts`, a published text-to-image model encodes these while it loads and can
+    draw no others: its text encoders and its denoiser are never in memory together. Raises `UserError` for what is not there, cannot be read or is not implemented.
     """
-    from diffjax import pretrained, trained
+    from diffjax import pretrained, sd3, trained
     from diffjax.weights import hub
+    from diffjax.weights.config import class_name, read_json
 
     folder = Path(name).expanduser()
     if (folder / "run.json").exists() or (folder / "checkpoints").is_dir():
@@ -312,8 +331,13 @@ def load(name: str | Path, dtype: Any = None, revision: str | None = None) -> Mo
     folder, commit = hub.fetch(name, revision)
     if not any((folder / part).exists() for part in ("config.json", "model_index.json", "unet")):
         raise UserError(f"{folder} holds no model: give a run's folder, one in the layout of diffusers, or a hub id")
-    model = pretrained.ddpm(folder, dtype)
-    return model.replace(name=str(name) if commit else str(folder.resolve()), revision=commit or "")
+    called = str(name) if commit else str(folder.resolve())
+    index = folder / "model_index.json"
+    if index.exists() and class_name(read_json(index)) == sd3.PIPELINE:
+        model = sd3.load(folder, dtype, called, None if prompts is None else ["", *prompts])
+    else:
+        model = pretrained.ddpm(folder, dtype)
+    return model.replace(name=called, revision=commit or "")
 
 
 def _cast(model: Model, dtype: Any) -> Model:
@@ -354,8 +378,19 @@ class Encoded:
     cond: dict[str, np.ndarray]
 
     def __call__(self, prompts: list[str]) -> dict[str, np.ndarray]:
+        """Raises `UserError` for another prompt."""
+        if unknown := [prompt for prompt in prompts if prompt not in self.prompts]:
+            raise UserError(f"{unknown[0]!r} was not among the prompts that were encoded: load the model with it")
         rows = np.asarray([self.prompts.index(prompt) for prompt in prompts])
         return jax.tree.map(lambda leaf: leaf[rows], self.cond)
+
+
+def remembered(text: Callable, prompts: Iterable[str], batch: int) -> Encoded:
+    """The different prompts, encoded `batch` at a time: groups of one shape, whatever the others are."""
+    different = tuple(dict.fromkeys(prompts))
+    filled = [*different, *[""] * (-len(different) % batch)]
+    groups = [text(filled[i : i + batch]) for i in range(0, len(filled), batch)]
+    return Encoded(different, jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(different)], *groups))
 
 
 _condition = jax.jit(cascade.condition, static_argnums=1)

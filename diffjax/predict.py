@@ -79,6 +79,14 @@ class Velocity(Prediction):
 
 
 @struct.dataclass
+class Straight(Prediction):
+    """y = eps - x0: the velocity along `Flow` in its own time, also where the process is a `Shift` of it (SD3)."""
+
+    def point(self, process: Process, t: Time) -> tuple[Time, Time]:
+        return -jnp.ones_like(process.sigma(t)), jnp.ones_like(process.sigma(t))
+
+
+@struct.dataclass
 class EDM(Prediction):
     """EDM's F: the unit-variance mix that is uncorrelated with x_t when x0 has variance sigma_data^2 (Karras et al. 2022, eq. 7).
 

@@ -4,6 +4,7 @@ import warnings
 
 import numpy as np
 import pytest
+import sd3_folder
 from diffjax import tokenize
 from diffjax.errors import UserError
 
@@ -28,52 +29,12 @@ HARD = [
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    """CLIP's layout with the 256 bytes, each also as a word's end, and three merges; "!" pads."""
-    folder = tmp_path_factory.mktemp("clip")
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letters = [chr(i) for i in printable] + [chr(256 + i) for i in range(256 - len(printable))]
-    words = letters + [f"{letter}</w>" for letter in letters] + ["ca", "cat</w>", "it</w>"]
-    vocabulary = {word: i for i, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
-    (folder / "vocab.json").write_text(json.dumps(vocabulary))
-    (folder / "merges.txt").write_text("#version: 0.2\nc a\nca t</w>\ni t</w>\n")
-    token = lambda text: {"content": text, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    config = {
-        "added_tokens_decoder": {
-            "0": token("!"),
-            str(len(words)): token("<|startoftext|>") | {"normalized": True},
-            str(len(words) + 1): token("<|endoftext|>"),
-        },
-        "bos_token": "<|startoftext|>",
-        "eos_token": "<|endoftext|>",
-        "model_max_length": 77,
-        "pad_token": "!",
-        "tokenizer_class": "CLIPTokenizer",
-        "unk_token": "<|endoftext|>",
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder
+    return sd3_folder.write_clip_rules(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="module")
 def t5(tmp_path_factory):
-    """A sentencepiece model of 60 pieces with T5's special ids."""
-    import sentencepiece
-
-    folder = tmp_path_factory.mktemp("t5")
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["a cat and a hat, it is 12 o'clock", "the cat's bat sat on the mat!"] * 4),
-        model_prefix=str(folder / "spiece"),
-        vocab_size=60,
-        hard_vocab_limit=False,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        normalization_rule_name="nmt_nfkc",
-        minloglevel=2,
-    )
-    (folder / "spiece.vocab").unlink()
-    return folder
+    return sd3_folder.write_t5_rules(tmp_path_factory.mktemp("t5"))
 
 
 def test_clip_pairs_bytes_within_lower_case_words(clip):

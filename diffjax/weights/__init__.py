@@ -21,7 +21,7 @@ from diffjax.weights import safetensors
 from diffjax.weights.config import class_name, read_json
 from diffjax.weights.folder import read_tensors
 from diffjax.weights.format import Format
-from diffjax.weights.names import Params, Placement, read_params, write_params
+from diffjax.weights.names import Params, Placement, checked, read_params, write_params
 from diffjax.weights.scheduler import Scheduler, write_scheduler
 
 FORMATS = {
@@ -75,6 +75,13 @@ def assemble(
     params = read_params(tensors, param_shapes(module, kind), kind.names(module), source, dtype, sharding, scheme)
     compute = _common_dtype(params, source)
     return module.clone(dtype=compute, param_dtype=compute), params
+
+
+def check(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], source: str) -> None:
+    """Raise the `UserError` that `assemble` would, before anything is moved to a device."""
+    kind = _format(class_name(config), source)
+    module = kind.module(config, source)
+    checked(tensors, param_shapes(module, kind), kind.names(module), source)
 
 
 def save(path: str | Path, module: nn.Module, params: Params) -> None:

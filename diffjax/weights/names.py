@@ -123,14 +123,22 @@ def read_params(
     without it). Stacked kernels that `scheme` reads are quantised there, layer by layer. Raises one `UserError` that lists the
     missing, the unexpected and the ill-fitting keys.
     """
-    tensors, repeated = _renamed(tensors, names)
-    rows = list(table(shapes, names))
-    _complain(_problems(tensors, rows, names) | {"given twice": repeated}, source)
+    tensors, rows = checked(tensors, shapes, names, source)
     leaves = {}
     for row in rows:
         parts = [tensors[key] for key in row.keys]
         leaves[row.path] = _leaf(parts, row, _leaf_dtype(parts, dtype), sharding, scheme)
     return traverse_util.unflatten_dict(leaves, sep="/")
+
+
+def checked(
+    tensors: Mapping[str, np.ndarray], shapes: Params, names: Names, source: str
+) -> tuple[dict[str, np.ndarray], list[Row]]:
+    """A checkpoint's tensors under today's keys, and the lines that they fill; `UserError` as of `read_params`."""
+    tensors, repeated = _renamed(tensors, names)
+    rows = list(table(shapes, names))
+    _complain(_problems(tensors, rows, names) | {"given twice": repeated}, source)
+    return tensors, rows
 
 
 def write_params(params: Params, names: Names) -> dict[str, np.ndarray]:

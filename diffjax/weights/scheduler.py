@@ -26,6 +26,7 @@ from diffjax.weights.config import (
 from diffjax.weights.folder import component
 
 CLASSES = ("DDPMScheduler", "DDIMScheduler")
+FLOW_CLASS = "FlowMatchEulerDiscreteScheduler"
 FILE = "scheduler_config.json"
 
 
@@ -119,6 +120,42 @@ def read_scheduler(folder: str | Path) -> Scheduler:
     return scheduler
 
 
+@dataclass(frozen=True)
+class FlowScheduler:
+    """FlowMatchEulerDiscreteScheduler: sigma = shift t / (1 + (shift - 1) t), known at t = 1 / T, 2 / T, .. 1."""
+
+    num_train_timesteps: int = 1000
+    shift: float = 1.0
+
+
+FLOW_FIELDS = {"num_train_timesteps": Field(1000, integer(2, 100_000)), "shift": Field(1.0, number(1e-3, 1e3))}
+# What other models make of that class: a shift that depends on the size, and other spacings of sigma.
+OTHER_FLOW_FIELDS = {
+    "use_dynamic_shifting": Field(False, one_of(False)),
+    "base_shift": Field(0.5, optional(number(0))),
+    "max_shift": Field(1.15, optional(number(0))),
+    "base_image_seq_len": Field(256, optional(integer(0))),
+    "max_image_seq_len": Field(4096, optional(integer(0))),
+    "invert_sigmas": Field(False, one_of(False)),
+    "shift_terminal": Field(None, one_of(None)),
+    "use_karras_sigmas": Field(False, one_of(False, None)),
+    "use_exponential_sigmas": Field(False, one_of(False, None)),
+    "use_beta_sigmas": Field(False, one_of(False, None)),
+    "time_shift_type": Field("exponential", one_of("exponential", "linear")),
+    "stochastic_sampling": Field(False, one_of(False)),
+}
+
+
+def read_flow_scheduler(folder: str | Path) -> FlowScheduler:
+    """The scheduler of a flow model's folder. Raises `UserError` naming the field that is not implemented."""
+    path = component(folder, "scheduler") / FILE
+    config = read_json(path)
+    if class_name(config) != FLOW_CLASS:
+        raise UserError(f"{path} is for {class_name(config)!a}; diffjax reads {FLOW_CLASS} for this model")
+    values = read_fields(config, FLOW_FIELDS | OTHER_FLOW_FIELDS, path)
+    return FlowScheduler(**{name: values[name] for name in FLOW_FIELDS})
+
+
 def _check(scheduler: Scheduler, path: Path) -> None:
     with np.errstate(all="ignore"):
         betas = scheduler.betas()
@@ -135,8 +172,11 @@ def _check(scheduler: Scheduler, path: Path) -> None:
         )
 
 
-def write_scheduler(folder: str | Path, scheduler: Scheduler) -> None:
+def write_scheduler(folder: str | Path, scheduler: Scheduler | FlowScheduler) -> None:
     """Write `folder/scheduler/scheduler_config.json`."""
+    if isinstance(scheduler, FlowScheduler):
+        values = {"_class_name": FLOW_CLASS, **dataclasses.asdict(scheduler)}
+        return files.write_json(Path(folder) / "scheduler" / FILE, values)
     foreign = "set_alpha_to_one" if scheduler.class_name == "DDPMScheduler" else "variance_type"
     values: dict[str, Any] = {"_class_name": scheduler.class_name}
     values |= {name: getattr(scheduler, name) for name in CHECKS if name != foreign}

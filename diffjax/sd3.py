@@ -1,0 +1,174 @@
+"""Stable Diffusion 3 and 3.5 as models: published components, read as a process, a prediction, and ways to text and pictures.
+
+The process is a flow whose time is shifted towards noise. Networks read 1000 sigma and predict eps - x0.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Float, PyTree
+
+from diffjax import grid, struct, tokenize, weights
+from diffjax.denoise import Apply, Denoiser, thousand_sigma
+from diffjax.errors import UserError
+from diffjax.latent import Decode, Encode, Preview
+from diffjax.model import Defaults, Model, remembered
+from diffjax.nets import tiles
+from diffjax.nets.mmdit import MMDiT
+from diffjax.predict import Straight
+from diffjax.process import Flow, Shift
+from diffjax.refine import minus_log_sigma
+from diffjax.weights.config import read_json
+from diffjax.weights.folder import read_tensors
+from diffjax.weights.scheduler import FlowScheduler, read_flow_scheduler
+from diffjax.weights.single_file import Component
+
+PIPELINE = "StableDiffusion3Pipeline"
+CLIPS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+T5, T5_RULES = "text_encoder_3", "tokenizer_3"
+NEEDED = (*CLIPS, "transformer", "vae")
+
+CLIP_TOKENS = 77
+T5_TOKENS = 256
+
+PRESETS = {
+    "large": {"steps": 40, "sampler": "dpmpp_2m", "guidance": 4.5},
+    "medium": {"steps": 50, "sampler": "dpmpp_2m", "guidance": 5.0},
+    "turbo": {"steps": 4, "sampler": "euler", "guidance": None},
+}
+"""What Stability AI samples with, by kind of model."""
+
+
+@struct.dataclass
+class TextEncoder:
+    """A published encoder with its tokenizer; no padding is masked, as the model was trained."""
+
+    params: PyTree
+    module: nn.Module = struct.field(pytree_node=False)
+    rules: tokenize.Tokenizer = struct.field(pytree_node=False)
+
+    def __call__(self, texts: Sequence[str], length: int) -> Any:
+        """What the network makes of the texts' first `length` tokens, in numpy arrays."""
+        tokens, _ = self.rules(texts, length, length)
+        return tiles.whole(self.module, "__call__", self.params, tokens)
+
+
+@struct.dataclass
+class Texts:
+    """Prompts to `context` (b, 77 + tokens, width) and `pooled` (b, p), both CLIPs' vectors.
+
+    The context is both CLIPs' states before the last layer, side by side and filled up with zeros to `width`; behind
+    them, as further tokens, those of T5, or as many zeros without it.
+    """
+
+    clips: tuple[TextEncoder, TextEncoder]
+    t5: TextEncoder | None
+    width: int = struct.field(pytree_node=False)
+    tokens: int = struct.field(pytree_node=False, default=T5_TOKENS)
+
+    def __call__(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
+        seen = [clip(texts, CLIP_TOKENS) for clip in self.clips]
+        states = np.concatenate([one.penultimate for one in seen], axis=-1)
+        states = np.pad(states, ((0, 0), (0, 0), (0, self.width - states.shape[-1])))
+        nothing = np.zeros((len(texts), self.tokens, self.width), np.float32)
+        more = nothing if self.t5 is None else np.asarray(self.t5(texts, self.tokens))
+        pooled = np.concatenate([one.pooled for one in seen], axis=-1)
+        return {"context": np.concatenate([states, more], axis=1), "pooled": pooled}
+
+
+def load(folder: Path, dtype: Any = None, name: str = "", prompts: Sequence[str] | None = None) -> Model:
+    """The model of a StableDiffusion3Pipeline folder; `name` tells its kind, as of a hub id.
+
+    With `prompts` the model knows these by heart, and the text encoders are let go before the transformer is loaded.
+    Raises one `UserError` that lists what is wrong with the components.
+    """
+    return assemble(components(folder), folder, read_flow_scheduler(folder), dtype, name or folder.name, prompts)
+
+
+def components(folder: Path) -> dict[str, Component]:
+    """The components that a folder's index names, weights as views of their files; T5 may be left out of it."""
+    index = read_json(folder / "model_index.json")
+    listed = [name for name in (*NEEDED, T5) if index.get(name) not in (None, [None, None])]
+    if absent := [name for name in NEEDED if name not in listed]:
+        raise UserError(f"{folder / 'model_index.json'} has no {', '.join(absent)}: only {T5} can be left out")
+    return {name: Component(read_json(folder / name / "config.json"), read_tensors(folder / name)) for name in listed}
+
+
+def assemble(
+    parts: Mapping[str, Component],
+    folder: Path,
+    scheduler: FlowScheduler,
+    dtype: Any,
+    name: str,
+    prompts: Sequence[str] | None,
+) -> Model:
+    """The model of components, with the tokenizers of a folder."""
+    _check(parts, folder)
+    read = lambda part: weights.assemble(parts[part].config, parts[part].tensors, str(folder / part), dtype)
+    encode = lambda part, rules: TextEncoder(*reversed(read(part)), tokenize.load(folder / rules))
+    clips = tuple(encode(part, rules) for part, rules in CLIPS.items())
+    width = parts["transformer"].config.get("joint_attention_dim", MMDiT.joint_attention_dim)
+    text = Texts(clips, encode(T5, T5_RULES) if T5 in parts else None, width)
+    del clips
+    if prompts is not None:
+        text = remembered(text, prompts, 1)
+    transformer, params = read("transformer")
+    vae, vae_params = read("vae")
+    process = Shift(Flow(), scheduler.shift)
+    coder = Encode(vae_params, vae)
+    return Model(
+        Denoiser(process, Straight(), params, Apply(transformer), thousand_sigma),
+        (transformer.sample_size, transformer.sample_size, transformer.in_channels),
+        defaults(scheduler, kind(name, transformer)),
+        text=text,
+        decode=Decode(vae_params, vae),
+        encode=coder,
+        preview=Preview(coder),
+        factor=vae.factor,
+        multiple=vae.factor * transformer.patch_size,
+        name=name,
+    )
+
+
+def kind(name: str, module: MMDiT) -> str:
+    """large, medium or turbo: turbo differs from large by its name alone."""
+    if "turbo" in name.lower():
+        return "turbo"
+    return "medium" if module.dual_attention_layers or module.qk_norm is None else "large"
+
+
+def defaults(scheduler: FlowScheduler, kind: str) -> Defaults:
+    """What the publisher samples a kind of model with."""
+    return Defaults(
+        **PRESETS[kind],
+        grid=functools.partial(published_grid, scheduler),
+        batch=1,
+        clock=minus_log_sigma,
+        null_prompt="",
+    )
+
+
+def published_grid(scheduler: FlowScheduler, steps: int) -> Float[np.ndarray, "steps 2"]:
+    """Even times from 1 to the *shifted* sigma of 1 / T, then 0, and these are shifted again by the process.
+
+    So it was published: for any number of steps the last sigma before 0 is 0.0089286 with a shift of 3.
+    """
+    last = 1 / scheduler.num_train_timesteps
+    last = scheduler.shift * last / (1 + (scheduler.shift - 1) * last)
+    return grid.pairs(np.append(np.linspace(1, last, steps), 0.0))
+
+
+def _check(parts: Mapping[str, Component], folder: Path) -> None:
+    """Raise one error for all components whose configuration or keys are wrong."""
+    wrong = []
+    for name, part in parts.items():
+        try:
+            weights.check(part.config, part.tensors, name)
+        except UserError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise UserError(f"{folder}: {'; '.join(wrong)}")
