@@ -91,6 +91,14 @@ def one_of(kind: str, *names: str) -> Callable[[str], str]:
     return convert
 
 
+def pixels(word: str) -> int | tuple[int, int]:
+    """An argparse type: a side, or (height, width) of WIDTHxHEIGHT."""
+    sides = word.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
+        raise argparse.ArgumentTypeError(f"{word!r} is no size: give 1024, or 1344x768 for width x height")
+    return int(word) if len(sides) == 1 else (int(sides[1]), int(sides[0]))
+
+
 def _doctor(subparsers) -> None:
     parser = subparsers.add_parser(
         "doctor",
@@ -173,6 +181,7 @@ def _sample(subparsers) -> None:
         '  diffjax sample --run runs/emoji --prompt "red heart" --prompt pizza --num 8 --out pictures\n'
         "  diffjax sample --model google/ddpm-cat-256 --quality good --num 4 --out cats\n"
         "  diffjax sample --config experiments/ddpm_cat256.py --config.num=4 --out cats\n"
+        '  diffjax sample --model stabilityai/stable-diffusion-3.5-large --prompt "a lighthouse" --size 1344x768 --out pictures\n'
         '  diffjax sample --cascade runs/base64 runs/super256 --prompt "a lighthouse" --out pictures\n'
         "  diffjax sample --replay pictures/manifest.json --out again\n",
     )
@@ -225,6 +234,7 @@ def _add_subject(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-file", metavar="FILE", help="more prompts, one on a line")
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from")
     parser.add_argument("--label", action="append", dest="labels", default=[], help="a class by name or number")
+    parser.add_argument("--size", type=pixels, help="pixels a side, or WIDTHxHEIGHT (default: what the model was trained on)")
     parser.add_argument("--image", metavar="FILE", help="start from this picture")
     parser.add_argument("--strength", type=float, help="how much of --image may change, 0 to 1 (default 0.6)")
     parser.add_argument("--mask", metavar="FILE", help="change --image only where this picture is white")

@@ -129,10 +129,18 @@ class Drawing:
                 done += rows
                 yield Stage(group, state, done, rows, done == self.steps)
 
-    def images(self, stage: Stage, x: Float[Array, "devices b ..."]) -> UInt8[np.ndarray, "n h w c"]:
-        """The pictures of states x of a stage: its `state.x`, or its estimates `state.x0`."""
-        lanes = zip(np.asarray(x), stage.parts, strict=False)
-        return np.concatenate([image.to_uint8(self.model.images(rows))[: len(part.pictures)] for rows, part in lanes])
+    def images(self, stage: Stage) -> UInt8[np.ndarray, "n h w c"]:
+        """The pictures of a stage."""
+        return _pictures(stage, stage.state.x, self.model.images)
+
+    def previews(self, stage: Stage) -> UInt8[np.ndarray, "n h w c"]:
+        """What they will look like, by the estimates of x0: small pictures of latent models."""
+        return _pictures(stage, stage.state.x0, self.model.preview or self.model.images)
+
+
+def _pictures(stage: Stage, x: Float[Array, "devices b ..."], look: Callable) -> UInt8[np.ndarray, "n h w c"]:
+    lanes = zip(np.asarray(x), stage.parts, strict=False)
+    return np.concatenate([image.to_uint8(look(rows))[: len(part.pictures)] for rows, part in lanes])
 
 
 class Pace:

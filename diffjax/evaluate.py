@@ -96,7 +96,7 @@ def draw(drawing: Drawing, prompts: Sequence[str]) -> tuple[Pictures, float | No
     found, times = [], []
     for stage in shown(drawing.stages(groups), groups, drawing.steps, f"{len(prompts)} prompts"):
         if stage.finished:
-            found.append(drawing.images(stage, stage.state.x))
+            found.append(drawing.images(stage))
             times.append(time.perf_counter())
     later = sum(map(len, found[1:]))
     return np.concatenate(found), (times[-1] - times[0]) / later if later else None

@@ -26,7 +26,7 @@ from diffjax.draw import Drawing, Part, Picture, Stage, shown
 from diffjax.errors import UserError, unknown
 from diffjax.gallery import Background, Gallery, file_name, read_manifest, sha256
 from diffjax.interrupt import stop_on_signal
-from diffjax.model import Model, load
+from diffjax.model import Encoded, Model, load
 from diffjax.train.checkpoint import checksum
 from diffjax.train.record import differences
 from diffjax.trained import Prompts
@@ -40,7 +40,8 @@ KEPT_STRENGTH = 0.6
 class Request:
     """What is asked for; None is the model's own choice. `num` images of each prompt (or label, or pair of both).
 
-    `image` is where to start from, `strength` how much of it may change; `mask` is white where it is drawn anew.
+    `size` is a number of pixels, or (height, width). `image` is where to start from, `strength` how much of it may change;
+    `mask` is white where it is drawn anew.
     A model that enlarges does so with the picture `low_res`, or with those of an earlier job in that folder, `level` the
     noise in them.
     """
@@ -59,6 +60,7 @@ class Request:
     eta: float | None = None
     seed: int = 0
     batch: int | None = None
+    size: int | tuple[int, int] | None = None
     image: str | None = None
     mask: str | None = None
     strength: float | None = None
@@ -72,6 +74,11 @@ class Request:
                 raise UserError(f"--{name} is {value}: it must be at least {least}")
         if self.image is None and (self.mask is not None or self.strength not in (None, 1.0)):
             raise UserError("--mask and --strength say what may change of a picture: give the picture with --image")
+
+    @property
+    def texts(self) -> list[str]:
+        """All that a text encoder reads."""
+        return [*self.prompts, *([] if self.negative_prompt is None else [self.negative_prompt])]
 
     @property
     def subjects(self) -> list[tuple[str | None, str | None]]:
@@ -152,7 +159,7 @@ def generate(
     `out` holds something else, and when the recipe is not the `expected` one; `KeyboardInterrupt` once all is saved
     after Ctrl-C.
     """
-    model = load(request.model, request.dtype, request.revision or None)
+    model = load(request.model, request.dtype, request.revision or None, request.texts)
     request = completed(request, model)
     drawing = prepared(request, model)
     recipe = recipe_of(request, model)
@@ -211,10 +218,11 @@ def completed(request: Request, model: Model) -> Request:
 
 def prepared(request: Request, model: Model) -> Drawing:
     """How to draw a completed request, prompts encoded. Raises `UserError` for what the model cannot be told."""
-    how = ("steps", "sampler", "grid", "guidance", "eta", "strength")
+    how = ("steps", "sampler", "grid", "guidance", "eta", "strength", "size")
     recipe = model.recipe(**{name: getattr(request, name) for name in how})
-    model = encoded(model, [*request.prompts, *filter(None, [request.negative_prompt])])
-    drawing = Drawing(model, recipe, jax.random.key(request.seed), request.batch, conditions(request, model))
+    model = encoded(model, request.texts)
+    common = conditions(request, model, recipe.shape)
+    drawing = Drawing(model, recipe, jax.random.key(request.seed), request.batch, common)
     for subject in request.subjects:
         drawing.inputs(Part((Picture(0, *subject),)))
     return drawing
@@ -231,9 +239,9 @@ def encoded(model: Model, prompts: Sequence[str]) -> Model:
             raise UserError(f"{cut}: say it in fewer words") from cut
 
 
-def conditions(request: Request, model: Model) -> dict[str, Any]:
-    """What all pictures of a request have in common."""
-    height, width, channels = model.shape
+def conditions(request: Request, model: Model, shape: tuple[int, ...]) -> dict[str, Any]:
+    """What all pictures of a request, with states of that shape, have in common."""
+    height, width, channels = shape
     common: dict[str, Any] = {}
     if request.negative_prompt is not None:
         common["negative_prompt"] = request.negative_prompt
@@ -276,7 +284,7 @@ def recipe_of(request: Request, model: Model) -> dict[str, Any]:
         named["low_res"] = drawn_in(Path(request.low_res))
     recipe = dataclasses.asdict(request) | {"checksum": None, "files": named}
     if Path(model.name).exists():
-        recipe["checksum"] = int(checksum(jax.tree.leaves(model)))
+        recipe["checksum"] = int(checksum(model.replace(text=None) if isinstance(model.text, Encoded) else model))
     return json.loads(json.dumps(recipe))
 
 
@@ -321,7 +329,7 @@ class Job:
     def take(self, stage: Stage) -> None:
         """Hand over what is due of a stage to the thread that writes."""
         if stage.finished:
-            self.background.write(self.finish, stage, self.drawing.images(stage, stage.state.x))
+            self.background.write(self.finish, stage, self.drawing.images(stage))
             return
         if self.previews.due() if self.preview is None else self.preview and stage.done % self.preview == 0:
             self.background.offer("preview", self.show, stage)
@@ -335,7 +343,7 @@ class Job:
 
     def show(self, stage: Stage) -> None:
         """Write its previews: the estimates of x0."""
-        self.gallery.preview(stage.pictures, self.drawing.images(stage, stage.state.x0))
+        self.gallery.preview(stage.pictures, self.drawing.previews(stage))
 
     def keep(self, stage: Stage) -> None:
         """Write its state."""

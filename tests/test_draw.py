@@ -27,7 +27,7 @@ def drawn(job, parts, every=0):
     out = {}
     for stage in job.stages(job.groups(parts), every):
         if stage.finished:
-            out |= dict(zip(stage.pictures, job.images(stage, stage.state.x), strict=True))
+            out |= dict(zip(stage.pictures, job.images(stage), strict=True))
     return out
 
 

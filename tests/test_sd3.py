@@ -1,6 +1,7 @@
 """Stable Diffusion 3.5 as a model: the whole pipeline, against diffusers' own on the same folders."""
 
 import functools
+import shutil
 
 import jax
 import numpy as np
@@ -8,7 +9,9 @@ import pytest
 import sd3_folder
 
 import diffjax
+from diffjax import cli, generate, image
 from diffjax.errors import UserError
+from diffjax.weights import safetensors
 
 PROMPTS, NEGATIVE = ["a cat in a hat", "it is 12 o'clock"], "the mat"
 CASES = {"large": ("large", True), "medium": ("medium", True), "no_t5": ("large", False)}
@@ -34,6 +37,50 @@ def published(folder):
     call = functools.partial(pipeline, PROMPTS, height=16, width=24, latents=given, output_type="np")
     with torch.no_grad():
         return call(num_inference_steps=6, guidance_scale=4.5, negative_prompt=[NEGATIVE] * 2).images
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+    monkeypatch.setattr(jax, "local_device_count", lambda: 1)
+
+
+def test_the_published_grid_ends_where_the_publishers_does(folders):
+    model = diffjax.load(folders("large"), prompts=[])
+    sigmas = model.denoiser.process.sigma(model.defaults.grid(4).astype(np.float32))
+    np.testing.assert_allclose(sigmas[:, 0], [1.0, 0.857692, 0.602151, 0.008929], atol=5e-7)
+    assert sigmas[-1, 1] == 0 and model.defaults.grid(4)[-1, 1] == 0
+    assert abs(model.denoiser.process.sigma(model.defaults.grid(40)[-1, 0]) - 0.0089286) < 1e-7
+
+
+def test_the_command_line_draws_what_sample_draws(folders, tmp_path, one_device):
+    told = ["--prompt", PROMPTS[0], "--negative-prompt", NEGATIVE, "--size", "24x16", "--steps", "3", "--num", "1", "--seed", "3"]
+    command = ["sample", "--model", str(folders("large")), *told, "--preview", "1", "--out", str(tmp_path / "out")]
+    assert cli.main(command) == 0
+    (file,) = (path for path in (tmp_path / "out").glob("*.png") if path.name != "grid.png")
+    drawn, text = image.read_png(file)
+    told = {"prompt": PROMPTS[0], "negative_prompt": NEGATIVE, "size": (16, 24), "steps": 3}
+    expected = diffjax.load(folders("large")).sample(jax.random.key(3), **told)
+    assert drawn.shape == (16, 24, 3) and (image.to_uint8(expected)[0] == drawn).all()
+    assert text["sampler"] == "dpmpp_2m" and text["guidance"] == "4.5"
+    assert generate.replay(tmp_path / "out" / "manifest.json", tmp_path / "again")
+
+
+def test_wrong_keys_are_listed_by_component(folders, tmp_path):
+    folder = shutil.copytree(folders("large"), tmp_path / "model")
+    for name, key in (("vae", "decoder.conv_in.weight"), ("transformer", "proj_out.bias")):
+        (path,) = (folder / name).glob("*.safetensors")
+        tensors = dict(safetensors.read(path))
+        del tensors[key]
+        safetensors.write(path.with_suffix(".new"), tensors, {"format": "pt"})
+        path.with_suffix(".new").replace(path)
+    with pytest.raises(UserError, match=r"transformer .*1 missing: proj_out.bias; vae .*1 missing: decoder.conv_in.weight"):
+        diffjax.load(folder)
+
+
+def test_sizes_are_multiples_of_a_patch(folders):
+    with pytest.raises(UserError, match="18 pixels wide and 16 high: give multiples of 4"):
+        diffjax.load(folders("large"), prompts=[]).recipe(size=(16, 18))
 
 
 @pytest.mark.reference
