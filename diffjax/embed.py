@@ -58,6 +58,7 @@ def width(choice: Mapping[str, Any]) -> int:
     return next(config[name] for name in WIDTHS if name in config)
 
 
+@functools.cache
 def digest(path: Path) -> str:
     """A hash of all that an encoder's folder says: weights, configuration, vocabulary."""
     total = hashlib.sha256()

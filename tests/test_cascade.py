@@ -161,6 +161,7 @@ def test_image_to_image_starts_the_first_stage():
         (lambda: LowRes(8, 1.0), "most 1.0"),
         (lambda: Cascade((toys.model(), toys.model())), "stage 2 .toy. enlarges nothing"),
         (lambda: Cascade((toys.model(size=4), enlarging())), "reads 8 pixels of 3 channels and stage 1 .toy. draws 4 of 3"),
+        (lambda: Cascade((toys.model(size=8).replace(shape=(8, 8, 1)), enlarging())), "stage 1 .toy. draws 8 of 1"),
         (lambda: Cascade((toys.model(), enlarging(text=toys.model(text=True).text))), "stage 1 .toy. none: train it with"),
         (lambda: enlarging().sample(KEY), "to 16 enlarges pictures of 8 x 8 pixels in 3 channels, and none is given"),
         (lambda: enlarging().sample(KEY, low_res=pictures(1, 4)), "and not 4 x 4 of 3"),

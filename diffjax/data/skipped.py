@@ -17,7 +17,7 @@ class Skipped:
         return files.home() / "data" / "skipped" / f"{self.name.replace('/', '-')}.log"
 
     def add(self, what: str, why: str) -> None:
-        line = f"{what}\t{' '.join(why.split())}\n"
+        line = "\t".join(" ".join(part.split()) for part in (what, why)) + "\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as log:
             log.write(line)

@@ -100,6 +100,33 @@ def test_xxl_has_the_published_keys_and_size():
     assert sum(np.prod(shape) for shape in found.values()) == 4_762_310_656
 
 
+SIZES = {
+    # d_model, d_kv, d_ff, layers, heads
+    "t5-small": ("relu", 512, 64, 2048, 6, 8),
+    "t5-base": ("relu", 768, 64, 3072, 12, 12),
+    "t5-3b": ("relu", 1024, 128, 16384, 24, 32),
+    "t5-v1_1-small": ("gated-gelu", 512, 64, 1024, 8, 6),
+    "t5-v1_1-base": ("gated-gelu", 768, 64, 2048, 12, 12),
+    "t5-v1_1-large": ("gated-gelu", 1024, 64, 2816, 24, 16),
+    "t5-v1_1-xl": ("gated-gelu", 2048, 64, 5120, 24, 32),
+    "t5-v1_1-xxl": ("gated-gelu", 4096, 64, 10240, 24, 64),
+}
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("name", SIZES)
+def test_every_size_has_the_keys_of_transformers(name):
+    import torch
+    from transformers import T5Config, T5EncoderModel
+
+    kind, width, head, hidden, layers, heads = SIZES[name]
+    module = T5Encoder(32128, width, head, hidden, layers, heads, feed_forward_proj=kind)
+    with torch.device("meta"):
+        model = T5EncoderModel(T5Config(**FORMAT.config(module)))
+    expected = {key: tuple(value.shape) for key, value in model.state_dict().items() if key != "encoder.embed_tokens.weight"}
+    assert reference.keys_and_shapes(FORMAT, module) == expected
+
+
 def test_float16_does_not_overflow():
     module, tensors = build("t5_gated")
     large = {key: value * (300 if "wi_" in key else 1) for key, value in tensors.items()}
