@@ -230,6 +230,10 @@ def _add_subject(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--replay", metavar="FILE", help="the manifest.json of an earlier job: the same again")
     parser.add_argument("--revision", default="", help="the step of a run's checkpoint, or a commit of the hub")
     parser.add_argument("--dtype", type=one_of("dtype", "float32", "bfloat16"), help="what to compute in")
+    parser.add_argument("--quantize", type=one_of("kind", "int8", "int4"), help="keep large weights in fewer bits (SD3.5)")
+    parser.add_argument(
+        "--shard", type=one_of("way", "fsdp", "tensor", "both"), help="split the weights over all devices (SD3.5)"
+    )
     parser.add_argument("--prompt", action="append", dest="prompts", default=[], metavar="TEXT", help="can be repeated")
     parser.add_argument("--prompt-file", metavar="FILE", help="more prompts, one on a line")
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from")

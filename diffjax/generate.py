@@ -43,7 +43,7 @@ class Request:
     `size` is a number of pixels, or (height, width). `image` is where to start from, `strength` how much of it may change;
     `mask` is white where it is drawn anew.
     A model that enlarges does so with the picture `low_res`, or with those of an earlier job in that folder, `level` the
-    noise in them.
+    noise in them. `quantize` and `shard` are those of `diffjax.load`.
     """
 
     model: str
@@ -66,6 +66,8 @@ class Request:
     strength: float | None = None
     low_res: str | None = None
     level: float | None = None
+    quantize: str | None = None
+    shard: str | None = None
 
     def __post_init__(self):
         for name, least in (("num", 1), ("steps", 1), ("batch", 1), ("seed", 0)):
@@ -159,7 +161,7 @@ def generate(
     `out` holds something else, and when the recipe is not the `expected` one; `KeyboardInterrupt` once all is saved
     after Ctrl-C.
     """
-    model = load(request.model, request.dtype, request.revision or None, request.texts)
+    model = load(request.model, request.dtype, request.revision or None, request.texts, request.quantize, request.shard)
     request = completed(request, model)
     drawing = prepared(request, model)
     recipe = recipe_of(request, model)

@@ -309,14 +309,21 @@ class Model:
 
 
 def load(
-    name: str | Path, dtype: Any = None, revision: str | None = None, prompts: Iterable[str] | None = None
+    name: str | Path,
+    dtype: Any = None,
+    revision: str | None = None,
+    prompts: Iterable[str] | None = None,
+    quantize: str | None = None,
+    shard: str | None = None,
 ) -> Model:
     """The model of one of our runs, of a folder in a published layout, or of a hub id.
 
     A path that exists or is absolute never asks the hub. With `dtype=None` parameters keep the file's dtype and the
     network computes as it was trained; else both are `dtype`. `revision` is the step of a run's checkpoint (None: the
     newest) or a commit of the hub. With `prompts`, a published text-to-image model encodes these while it loads and can
-    draw no others: its text encoders and its denoiser are never in memory together. Raises `UserError` for what is not there, cannot be read or is not implemented.
+    draw no others: its text encoders and its denoiser are never in memory together. Of such a model, `quantize` ("int8",
+    "int4") keeps the transformer and T5 in fewer bits, and `shard` ("fsdp", "tensor", "both") splits the transformer over
+    all devices. Raises `UserError` for what is not there, cannot be read or is not implemented.
     """
     from diffjax import pretrained, sd3, trained
     from diffjax.weights import hub
@@ -326,6 +333,7 @@ def load(
     if (folder / "run.json").exists() or (folder / "checkpoints").is_dir():
         if revision is not None and not revision.isdigit():
             raise UserError(f"revision {revision} of a run: give the step of one of its checkpoints")
+        _refuse_kept(str(folder), quantize, shard)
         model = trained.load(folder, None if revision is None else int(revision))
         return _cast(model, dtype).replace(name=str(folder.resolve()))
     folder, commit = hub.fetch(name, revision)
@@ -334,10 +342,17 @@ def load(
     called = str(name) if commit else str(folder.resolve())
     index = folder / "model_index.json"
     if index.exists() and class_name(read_json(index)) == sd3.PIPELINE:
-        model = sd3.load(folder, dtype, called, None if prompts is None else ["", *prompts])
+        kept = sd3.Kept(dtype, quantize, shard)
+        model = sd3.load(folder, kept, called, None if prompts is None else ["", *prompts])
     else:
+        _refuse_kept(called, quantize, shard)
         model = pretrained.ddpm(folder, dtype)
     return model.replace(name=called, revision=commit or "")
+
+
+def _refuse_kept(name: str, quantize: str | None, shard: str | None) -> None:
+    if quantize or shard:
+        raise UserError(f"{name} is no Stable Diffusion 3: fewer bits and split parameters are for its kind; leave them out")
 
 
 def _cast(model: Model, dtype: Any) -> Model:

@@ -5,6 +5,7 @@ The process is a flow whose time is shifted towards noise. Networks read 1000 si
 
 import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Float, PyTree
 
-from diffjax import grid, struct, tokenize, weights
+from diffjax import grid, shard, struct, tokenize, weights
 from diffjax.denoise import Apply, Denoiser, thousand_sigma
 from diffjax.errors import UserError
 from diffjax.latent import Decode, Encode, Preview
@@ -21,6 +22,7 @@ from diffjax.nets import tiles
 from diffjax.nets.mmdit import MMDiT
 from diffjax.predict import Straight
 from diffjax.process import Flow, Shift
+from diffjax.quantize import SCHEMES
 from diffjax.refine import minus_log_sigma
 from diffjax.weights.config import read_json
 from diffjax.weights.folder import read_tensors
@@ -80,13 +82,30 @@ class Texts:
         return {"context": np.concatenate([states, more], axis=1), "pooled": pooled}
 
 
-def load(folder: Path, dtype: Any = None, name: str = "", prompts: Sequence[str] | None = None) -> Model:
+@dataclass(frozen=True)
+class Kept:
+    """How weights are kept: in a dtype (None: the files'), those of the transformer and of T5 in fewer bits ("int8", "int4"),
+    those of the transformer split over all devices ("fsdp", "tensor", "both").
+    """
+
+    dtype: Any = None
+    quantize: str | None = None
+    shard: str | None = None
+
+    def read(self, name: str, part: Component, source: Path) -> tuple[nn.Module, dict[str, Any]]:
+        """A component's network and parameters."""
+        scheme = SCHEMES[self.quantize] if self.quantize and name in ("transformer", T5) else None
+        place = shard.over(self.shard) if self.shard and name == "transformer" else None
+        return weights.assemble(part.config, part.tensors, str(source), self.dtype, place, scheme)
+
+
+def load(folder: Path, kept: Kept = Kept(), name: str = "", prompts: Sequence[str] | None = None) -> Model:
     """The model of a StableDiffusion3Pipeline folder; `name` tells its kind, as of a hub id.
 
     With `prompts` the model knows these by heart, and the text encoders are let go before the transformer is loaded.
     Raises one `UserError` that lists what is wrong with the components.
     """
-    return assemble(components(folder), folder, read_flow_scheduler(folder), dtype, name or folder.name, prompts)
+    return assemble(components(folder), folder, read_flow_scheduler(folder), kept, name or folder.name, prompts)
 
 
 def components(folder: Path) -> dict[str, Component]:
@@ -102,13 +121,13 @@ def assemble(
     parts: Mapping[str, Component],
     folder: Path,
     scheduler: FlowScheduler,
-    dtype: Any,
+    kept: Kept,
     name: str,
     prompts: Sequence[str] | None,
 ) -> Model:
     """The model of components, with the tokenizers of a folder."""
     _check(parts, folder)
-    read = lambda part: weights.assemble(parts[part].config, parts[part].tensors, str(folder / part), dtype)
+    read = lambda name: kept.read(name, parts[name], folder / name)
     encode = lambda part, rules: TextEncoder(*reversed(read(part)), tokenize.load(folder / rules))
     clips = tuple(encode(part, rules) for part, rules in CLIPS.items())
     width = parts["transformer"].config.get("joint_attention_dim", MMDiT.joint_attention_dim)

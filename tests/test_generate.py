@@ -35,7 +35,7 @@ def models(monkeypatch, tmp_path_factory):
     found = {"texts": texts, "classes": classes, "plain": toys.model()}
     folder = tmp_path_factory.mktemp("runs")
 
-    def load(name, dtype=None, revision=None, prompts=None):
+    def load(name, *_):
         (folder / Path(name).name).mkdir(exist_ok=True)
         return found[Path(name).name].replace(name=str(folder / Path(name).name), revision="7")
 

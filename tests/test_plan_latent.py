@@ -87,5 +87,5 @@ def test_the_command(large, capsys):
     said = capsys.readouterr().out
     assert "1 image of 1024 x 1024 pixels, 28 steps" in said
     assert re.search(r"texts first +\d\d\.\d GB  too much", said)
-    assert "what fits 16 GB: texts first, transformer and T5 in int8" in said
+    assert "what fits 16 GB: texts first, transformer and T5 in int8 (--quantize int8)" in said
     assert rates.NAMED["h100"].fused and not rates.NAMED["t4"].fused

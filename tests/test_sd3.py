@@ -11,6 +11,7 @@ import sd3_folder
 import diffjax
 from diffjax import cli, generate, image
 from diffjax.errors import UserError
+from diffjax.quantize import Quantized
 from diffjax.weights import safetensors
 
 PROMPTS, NEGATIVE = ["a cat in a hat", "it is 12 o'clock"], "the mat"
@@ -92,3 +93,22 @@ def test_draws_what_diffusers_draws(folders, name):
     error = np.abs((np.asarray(ours) + 1) / 2 - theirs).max()
     print(name, "max abs error", error, "spread", theirs.std())
     assert error <= 1e-4 and theirs.std() > 0.05
+
+
+def test_fewer_bits_and_split_weights(folders, tmp_path):
+    model = diffjax.load(folders("large"), quantize="int4", shard="tensor")
+    kernel = model.denoiser.params["blocks_0"]["ff"]["net_0_proj"]["kernel"]
+    assert isinstance(kernel, Quantized) and kernel.values.sharding.shard_shape(kernel.shape) == (2, 16, 8)
+    wide = model.text.t5.params["blocks"]["ff"]["wi_0"]["kernel"]
+    assert isinstance(wide, Quantized) and len(wide.values.devices()) == 1
+    for untouched in (model.text.clips, model.decode.params):
+        assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(untouched))
+    told = ["--prompt", PROMPTS[0], "--size", "16", "--steps", "1", "--num", "1", "--quantize", "int4", "--shard", "tensor"]
+    assert cli.main(["sample", "--model", str(folders("large")), *told, "--out", str(tmp_path)]) == 0
+    assert generate.read_manifest(tmp_path / "manifest.json")["recipe"]["quantize"] == "int4"
+
+
+def test_other_models_are_not_quantised(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="is no Stable Diffusion 3"):
+        diffjax.load(tmp_path, quantize="int8")

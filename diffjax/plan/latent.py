@@ -12,14 +12,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import PyTree
 
-from diffjax import build, weights
+from diffjax import build, sd3, weights
 from diffjax.model import Defaults
 from diffjax.plan.figures import Part, tree_size
 from diffjax.plan.jobs import Asked, Job, Way, apply, calls, completed, titled
 from diffjax.quantize import SCHEMES, quantize
 
-T5 = "text_encoder_3"
-TEXTS = {"text_encoder": 77, "text_encoder_2": 77, T5: 256}
+TEXTS = dict.fromkeys(sd3.CLIPS, sd3.CLIP_TOKENS) | {sd3.T5: sd3.T5_TOKENS}
 """Text encoders and the tokens that each reads."""
 
 COUNTS = (2, 4, 8)
@@ -28,7 +27,8 @@ COUNTS = (2, 4, 8)
 
 def drawing(folder: Path, asked: Asked, name: str) -> Job:
     """Drawing with a published latent model, of which only the configurations need to be there."""
-    asked = completed(asked, Defaults(steps=28, batch=1, sampler="euler", guidance=4.5))
+    kind = sd3.kind(name, weights.describe(folder / "transformer"))
+    asked = completed(asked, Defaults(**sd3.PRESETS[kind], batch=1))
     parts = components(folder, asked)
     size = asked.size or 1024
     return Job(titled(name, (size, size), asked), tuple(parts.values()), "transformer", asked.steps, asked.num, ways(parts))
@@ -45,7 +45,7 @@ def components(folder: Path, asked: Asked) -> dict[str, Part]:
     rows, network, vae = asked.batch * branches, modules["transformer"], modules["vae"]
     side = (asked.size or 1024) // vae.factor
     shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)
-    context = shape(rows, TEXTS["text_encoder"] + TEXTS[T5], network.joint_attention_dim)
+    context = shape(rows, TEXTS["text_encoder"] + TEXTS[sd3.T5], network.joint_attention_dim)
     latents = shape(rows, side, side, network.in_channels), shape(rows), context, shape(rows, network.pooled_projection_dim)
     given = {name: (jax.ShapeDtypeStruct((branches, length), jnp.int32),) for name, length in TEXTS.items()}
     given |= {"transformer": latents, "vae": (shape(asked.batch, side, side, vae.latent_channels),)}
@@ -64,17 +64,21 @@ def _decode(module: nn.Module, variables: PyTree, z: Any, named: PyTree) -> PyTr
 
 
 def ways(parts: Mapping[str, Part]) -> tuple[Way, ...]:
-    """From the simplest to those that need least: texts first, fewer bits, left out, split over devices."""
-    small = {bits: {name: _quantized(parts[name], bits) for name in ("transformer", T5) if name in parts} for bits in SCHEMES}
+    """From the simplest to those that need least: texts first, fewer bits, T5 left out, split over devices."""
+    large = [name for name in ("transformer", sd3.T5) if name in parts]
+    small = {bits: dict(parts) | {name: _quantized(parts[name], bits) for name in large} for bits in SCHEMES}
     staged = lambda parts: (tuple(parts[name] for name in TEXTS if name in parts), (parts["transformer"], parts["vae"]))
-    both, first = "transformer and T5" if T5 in parts else "transformer", "texts first"
-    lighter = {"T5 in int8": dict(parts) | {T5: small["int8"].get(T5)}, "no T5": {k: v for k, v in parts.items() if k != T5}}
+    both, first = " and ".join(large).replace(sd3.T5, "T5"), "texts first"
+    lighter = {}
+    if sd3.T5 in parts:
+        lighter["T5 in int8"] = dict(parts) | {sd3.T5: small["int8"][sd3.T5]}
+        lighter["no T5"] = {name: part for name, part in parts.items() if name != sd3.T5}
     return (
         Way("all components together", (tuple(parts.values()),)),
         Way(first, staged(parts)),
-        *(Way(f"{first}, {name}", staged(some)) for name, some in lighter.items() if T5 in parts),
-        *(Way(f"{first}, {both} in {bits}", staged(dict(parts) | some)) for bits, some in small.items()),
-        *(Way(f"{first}, transformer split over {n}", staged(parts), n) for n in COUNTS),
+        *(Way(f"{first}, {name}", staged(some)) for name, some in lighter.items()),
+        *(Way(f"{first}, {both} in {bits} (--quantize {bits})", staged(some)) for bits, some in small.items()),
+        *(Way(f"{first}, transformer split over {n} (--shard)", staged(parts), n) for n in COUNTS),
     )
 
 
