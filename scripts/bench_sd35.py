@@ -65,7 +65,7 @@ def jax_stages(tiny):
     context, pooled = draw(2, CONTEXT, network.joint_attention_dim), draw(2, network.pooled_projection_dim)
     cond = {name: {"context": context[i : i + 1], "pooled": pooled[i : i + 1]} for i, name in enumerate(("cond", "null"))}
     apply, sampler = denoise.Apply(network), sample.Sampler()
-    denoiser = denoise.Denoiser(time, predict.Velocity(), params["transformer"], apply, denoise.thousand_sigma)
+    denoiser = denoise.Denoiser(time, predict.Straight(), params["transformer"], apply, denoise.thousand_sigma)
     state = sample.start(sampler, draw(1, side, side, network.in_channels))
     steps = state, grid.uniform(STEPS), None, guide.Guidance(denoiser, jnp.float32(GUIDANCE)), time, sampler, cond
     tokens = {name: jnp.asarray(np.random.default_rng(0).integers(0, 999, (2, n))) for name, n in TOKENS.items()}

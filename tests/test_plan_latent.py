@@ -5,6 +5,7 @@ import re
 import jax.numpy as jnp
 import pytest
 from diffjax import cli, files, plan, rates
+from diffjax.errors import UserError
 from diffjax.nets.clip import ClipText
 from diffjax.nets.mmdit import MMDiT
 from diffjax.nets.t5 import T5Encoder
@@ -72,6 +73,18 @@ def test_choices(large):
     assert (transformer.calls, decoder.calls) == (18, 3)
     assert transformer.given[0].shape == (4, 64, 64, 16) and decoder.given[0].shape == (2, 64, 64, 16)
     assert transformer.held["params"]["pos_embed"].dtype == jnp.bfloat16
+
+
+def test_a_component_that_is_missing_is_said(large, tmp_path):
+    (tmp_path / "transformer").symlink_to(large / "transformer")
+    with pytest.raises(UserError, match="text_encoder/config.json"):
+        latent.drawing(tmp_path, plan.Asked(), "large")
+
+
+def test_turbo_is_known_by_its_name(large):
+    job = latent.drawing(large, plan.Asked(), "stable-diffusion-3.5-large-turbo")
+    assert job.title.endswith("1 image of 1024 x 1024 pixels, 4 steps of euler")
+    assert job.parts[3].given[0].shape == (1, 128, 128, 16) and job.parts[3].calls == 4
 
 
 def test_without_t5(large, tmp_path):

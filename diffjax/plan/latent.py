@@ -27,23 +27,27 @@ COUNTS = (2, 4, 8)
 
 def drawing(folder: Path, asked: Asked, name: str) -> Job:
     """Drawing with a published latent model, of which only the configurations need to be there."""
-    kind = sd3.kind(name, weights.describe(folder / "transformer"))
-    asked = completed(asked, Defaults(**sd3.PRESETS[kind], batch=1))
-    parts = components(folder, asked)
-    size = asked.size or 1024
-    return Job(titled(name, (size, size), asked), tuple(parts.values()), "transformer", asked.steps, asked.num, ways(parts))
+    modules = described(folder, asked.dtype or "bfloat16")
+    network, vae = modules["transformer"], modules["vae"]
+    asked = completed(asked, Defaults(**sd3.PRESETS[sd3.kind(name, network)], batch=1))
+    asked = replace(asked, size=asked.size or network.sample_size * vae.factor)
+    parts = components(modules, asked)
+    title = titled(name, (asked.size, asked.size), asked)
+    return Job(title, tuple(parts.values()), "transformer", asked.steps, asked.num, ways(parts))
 
 
-def components(folder: Path, asked: Asked) -> dict[str, Part]:
-    """The components that are there, in the order in which they run: the texts once, the transformer at every step, the
-    decoder for every batch of pictures.
-    """
-    dtype = build.named("dtype", build.DTYPES, asked.dtype or "bfloat16")
-    there = [part for part in (*TEXTS, "transformer", "vae") if (folder / part / "config.json").exists()]
-    modules = {part: weights.describe(folder / part).clone(dtype=dtype, param_dtype=dtype) for part in there}
+def described(folder: Path, dtype: str) -> dict[str, nn.Module]:
+    """The networks of a folder's configurations, in the order in which they run; T5 may be missing."""
+    names = [name for name in (*TEXTS, "transformer", "vae") if name != sd3.T5 or (folder / name).is_dir()]
+    chosen = build.named("dtype", build.DTYPES, dtype)
+    return {name: weights.describe(folder / name).clone(dtype=chosen, param_dtype=chosen) for name in names}
+
+
+def components(modules: Mapping[str, nn.Module], asked: Asked) -> dict[str, Part]:
+    """The parts of a job: the texts once, the transformer at every step, the decoder for every batch of pictures."""
     branches = 1 if asked.guidance is None else 2
     rows, network, vae = asked.batch * branches, modules["transformer"], modules["vae"]
-    side = (asked.size or 1024) // vae.factor
+    side = asked.size // vae.factor
     shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)
     context = shape(rows, TEXTS["text_encoder"] + TEXTS[sd3.T5], network.joint_attention_dim)
     latents = shape(rows, side, side, network.in_channels), shape(rows), context, shape(rows, network.pooled_projection_dim)
