@@ -43,18 +43,21 @@ def is_frozen(choice: Mapping[str, Any] | None) -> bool:
     return choice is not None and choice["name"] in HUB
 
 
-def folder(choice: Mapping[str, Any]) -> Path:
-    """The encoder's folder: of `path`, a folder or hub id; else MiniLM's pip package, if installed, or the usual hub id."""
+def folder(choice: Mapping[str, Any], patterns: Sequence[str] = hub.PATTERNS) -> Path:
+    """The encoder's folder: of `path`, a folder or hub id; else MiniLM's pip package, if installed, or the usual hub id.
+
+    From the hub come the files that match `patterns`.
+    """
     path = choice.get("path", "")
     found = importlib.util.find_spec(PACKAGE) if choice["name"] == "minilm" and not path else None
     if found is not None:
         return Path(found.submodule_search_locations[0]) / "model"
-    return hub.fetch(path or HUB[choice["name"]]).folder
+    return hub.fetch(path or HUB[choice["name"]], patterns=patterns).folder
 
 
 def width(choice: Mapping[str, Any]) -> int:
-    """Numbers in a state."""
-    config = read_json(folder(choice) / "config.json")
+    """Numbers in a state; of the encoder's files, only its configuration is fetched."""
+    config = read_json(folder(choice, ("config.json",)) / "config.json")
     return next(config[name] for name in WIDTHS if name in config)
 
 

@@ -14,6 +14,7 @@ from diffjax import config, embed, files, mesh, trained, weights
 from diffjax.errors import UserError
 from diffjax.nets.bert import Bert
 from diffjax.train import loop
+from diffjax.weights import hub
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "red", "heart", "pizza", "cat", "of"]
 TINY = Bert(len(WORDS), 16, 1, 2, 16, max_position_embeddings=16)
@@ -119,6 +120,18 @@ def test_other_weights_and_another_length_have_tables_of_their_own(choice, tmp_p
     assert embed.encoded(other, TEXTS).path != first.path
     assert embed.encoded({**choice, "tokens": 7}, TEXTS).path != first.path
     assert embed.digest(embed.folder(choice)) in first.path.name and embed.width(choice) == 16
+
+
+def test_the_width_needs_no_weights(choice, monkeypatch):
+    fetched = []
+
+    def fetch(name, patterns):
+        fetched.append((name, *patterns))
+        return hub.Fetched(Path(choice["path"]), "main")
+
+    monkeypatch.setattr(hub, "fetch", fetch)
+    assert embed.width({"name": "t5", "path": "google/t5-v1_1-base", "tokens": 64}) == 16
+    assert fetched == [("google/t5-v1_1-base", "config.json")]
 
 
 def test_a_caption_that_was_never_encoded_is_named(choice):
