@@ -136,11 +136,13 @@ def _prepare(subparsers) -> None:
     parser.add_argument("--retry", action="store_true", help="try once more to fetch the pictures that failed before")
 
     def run(args) -> None:
+        if "data" not in args.config:
+            raise UserError("this experiment reads no data: there is nothing to prepare")
         from diffjax import data, embed
 
         data.fetch(args.config.data, args.retry)
         found = data.load(args.config.data)
-        if embed.is_frozen(args.config.text):
+        if embed.is_frozen(args.config.get("text")):
             embed.encoded(args.config.text, embed.captions(found, args.config.sample.prompts))
         print(f"{len(found)} pictures of {found.size} pixels are ready")
 
