@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -18,6 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Errors are one line on stderr; with `--debug` the traceback comes before it.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    warnings.formatwarning = _one_line
     try:
         args = parse(argv)
         status = args.run(args) or 0
@@ -385,6 +387,10 @@ def _convert(subparsers) -> None:
         print(f"{args.out} is written")
 
     parser.set_defaults(run=run)
+
+
+def _one_line(message: Warning | str, *place: object) -> str:
+    return f"diffjax: {message}\n"
 
 
 def _report(error: BaseException) -> int:

@@ -250,7 +250,7 @@ def conditions(request: Request, model: Model, shape: tuple[int, ...]) -> dict[s
     if request.image is not None:
         size = height * model.factor, width * model.factor
         known = image.read(request.image, size, channels if model.encode is None else 3)
-        common["image"] = jnp.asarray(image.from_uint8(known)[None])
+        common["image"] = model.known(jnp.asarray(image.from_uint8(known)[None]))
     if request.mask is not None:
         common["mask"] = jnp.asarray(1 - image.read(request.mask, (height, width), 1)[None] / 255, jnp.float32)
     if request.low_res is not None:

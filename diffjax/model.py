@@ -202,6 +202,14 @@ class Model:
         """One row a prompt; each different prompt is encoded once, in groups of one shape, whatever the others are."""
         return remembered(self.text, prompts, self.defaults.batch)(prompts)
 
+    def reading(self, tokens: int) -> "Model":
+        """The model with a text encoder that reads so many tokens. Raises `UserError` where that cannot be chosen."""
+        if not hasattr(self.text, "tokens"):
+            raise UserError(f"{self._called} reads what it reads: leave max_sequence_length out")
+        if tokens < 1:
+            raise UserError(f"max_sequence_length is {tokens}: it must be at least 1")
+        return self.replace(text=self.text.replace(tokens=tokens))
+
     def with_encoded(self, prompts: Iterable[str]) -> "Model":
         """The model with these prompts encoded in place of its text encoder, whose memory is then free."""
         if self.text is None:
@@ -243,8 +251,23 @@ class Model:
             cond = {branch: of | told for branch, of in cond.items()} if guided else cond | told
         elif low_res is not None or level is not None:
             raise UserError(f"{self._called} enlarges nothing: leave low_res and level out")
-        known = image if image is None or self.encode is None else self.encode(image)
-        return Inputs(keys, cond, repeat(known), repeat(mask))
+        known = None if image is None else self.known(image)
+        return Inputs(keys, cond, repeat(known), repeat(None if mask is None else self._cells(mask, known)))
+
+    def known(self, image: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        """The state without noise that is a picture: of latent models encoded, unless it has as many channels as one."""
+        return image if self.encode is None or image.shape[-1] == self.shape[-1] else self.encode(image)
+
+    def _cells(self, mask: Float[Array, "b h w 1"], known: Float[Array, "b h w c"] | None) -> Float[Array, "b h w 1"]:
+        """A mask of the state's cells; of one of pixels, the least of each cell."""
+        if known is None:
+            raise UserError("a mask says what stays of a picture: give the `image` too")
+        (b, height, width, _), (rows, columns) = mask.shape, known.shape[1:3]
+        if (height, width) == (rows, columns):
+            return mask
+        if (height, width) != (rows * self.factor, columns * self.factor):
+            raise UserError(f"the mask has {height} x {width} pixels, which the image has not: give one of its size")
+        return jnp.reshape(mask, (b, rows, self.factor, columns, self.factor, 1)).min((2, 4))
 
     def _enlarged(self, small: Array | None, level: float, keys: Key[Array, "b"]) -> dict[str, Array]:
         if not 0 <= level < 1:
@@ -287,16 +310,19 @@ class Model:
         size: int | tuple[int, int] | None = None,
         init: Float[Array, "num ..."] | None = None,
         noise: Float[Array, "steps num ..."] | None = None,
+        max_sequence_length: int | None = None,
         **conditions: Any,
     ) -> Float[Array, "num h w c"]:
         """`num` images, float NHWC (pixel models: the sampler's last state, not clamped; latent models: in [-1, 1]).
 
         `conditions` are those of `inputs`: prompt, negative_prompt, label, image, mask, low_res, level. Image i has the key
         `fold_in(key, i)` and is computed in a batch of the model's own fixed shape, so it depends neither on `num` nor
-        on its neighbours. `image` with `strength` < 1 starts from a noised picture; `mask` is 1 where it must stay.
+        on its neighbours. `image` with `strength` < 1 starts from a noised picture; `mask` is 1 where it must stay, by pixels or a state's cells.
         `init` is the state at the grid's first time, `noise` that of each step: with them another run is replayed, in
-        one batch.
+        one batch. `max_sequence_length` is how many tokens T5 reads (SD3: 256 by default).
         """
+        if max_sequence_length is not None:
+            self = self.reading(max_sequence_length)
         recipe = self.recipe(
             steps=steps, sampler=sampler, grid=grid, guidance=guidance, eta=eta, strength=strength, size=size
         )
@@ -316,7 +342,7 @@ def load(
     quantize: str | None = None,
     shard: str | None = None,
 ) -> Model:
-    """The model of one of our runs, of a folder in a published layout, or of a hub id.
+    """The model of one of our runs, of a folder in a published layout, of a hub id, or of a single file of SD3.5.
 
     A path that exists or is absolute never asks the hub. With `dtype=None` parameters keep the file's dtype and the
     network computes as it was trained; else both are `dtype`. `revision` is the step of a run's checkpoint (None: the
@@ -327,7 +353,6 @@ def load(
     """
     from diffjax import pretrained, sd3, trained
     from diffjax.weights import hub
-    from diffjax.weights.config import class_name, read_json
 
     folder = Path(name).expanduser()
     if (folder / "run.json").exists() or (folder / "checkpoints").is_dir():
@@ -337,16 +362,14 @@ def load(
         model = trained.load(folder, None if revision is None else int(revision))
         return _cast(model, dtype).replace(name=str(folder.resolve()))
     folder, commit = hub.fetch(name, revision)
-    if not any((folder / part).exists() for part in ("config.json", "model_index.json", "unet")):
-        raise UserError(f"{folder} holds no model: give a run's folder, one in the layout of diffusers, or a hub id")
     called = str(name) if commit else str(folder.resolve())
-    index = folder / "model_index.json"
-    if index.exists() and class_name(read_json(index)) == sd3.PIPELINE:
-        kept = sd3.Kept(dtype, quantize, shard)
-        model = sd3.load(folder, kept, called, None if prompts is None else ["", *prompts])
-    else:
+    if sd3.is_one(folder):
+        model = sd3.load(folder, sd3.Kept(dtype, quantize, shard), called, prompts)
+    elif any((folder / part).exists() for part in ("config.json", "model_index.json", "unet")):
         _refuse_kept(called, quantize, shard)
         model = pretrained.ddpm(folder, dtype)
+    else:
+        raise UserError(f"{folder} holds no model: give a run's folder, one in the layout of diffusers, or a hub id")
     return model.replace(name=called, revision=commit or "")
 
 

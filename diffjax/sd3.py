@@ -4,9 +4,10 @@ The process is a flow whose time is shifted towards noise. Networks read 1000 si
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,8 @@ from diffjax.predict import Straight
 from diffjax.process import Flow, Shift
 from diffjax.quantize import SCHEMES
 from diffjax.refine import minus_log_sigma
-from diffjax.weights.config import read_json
+from diffjax.weights import hub, single_file
+from diffjax.weights.config import class_name, read_json
 from diffjax.weights.folder import read_tensors
 from diffjax.weights.scheduler import FlowScheduler, read_flow_scheduler
 from diffjax.weights.single_file import Component
@@ -33,7 +35,10 @@ PIPELINE = "StableDiffusion3Pipeline"
 CLIPS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 T5, T5_RULES = "text_encoder_3", "tokenizer_3"
 NEEDED = (*CLIPS, "transformer", "vae")
+TEXT_FILES = ("model_index.json", "text_encoder*/*.json", "text_encoder*/*.safetensors", "tokenizer*/*")
+"""What a single file has to be completed with."""
 
+SHIFT = 3.0
 CLIP_TOKENS = 77
 T5_TOKENS = 256
 
@@ -99,22 +104,49 @@ class Kept:
         return weights.assemble(part.config, part.tensors, str(source), self.dtype, place, scheme)
 
 
-def load(folder: Path, kept: Kept = Kept(), name: str = "", prompts: Sequence[str] | None = None) -> Model:
-    """The model of a StableDiffusion3Pipeline folder; `name` tells its kind, as of a hub id.
+def is_one(path: Path) -> bool:
+    """Whether it is a single file, or the folder of a StableDiffusion3Pipeline."""
+    index = path / "model_index.json"
+    return path.is_file() or (index.exists() and class_name(read_json(index)) == PIPELINE)
+
+
+def load(path: Path, kept: Kept = Kept(), name: str = "", prompts: Iterable[str] | None = None) -> Model:
+    """The model of a StableDiffusion3Pipeline folder or of a single file; `name`, as of a hub id, tells its kind.
 
     With `prompts` the model knows these by heart, and the text encoders are let go before the transformer is loaded.
-    Raises one `UserError` that lists what is wrong with the components.
+    What a single file lacks comes from the folder it lies in, if that is a pipeline's, else from the hub. Raises one
+    `UserError` that lists what is wrong with the components.
     """
-    return assemble(components(folder), folder, read_flow_scheduler(folder), kept, name or folder.name, prompts)
+    name = name or path.name
+    if path.is_dir():
+        return assemble(components(path), path, read_flow_scheduler(path), kept, name, prompts)
+    parts, folder = single_file.read(path), path.parent
+    if not (folder / "model_index.json").exists():
+        folder = hub.fetch(home(name, parts), patterns=TEXT_FILES).folder
+    return assemble(components(folder, parts), folder, FlowScheduler(shift=SHIFT), kept, name, prompts)
 
 
-def components(folder: Path) -> dict[str, Component]:
-    """The components that a folder's index names, weights as views of their files; T5 may be left out of it."""
+def home(name: str, parts: Mapping[str, Component]) -> str:
+    """The hub id of the model that a single file is of."""
+    if "transformer" not in parts:
+        raise UserError(f"{name} holds no transformer; name the file that does")
+    module = MMDiT(**{field: parts["transformer"].config[field] for field in ("qk_norm", "dual_attention_layers")})
+    if module.qk_norm is None:
+        return "stabilityai/stable-diffusion-3-medium-diffusers"
+    return f"stabilityai/stable-diffusion-3.5-{kind(name, module).replace('turbo', 'large-turbo')}"
+
+
+def components(folder: Path, given: Mapping[str, Component] = MappingProxyType({})) -> dict[str, Component]:
+    """The components that a folder's index names, weights as views of their files, but for those that are given.
+
+    Raises `UserError` where one is missing; T5 can be.
+    """
     index = read_json(folder / "model_index.json")
-    listed = [name for name in (*NEEDED, T5) if index.get(name) not in (None, [None, None])]
+    listed = [name for name in (*NEEDED, T5) if name in given or index.get(name) not in (None, [None, None])]
     if absent := [name for name in NEEDED if name not in listed]:
         raise UserError(f"{folder / 'model_index.json'} has no {', '.join(absent)}: only {T5} can be left out")
-    return {name: Component(read_json(folder / name / "config.json"), read_tensors(folder / name)) for name in listed}
+    read = lambda part: Component(read_json(part / "config.json"), read_tensors(part))
+    return {name: given[name] if name in given else read(folder / name) for name in listed}
 
 
 def assemble(
@@ -123,7 +155,7 @@ def assemble(
     scheduler: FlowScheduler,
     kept: Kept,
     name: str,
-    prompts: Sequence[str] | None,
+    prompts: Iterable[str] | None,
 ) -> Model:
     """The model of components, with the tokenizers of a folder."""
     _check(parts, folder)
@@ -134,7 +166,7 @@ def assemble(
     text = Texts(clips, encode(T5, T5_RULES) if T5 in parts else None, width)
     del clips
     if prompts is not None:
-        text = remembered(text, prompts, 1)
+        text = remembered(text, ["", *prompts], 1)
     transformer, params = read("transformer")
     vae, vae_params = read("vae")
     process = Shift(Flow(), scheduler.shift)

@@ -33,6 +33,7 @@ REFERENCES = {
     "sample_dpmpp_2m": ("test_pretrained", 1),
     "sample_unipc": ("test_pretrained", 1),
     "sample_euler": ("test_pretrained", 1),
+    "sd3_medium": ("test_sd3", 1),
 }
 
 

@@ -2,17 +2,23 @@
 
 import functools
 import shutil
+import sys
+import tempfile
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import sd3_folder
 
+sys.path.insert(0, str(Path(__file__).parent / "nets"))
+import reference
+
 import diffjax
 from diffjax import cli, generate, image
 from diffjax.errors import UserError
 from diffjax.quantize import Quantized
-from diffjax.weights import safetensors
+from diffjax.weights import safetensors, single_file
 
 PROMPTS, NEGATIVE = ["a cat in a hat", "it is 12 o'clock"], "the mat"
 CASES = {"large": ("large", True), "medium": ("medium", True), "no_t5": ("large", False)}
@@ -84,15 +90,72 @@ def test_sizes_are_multiples_of_a_patch(folders):
         diffjax.load(folders("large"), prompts=[]).recipe(size=(16, 18))
 
 
+def test_a_single_file_takes_what_it_lacks_from_its_folder(folders, tmp_path):
+    folder = shutil.copytree(folders("medium"), tmp_path / "model")
+    whole = diffjax.load(folder, prompts=[])
+    denoiser = whole.denoiser
+    single_file.write_transformer(folder / "sd3.5_tiny.safetensors", denoiser.apply.module, denoiser.params)
+    shutil.rmtree(folder / "transformer")
+    one = diffjax.load(folder / "sd3.5_tiny.safetensors", prompts=[])
+    assert jax.tree.all(jax.tree.map(np.array_equal, one.denoiser.params, denoiser.params))
+    assert one.shape == (128, 128, 4) and one.defaults.steps == whole.defaults.steps == 50
+
+
+def test_a_picture_is_changed_where_the_mask_allows(folders):
+    model = diffjax.load(folders("large"), prompts=["a cat"])
+    picture = np.random.RandomState(0).uniform(-1, 1, (1, 16, 16, 3)).astype(np.float32)
+    mask = np.ones((1, 16, 16, 1), np.float32)
+    mask[:, :7] = 0
+    known = model.known(picture)
+    told = {"prompt": "a cat", "image": picture, "steps": 4, "strength": 0.5}
+    recipe = model.recipe(steps=4, strength=0.5)
+    assert len(recipe.grid) == 2
+    inputs = model.inputs(jax.random.key(0), np.arange(1), guided=True, prompt="a cat", image=picture, mask=mask)
+    assert inputs.mask[0, :, 0, 0].tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    x = recipe.advance(inputs, recipe.begin(inputs)).x
+    np.testing.assert_allclose(x[:, 4:], known[:, 4:], atol=1e-5)
+    assert np.abs(x[:, :4] - known[:, :4]).max() > 0.1
+    drawn = model.sample(jax.random.key(0), mask=mask, **told)
+    np.testing.assert_allclose(drawn, np.clip(model.decode(x), -1, 1), atol=1e-5)
+    with pytest.raises(UserError, match="mask has 8 x 16 pixels"):
+        model.sample(jax.random.key(0), mask=mask[:, :8], **told)
+    with pytest.raises(UserError, match="'a dog' was not among the prompts"):
+        model.sample(jax.random.key(0), prompt="a dog")
+
+
+def test_texts_as_published(folders):
+    text, bare = diffjax.load(folders("large")).text, diffjax.load(folders("no_t5")).text
+    cond = text(["a cat", ""])
+    assert cond["context"].shape == (2, 77 + 256, 32) and cond["pooled"].shape == (2, 20)
+    assert (cond["context"][:, :77, 24:] == 0).all() and np.abs(cond["context"][:, 77:]).min() > 0
+    assert (bare(["a cat"])["context"][:, 77:] == 0).all()
+    assert text.replace(tokens=9)(["a cat"])["context"].shape == (1, 77 + 9, 32)
+    with pytest.warns(UserWarning, match="where 77 are read: the end of the text is cut off, 'it cat'"):
+        text(["cat " * 75 + "it cat"])
+
+
+def ours(folder):
+    told = {"prompt": PROMPTS, "negative_prompt": NEGATIVE, "init": latents(), "size": (16, 24)}
+    drawn = diffjax.load(folder).sample(jax.random.key(0), num=2, steps=6, sampler="euler", guidance=4.5, **told)
+    return (np.asarray(drawn) + 1) / 2
+
+
+def outputs(name):
+    """The pictures of diffusers, by the name of a stored reference."""
+    with tempfile.TemporaryDirectory() as folder:
+        return {"images": published(sd3_folder.write(Path(folder), *CASES[name.removeprefix("sd3_")]))}
+
+
+def test_draws_what_diffusers_drew(folders):
+    theirs = reference.stored("sd3_medium")["images"]
+    assert np.abs(ours(folders("medium")) - theirs).max() <= 1e-4 and theirs.std() > 0.05
+
+
 @pytest.mark.reference
 @pytest.mark.parametrize("name", CASES)
 def test_draws_what_diffusers_draws(folders, name):
     theirs = published(folders(name))
-    told = {"prompt": PROMPTS, "negative_prompt": NEGATIVE, "init": latents(), "size": (16, 24)}
-    ours = diffjax.load(folders(name)).sample(jax.random.key(0), num=2, steps=6, sampler="euler", guidance=4.5, **told)
-    error = np.abs((np.asarray(ours) + 1) / 2 - theirs).max()
-    print(name, "max abs error", error, "spread", theirs.std())
-    assert error <= 1e-4 and theirs.std() > 0.05
+    assert np.abs(ours(folders(name)) - theirs).max() <= 1e-4 and theirs.std() > 0.05
 
 
 def test_fewer_bits_and_split_weights(folders, tmp_path):
