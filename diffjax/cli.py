@@ -264,6 +264,9 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sampler", help="ddpm, ddim, euler, heun, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, unipc or ipndm")
     parser.add_argument("--grid", help="the times: uniform, logsnr, karras, leading, linspace, trailing or fitted")
     parser.add_argument("--guidance", type=float, help="scale of classifier-free guidance; 1 is none")
+    parser.add_argument(
+        "--skip-layers", action="store_true", help="guide away from the network without layers 7 to 9 too (SD3.5 medium)"
+    )
     parser.add_argument("--eta", type=float, help="fresh noise in each step, from 0 to 1")
     parser.add_argument("--batch", type=int, help="pictures at once on each device; another number rounds otherwise")
 

@@ -27,6 +27,7 @@ from diffjax.errors import UserError, unknown
 from diffjax.gallery import Background, Gallery, file_name, read_manifest, sha256
 from diffjax.interrupt import stop_on_signal
 from diffjax.model import Encoded, Model, load
+from diffjax.sd3 import SkipLayers
 from diffjax.train.checkpoint import checksum
 from diffjax.train.record import differences
 from diffjax.trained import Prompts
@@ -43,7 +44,7 @@ class Request:
     `size` is a number of pixels, or (height, width). `image` is where to start from, `strength` how much of it may change;
     `mask` is white where it is drawn anew.
     A model that enlarges does so with the picture `low_res`, or with those of an earlier job in that folder, `level` the
-    noise in them. `quantize` and `shard` are those of `diffjax.load`.
+    noise in them. `skip_layers` is SD3.5's skip-layer guidance, `quantize` and `shard` are those of `diffjax.load`.
     """
 
     model: str
@@ -66,6 +67,7 @@ class Request:
     strength: float | None = None
     low_res: str | None = None
     level: float | None = None
+    skip_layers: bool = False
     quantize: str | None = None
     shard: str | None = None
 
@@ -211,7 +213,7 @@ def completed(request: Request, model: Model) -> Request:
         steps=first(request.steps, default.steps),
         sampler=first(request.sampler, default.sampler),
         grid=first(request.grid, default.grid if isinstance(default.grid, str) else None),
-        guidance=first(request.guidance, default.guidance),
+        guidance=first(request.guidance, SkipLayers.guidance if request.skip_layers else default.guidance),
         eta=float(recipe.sampler.eta),
         batch=first(request.batch, default.batch),
         strength=first(request.strength, KEPT_STRENGTH if request.image and not request.mask else 1.0),
@@ -220,8 +222,9 @@ def completed(request: Request, model: Model) -> Request:
 
 def prepared(request: Request, model: Model) -> Drawing:
     """How to draw a completed request, prompts encoded. Raises `UserError` for what the model cannot be told."""
-    how = ("steps", "sampler", "grid", "guidance", "eta", "strength", "size")
-    recipe = model.recipe(**{name: getattr(request, name) for name in how})
+    how = ("steps", "sampler", "grid", "eta", "strength", "size")
+    guidance = SkipLayers(request.guidance) if request.skip_layers else request.guidance
+    recipe = model.recipe(**{name: getattr(request, name) for name in how}, guidance=guidance)
     model = encoded(model, request.texts)
     common = conditions(request, model, recipe.shape)
     drawing = Drawing(model, recipe, jax.random.key(request.seed), request.batch, common)

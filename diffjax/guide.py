@@ -92,7 +92,10 @@ class Autoguidance:
 
 @struct.dataclass
 class Skip:
-    """g + s (c - c_skip) for start < 1 - t <= stop, c_skip a network with layers left out (Stability AI's SD3.5 medium)."""
+    """g + s (c - c_skip) for start < 1 - t <= stop, c_skip a network with layers left out (Stability AI's SD3.5 medium).
+
+    It is evaluated where it counts alone.
+    """
 
     guided: Denoise
     skip: Denoise
@@ -101,10 +104,11 @@ class Skip:
     stop: Scale = 1.0
 
     def __call__(self, x: Array, t: Time, cond: dict[str, dict[str, Array]]) -> Estimate:
-        g, weak = self.guided(x, t, cond), self.skip(x, t, cond["cond"])
-        scale = expand(jnp.where((1 - t > self.start) & (1 - t <= self.stop), self.scale, 0.0), x)
-        c = g.branches[0]
-        return g._replace(x0=g.x0 + scale * (c.x0 - weak.x0), eps=g.eps + scale * (c.eps - weak.eps))
+        g, t = self.guided(x, t, cond), jnp.asarray(t)
+        c, active = g.branches[0], (1 - t > self.start) & (1 - t <= self.stop)
+        weak = jax.lax.cond(jnp.any(active), lambda: self.skip(x, t, cond["cond"])[:2], lambda: c[:2])
+        scale = expand(jnp.where(active, self.scale, 0.0), x)
+        return g._replace(x0=g.x0 + scale * (c.x0 - weak[0]), eps=g.eps + scale * (c.eps - weak[1]))
 
 
 @struct.dataclass

@@ -10,11 +10,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jaxtyping import Float, PyTree
 
-from diffjax import grid, shard, struct, tokenize, weights
+from diffjax import grid, guide, shard, struct, tokenize, weights
 from diffjax.denoise import Apply, Denoiser, thousand_sigma
 from diffjax.errors import UserError
 from diffjax.latent import Decode, Encode, Preview
@@ -102,6 +103,29 @@ class Kept:
         scheme = SCHEMES[self.quantize] if self.quantize and name in ("transformer", T5) else None
         place = shard.over(self.shard) if self.shard and name == "transformer" else None
         return weights.assemble(part.config, part.tensors, str(source), self.dtype, place, scheme)
+
+
+@dataclass(frozen=True)
+class SkipLayers:
+    """Skip-layer guidance as published for SD3.5 medium, given as `guidance`: classifier-free, and `scale` times away from
+    the network without `layers` while the time that is over, 1 - t, is within (start, stop].
+    """
+
+    guidance: float = 4.0
+    scale: float = 2.5
+    layers: tuple[int, ...] = (7, 8, 9)
+    start: float = 0.01
+    stop: float = 0.2
+
+    def __call__(self, denoiser: Denoiser) -> guide.Skip:
+        """Raises `UserError` for a network without such layers."""
+        module = denoiser.apply.module
+        if not isinstance(module, MMDiT) or max(self.layers) >= module.num_layers:
+            numbers = ", ".join(map(str, self.layers))
+            raise UserError(f"skip-layer guidance leaves out layers {numbers}, which this network has not: leave it out")
+        weaker = denoiser.replace(apply=Apply(module.clone(skip_layers=self.layers)))
+        guided = guide.Guidance(denoiser, jnp.float32(self.guidance))
+        return guide.Skip(guided, weaker, *map(jnp.float32, (self.scale, self.start, self.stop)))
 
 
 def is_one(path: Path) -> bool:

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent / "nets"))
 import reference
 
 import diffjax
-from diffjax import cli, generate, image
+from diffjax import cli, generate, image, sd3
 from diffjax.errors import UserError
 from diffjax.quantize import Quantized
 from diffjax.weights import safetensors, single_file
@@ -33,7 +33,7 @@ def latents():
     return np.random.RandomState(1).standard_normal((2, 8, 12, 4)).astype(np.float32)
 
 
-def published(folder):
+def published(folder, **more):
     import torch
     from diffusers import StableDiffusion3Pipeline
 
@@ -43,7 +43,7 @@ def published(folder):
     given = torch.from_numpy(latents()).permute(0, 3, 1, 2)
     call = functools.partial(pipeline, PROMPTS, height=16, width=24, latents=given, output_type="np")
     with torch.no_grad():
-        return call(num_inference_steps=6, guidance_scale=4.5, negative_prompt=[NEGATIVE] * 2).images
+        return call(num_inference_steps=6, guidance_scale=4.5, negative_prompt=[NEGATIVE] * 2, **more).images
 
 
 @pytest.fixture
@@ -134,9 +134,9 @@ def test_texts_as_published(folders):
         text(["cat " * 75 + "it cat"])
 
 
-def ours(folder):
+def ours(folder, guidance=4.5):
     told = {"prompt": PROMPTS, "negative_prompt": NEGATIVE, "init": latents(), "size": (16, 24)}
-    drawn = diffjax.load(folder).sample(jax.random.key(0), num=2, steps=6, sampler="euler", guidance=4.5, **told)
+    drawn = diffjax.load(folder).sample(jax.random.key(0), num=2, steps=6, sampler="euler", guidance=guidance, **told)
     return (np.asarray(drawn) + 1) / 2
 
 
@@ -156,6 +156,19 @@ def test_draws_what_diffusers_drew(folders):
 def test_draws_what_diffusers_draws(folders, name):
     theirs = published(folders(name))
     assert np.abs(ours(folders(name)) - theirs).max() <= 1e-4 and theirs.std() > 0.05
+
+
+@pytest.mark.reference
+def test_skips_layers_as_diffusers_does(folders):
+    more = {"skip_guidance_layers": [1], "skip_layer_guidance_scale": 2.5, "skip_layer_guidance_stop": 0.5}
+    theirs = published(folders("medium"), **more)
+    skipped = ours(folders("medium"), sd3.SkipLayers(guidance=4.5, layers=(1,), stop=0.5))
+    assert np.abs(skipped - theirs).max() <= 1e-4 < np.abs(ours(folders("medium")) - theirs).max()
+
+
+def test_skipped_layers_must_be_there(folders, tmp_path, capsys):
+    command = ["sample", "--model", str(folders("medium")), "--prompt", "a", "--skip-layers", "--out", str(tmp_path / "out")]
+    assert cli.main(command) == 2 and "layers 7, 8, 9, which this network has not" in capsys.readouterr().err
 
 
 def test_fewer_bits_and_split_weights(folders, tmp_path):
