@@ -15,17 +15,18 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Float, PyTree
 
-from diffjax import grid, guide, shard, struct, tokenize, weights
+from diffjax import grid, guide, remember, shard, struct, tokenize, weights
 from diffjax.denoise import Apply, Denoiser, thousand_sigma
 from diffjax.errors import UserError
 from diffjax.latent import Decode, Encode, Preview
-from diffjax.model import Defaults, Model, remembered
+from diffjax.model import Defaults, Model
 from diffjax.nets import tiles
 from diffjax.nets.mmdit import MMDiT
 from diffjax.predict import Straight
 from diffjax.process import Flow, Shift
 from diffjax.quantize import SCHEMES
 from diffjax.refine import minus_log_sigma
+from diffjax.remember import remembered
 from diffjax.weights import hub, single_file
 from diffjax.weights.config import class_name, read_json
 from diffjax.weights.folder import read_tensors
@@ -36,7 +37,7 @@ PIPELINE = "StableDiffusion3Pipeline"
 CLIPS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 T5, T5_RULES = "text_encoder_3", "tokenizer_3"
 NEEDED = (*CLIPS, "transformer", "vae")
-TEXT_FILES = ("model_index.json", "text_encoder*/*.json", "text_encoder*/*.safetensors", "tokenizer*/*")
+REST = ("model_index.json", "text_encoder*/*.json", "text_encoder*/*.safetensors", "tokenizer*/*", "vae/*.json", "vae/*.safetensors")
 """What a single file has to be completed with."""
 
 SHIFT = 3.0
@@ -141,12 +142,12 @@ def load(path: Path, kept: Kept = Kept(), name: str = "", prompts: Iterable[str]
     What a single file lacks comes from the folder it lies in, if that is a pipeline's, else from the hub. Raises one
     `UserError` that lists what is wrong with the components.
     """
-    name = name or path.name
+    name = name or str(path)
     if path.is_dir():
         return assemble(components(path), path, read_flow_scheduler(path), kept, name, prompts)
     parts, folder = single_file.read(path), path.parent
     if not (folder / "model_index.json").exists():
-        folder = hub.fetch(home(name, parts), patterns=TEXT_FILES).folder
+        folder = hub.fetch(home(name, parts), patterns=REST).folder
     return assemble(components(folder, parts), folder, FlowScheduler(shift=SHIFT), kept, name, prompts)
 
 
@@ -183,16 +184,13 @@ def assemble(
 ) -> Model:
     """The model of components, with the tokenizers of a folder."""
     _check(parts, folder)
-    read = lambda name: kept.read(name, parts[name], folder / name)
-    encode = lambda part, rules: TextEncoder(*reversed(read(part)), tokenize.load(folder / rules))
-    clips = tuple(encode(part, rules) for part, rules in CLIPS.items())
-    width = parts["transformer"].config.get("joint_attention_dim", MMDiT.joint_attention_dim)
-    text = Texts(clips, encode(T5, T5_RULES) if T5 in parts else None, width)
-    del clips
-    if prompts is not None:
-        text = remembered(text, ["", *prompts], 1)
-    transformer, params = read("transformer")
-    vae, vae_params = read("vae")
+    load_texts = functools.partial(texts, parts, folder, kept)
+    if prompts is None:
+        text = load_texts()
+    else:
+        text = remembered(_encoder_key(parts, folder, kept, name), ["", *prompts], load_texts)
+    transformer, params = kept.read("transformer", parts["transformer"], folder / "transformer")
+    vae, vae_params = kept.read("vae", parts["vae"], folder / "vae")
     process = Shift(Flow(), scheduler.shift)
     coder = Encode(vae_params, vae)
     return Model(
@@ -209,9 +207,26 @@ def assemble(
     )
 
 
+def texts(parts: Mapping[str, Component], folder: Path, kept: Kept) -> Texts:
+    """The text encoders."""
+    read = lambda name, rules: TextEncoder(
+        *reversed(kept.read(name, parts[name], folder / name)), tokenize.load(folder / rules)
+    )
+    width = parts["transformer"].config.get("joint_attention_dim", MMDiT.joint_attention_dim)
+    return Texts(tuple(read(*names) for names in CLIPS.items()), read(T5, T5_RULES) if T5 in parts else None, width)
+
+
+def _encoder_key(parts: Mapping[str, Component], folder: Path, kept: Kept, name: str) -> str:
+    """What the encoded prompts are kept under; a single file may hold text encoders."""
+    files = sorted(file for pair in (*CLIPS.items(), (T5, T5_RULES)) for part in pair for file in (folder / part).glob("*"))
+    files += [Path(name)] if Path(name).is_file() else []
+    return remember.key(files, sorted(parts), kept.dtype, kept.quantize, T5_TOKENS)
+
+
 def kind(name: str, module: MMDiT) -> str:
-    """large, medium or turbo: turbo differs from large by its name alone."""
-    if "turbo" in name.lower():
+    """large, medium or turbo: turbo differs from large by its name alone, a file's, a folder's or that of a hub's cache."""
+    path = Path(name)
+    if "turbo" in (path.parents[1] if path.parent.name == "snapshots" else path).name.lower():
         return "turbo"
     return "medium" if module.dual_attention_layers or module.qk_norm is None else "large"
 

@@ -85,9 +85,37 @@ def test_wrong_keys_are_listed_by_component(folders, tmp_path):
         diffjax.load(folder)
 
 
+def test_kinds_are_told_by_name_and_layers(folders):
+    large, medium = sd3_folder.TRANSFORMERS["large"], sd3_folder.TRANSFORMERS["medium"]
+    assert sd3.kind("/turbo/sd3.5-large", large) == "large" and sd3.kind("x/large", medium) == "medium"
+    for name in ("stabilityai/stable-diffusion-3.5-large-turbo", "/a/models--b--large-turbo/snapshots/0a1b", "sd3.5_turbo.safetensors"):
+        assert sd3.kind(name, large) == "turbo"
+    turbo = sd3.load(folders("large"), name="sd3.5-turbo", prompts=[]).defaults
+    assert (turbo.steps, turbo.guidance, turbo.sampler) == (4, None, "euler")
+
+
 def test_sizes_are_multiples_of_a_patch(folders):
     with pytest.raises(UserError, match="18 pixels wide and 16 high: give multiples of 4"):
         diffjax.load(folders("large"), prompts=[]).recipe(size=(16, 18))
+
+
+def test_prompts_are_encoded_once(folders, monkeypatch, tmp_path):
+    monkeypatch.setenv("DIFFJAX_HOME", str(tmp_path))
+    long = "cat " * 75 + "it cat"
+    with pytest.warns(UserWarning, match="the end of the text is cut off, 'it cat'"):
+        first = diffjax.load(folders("large"), prompts=[long]).text([long])
+    monkeypatch.setattr(sd3, "texts", lambda *given: pytest.fail("the text encoders were loaded"))
+    with pytest.warns(UserWarning, match="the end of the text is cut off, 'it cat'"):
+        again = diffjax.load(folders("large"), prompts=[long]).text([long])
+    assert jax.tree.all(jax.tree.map(np.array_equal, first, again))
+    monkeypatch.undo()
+    monkeypatch.setenv("DIFFJAX_HOME", str(tmp_path))
+    for path in tmp_path.rglob("*.npz"):
+        path.write_bytes(path.read_bytes()[:-60])
+    with pytest.warns(UserWarning, match="the end of the text is cut off, 'it cat'"):
+        mended = diffjax.load(folders("large"), prompts=[long])
+    assert mended.text.prompts == ("", long)
+    assert jax.tree.all(jax.tree.map(np.array_equal, first, mended.text([long])))
 
 
 def test_a_single_file_takes_what_it_lacks_from_its_folder(folders, tmp_path):

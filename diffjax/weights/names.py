@@ -1,7 +1,9 @@
 """Tables of names, read in both directions: which tensor of a checkpoint is which parameter here, and how it lies."""
 
 import functools
+import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +21,8 @@ from diffjax.quantize import Quantized, Scheme
 Params = Mapping[str, Any]
 Placement = Callable[[str, tuple[int, ...]], Sharding]
 LISTED = 8
+SHOWN_FROM = 500_000_000
+"""Bytes from which on loading shows a bar."""
 
 
 @dataclass(frozen=True)
@@ -125,10 +129,32 @@ def read_params(
     """
     tensors, rows = checked(tensors, shapes, names, source)
     leaves = {}
-    for row in rows:
+    for row in _shown(rows, tensors, source):
         parts = [tensors[key] for key in row.keys]
         leaves[row.path] = _leaf(parts, row, _leaf_dtype(parts, dtype), sharding, scheme)
     return traverse_util.unflatten_dict(leaves, sep="/")
+
+
+def _shown(rows: list[Row], tensors: Mapping[str, np.ndarray], source: str) -> Iterator[Row]:
+    """The rows, on a terminal under a bar of bytes where there are so many that they take a while."""
+    sizes = [sum(tensors[key].nbytes for key in row.keys) for row in rows]
+    if sum(sizes) < SHOWN_FROM or not sys.stderr.isatty():
+        yield from rows
+        return
+    from rich import progress
+    from rich.console import Console
+
+    columns = (
+        progress.TextColumn("loading {task.description}"),
+        progress.BarColumn(),
+        progress.DownloadColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(os.path.basename(source), total=sum(sizes))
+        for row, size in zip(rows, sizes):
+            yield row
+            bar.advance(task, size)
 
 
 def checked(
