@@ -21,30 +21,42 @@ KERNELS = r"^blocks(_\d+)?/.*/kernel$"
 
 @struct.dataclass
 class Quantized:
-    """A kernel in whole numbers; layers read it by `astype`. `scales` are in the dtype that the kernel had."""
+    """A kernel in whole numbers; layers read it by `astype`. `scales` are in the dtype that the kernel had.
 
-    values: Int[Array, "*layers i o"]
+    `values` are int8 (..., i, o), or bytes (..., i/2, o) of two 4-bit numbers, the lower bits first.
+    """
+
+    values: Int[Array, "*layers bytes o"]
     scales: Float[Array, "*layers groups o"]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """That of the kernel."""
-        return self.values.shape
 
     def astype(self, dtype: Any) -> Float[Array, "*layers i o"]:
         """The kernel: every whole number times the scale of its group."""
-        *layers, i, o = self.values.shape
-        grouped = self.values.reshape(*layers, self.scales.shape[-2], -1, o).astype(jnp.float32)
+        values = _unpacked(self.values) if self.values.dtype == jnp.uint8 else self.values
+        *layers, i, o = values.shape
+        grouped = values.reshape(*layers, self.scales.shape[-2], -1, o).astype(jnp.float32)
         return (grouped * self.scales[..., None, :].astype(jnp.float32)).reshape(*layers, i, o).astype(dtype)
+
+
+def _packed(values: Int[Array, "*layers i o"]) -> Int[Array, "*layers i/2 o"]:
+    """Pairs of rows of numbers from -8 to 7 as bytes. A dtype of 4 bits would have XLA unpack all layers to read one."""
+    *layers, i, o = values.shape
+    pairs = values.astype(jnp.uint8).reshape(*layers, i // 2, 2, o)
+    return (pairs[..., 0, :] & 15) | (pairs[..., 1, :] << 4)
+
+
+def _unpacked(values: Int[Array, "*layers i/2 o"]) -> Int[Array, "*layers i o"]:
+    *layers, half, o = values.shape
+    signed = lambda bits: (bits.astype(jnp.int8) ^ 8) - 8
+    return jnp.stack([signed(values & 15), signed(values >> 4)], axis=-2).reshape(*layers, 2 * half, o)
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How kernels are kept: in which whole numbers, and how many inputs share a scale (None, or where `group` does not
-    divide them: all).
+    """How kernels are kept: in whole numbers up to `most`, and how many inputs share a scale (None, or where `group` does
+    not divide them: all).
     """
 
-    dtype: Any
+    most: int
     group: int | None = None
 
     def reads(self, path: str) -> bool:
@@ -56,14 +68,13 @@ class Scheme:
         *layers, i, o = kernel.shape
         size = self.group if self.group and i % self.group == 0 else i
         grouped = kernel.reshape(*layers, i // size, size, o).astype(jnp.float32)
-        most = jnp.iinfo(self.dtype).max
-        scales = (jnp.max(jnp.abs(grouped), axis=-2) / most).astype(kernel.dtype)
+        scales = (jnp.max(jnp.abs(grouped), axis=-2) / self.most).astype(kernel.dtype)
         unit = jnp.where(scales == 0, 1, scales).astype(jnp.float32)[..., None, :]
-        values = jnp.clip(jnp.round(grouped / unit), -most, most).astype(self.dtype)
-        return Quantized(values.reshape(kernel.shape), scales)
+        values = jnp.clip(jnp.round(grouped / unit), -self.most, self.most).astype(jnp.int8).reshape(kernel.shape)
+        return Quantized(_packed(values) if self.most < 8 and i % 2 == 0 else values, scales)
 
 
-SCHEMES = {"int8": Scheme(jnp.int8), "int4": Scheme(jnp.int4, 64)}
+SCHEMES = {"int8": Scheme(127), "int4": Scheme(7, 64)}
 
 
 def quantize(params: PyTree, scheme: Scheme) -> PyTree:

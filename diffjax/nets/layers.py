@@ -149,11 +149,16 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
-        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), self.param_dtype)
-        y = matmul(x, kernel, self.dtype)
+        y = matmul(x, self._kernel(x.shape[-1]), self.dtype)
         if self.use_bias:
             y = y + self.param("bias", self.bias_init, (self.features,), self.param_dtype)
         return y.astype(self.dtype)
+
+    def _kernel(self, width: int) -> Array | Quantized:
+        kept = self.get_variable("params", "kernel") if self.has_variable("params", "kernel") else None
+        if isinstance(kept, Quantized):
+            return kept
+        return self.param("kernel", self.kernel_init, (width, self.features), self.param_dtype)
 
 
 def attention(

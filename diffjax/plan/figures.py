@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from diffjax.nets import Cost, program_cost
@@ -45,12 +44,8 @@ def estimate(part: Part, exact: bool = False) -> Estimate:
 
 
 def tree_bytes(tree: PyTree) -> int:
-    """The bytes of all leaves; two numbers of 4 bits share one."""
-    return sum(math.prod(leaf.shape) * _bits(leaf.dtype) // 8 for leaf in jax.tree.leaves(tree))
-
-
-def _bits(dtype: Any) -> int:
-    return 4 if dtype in (jnp.int4, jnp.uint4) else 8 * dtype.itemsize
+    """The bytes of all leaves."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def tree_size(tree: PyTree) -> int:

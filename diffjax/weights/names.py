@@ -251,21 +251,18 @@ def _stack(parts: list[np.ndarray], row: Row, dtype: Any, place: Sharding | None
 def _quantized(
     parts: list[np.ndarray], row: Row, dtype: Any, sharding: Placement | None, scheme: Scheme
 ) -> Quantized:
-    """A stacked leaf in whole numbers, filled on the device: one layer at a time is there in full.
-
-    It is filled as bytes, since to write 4-bit numbers into a leaf is to write all of it.
-    """
+    """A stacked leaf in whole numbers, filled on the device: one layer at a time is there in full."""
 
     def blank(path, leaf) -> Array:
         name = jax.tree_util.keystr(path, simple=True)
         place = sharding(f"{row.path}/{name}", leaf.shape) if sharding else None
-        return jnp.zeros(leaf.shape, jnp.int8 if name == "values" else leaf.dtype, device=place)
+        return jnp.zeros(leaf.shape, leaf.dtype, device=place)
 
     whole = jax.ShapeDtypeStruct(row.leaf.shape, dtype)
     leaf = jax.tree_util.tree_map_with_path(blank, jax.eval_shape(scheme, whole))
     for i, part in enumerate(parts):
         leaf = _fill_quantized(leaf, _put(part, _shares(part, leaf.values.sharding)), i, row.layout, dtype, scheme)
-    return leaf.replace(values=leaf.values.astype(scheme.dtype))
+    return leaf
 
 
 def _shares(part: np.ndarray, place: Sharding | None) -> Sharding | None:
@@ -287,7 +284,7 @@ def _fill(leaf: Array, part: Array, layer: int, layout: Layout) -> Array:
 @functools.partial(jax.jit, static_argnames=("layout", "dtype", "scheme"), donate_argnames="leaf")
 def _fill_quantized(leaf: Quantized, part: Array, layer: int, layout: Layout, dtype: Any, scheme: Scheme) -> Quantized:
     part = scheme(layout.read(part).astype(dtype))
-    return jax.tree.map(lambda leaf, part: leaf.at[layer].set(part.astype(leaf.dtype)), leaf, part)
+    return jax.tree.map(lambda leaf, part: leaf.at[layer].set(part), leaf, part)
 
 
 def _complain(problems: dict[str, list[str]], source: str) -> None:
