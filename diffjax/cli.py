@@ -228,7 +228,7 @@ def _add_subject(parser: argparse.ArgumentParser) -> None:
     """Which model, and what it is told."""
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--run", dest="workdir", metavar="DIR", help="the --workdir of a training")
-    model.add_argument("--model", metavar="ID", help="a hub id, or a folder in the layout of diffusers")
+    model.add_argument("--model", metavar="ID", help="a hub id, a folder in the layout of diffusers, or a single file of SD3.5")
     model.add_argument("--cascade", nargs="+", metavar="DIR", help="trainings whose pictures each enlarges those before")
     model.add_argument("--config", metavar="FILE", help="a sampling experiment; fields are overridden by --config.NAME=value")
     model.add_argument("--replay", metavar="FILE", help="the manifest.json of an earlier job: the same again")

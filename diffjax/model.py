@@ -317,7 +317,8 @@ class Model:
 
         `conditions` are those of `inputs`: prompt, negative_prompt, label, image, mask, low_res, level. Image i has the key
         `fold_in(key, i)` and is computed in a batch of the model's own fixed shape, so it depends neither on `num` nor
-        on its neighbours. `image` with `strength` < 1 starts from a noised picture; `mask` is 1 where it must stay, by pixels or a state's cells.
+        on its neighbours. `image` with `strength` < 1 starts from a noised picture; `mask` is 1 where it must stay, by
+        pixels or a state's cells.
         `init` is the state at the grid's first time, `noise` that of each step: with them another run is replayed, in
         one batch. `max_sequence_length` is how many tokens T5 reads (SD3: 256 by default).
         """

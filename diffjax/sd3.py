@@ -37,7 +37,8 @@ PIPELINE = "StableDiffusion3Pipeline"
 CLIPS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 T5, T5_RULES = "text_encoder_3", "tokenizer_3"
 NEEDED = (*CLIPS, "transformer", "vae")
-REST = ("model_index.json", "text_encoder*/*.json", "text_encoder*/*.safetensors", "tokenizer*/*", "vae/*.json", "vae/*.safetensors")
+WEIGHTS = ("text_encoder*/*.safetensors", "vae/*.safetensors")
+REST = ("model_index.json", "tokenizer*/*", "text_encoder*/*.json", "vae/*.json", *WEIGHTS)
 """What a single file has to be completed with."""
 
 SHIFT = 3.0

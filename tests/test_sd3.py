@@ -4,6 +4,7 @@ import functools
 import shutil
 import sys
 import tempfile
+import types
 from pathlib import Path
 
 import jax
@@ -15,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent / "nets"))
 import reference
 
 import diffjax
-from diffjax import cli, generate, image, sd3
+from diffjax import cli, generate, image, latent, sd3
 from diffjax.errors import UserError
 from diffjax.quantize import Quantized
 from diffjax.weights import safetensors, single_file
@@ -88,7 +89,7 @@ def test_wrong_keys_are_listed_by_component(folders, tmp_path):
 def test_kinds_are_told_by_name_and_layers(folders):
     large, medium = sd3_folder.TRANSFORMERS["large"], sd3_folder.TRANSFORMERS["medium"]
     assert sd3.kind("/turbo/sd3.5-large", large) == "large" and sd3.kind("x/large", medium) == "medium"
-    for name in ("stabilityai/stable-diffusion-3.5-large-turbo", "/a/models--b--large-turbo/snapshots/0a1b", "sd3.5_turbo.safetensors"):
+    for name in ("stabilityai/sd3.5-large-turbo", "/a/models--b--large-turbo/snapshots/0a1b", "sd3.5_turbo.safetensors"):
         assert sd3.kind(name, large) == "turbo"
     turbo = sd3.load(folders("large"), name="sd3.5-turbo", prompts=[]).defaults
     assert (turbo.steps, turbo.guidance, turbo.sampler) == (4, None, "euler")
@@ -97,6 +98,18 @@ def test_kinds_are_told_by_name_and_layers(folders):
 def test_sizes_are_multiples_of_a_patch(folders):
     with pytest.raises(UserError, match="18 pixels wide and 16 high: give multiples of 4"):
         diffjax.load(folders("large"), prompts=[]).recipe(size=(16, 18))
+
+
+def test_previews_undo_a_linear_encoder():
+    def encode(images):
+        cells = images.reshape(1, images.shape[1] // 2, 2, images.shape[2] // 2, 2, 3).mean((2, 4))
+        return cells @ np.random.RandomState(0).standard_normal((3, 5)) + 2
+
+    encode.module = types.SimpleNamespace(factor=2)
+    picture = latent.colours(12)[None, ::-1, :8]
+    shown = latent.Preview(encode)(encode(picture))
+    assert shown.shape == (1, 6, 4, 3)
+    np.testing.assert_allclose(shown, picture.reshape(1, 6, 2, 4, 2, 3).mean((2, 4)), atol=1e-5)
 
 
 def test_prompts_are_encoded_once(folders, monkeypatch, tmp_path):
@@ -135,7 +148,7 @@ def test_a_picture_is_changed_where_the_mask_allows(folders):
     mask = np.ones((1, 16, 16, 1), np.float32)
     mask[:, :7] = 0
     known = model.known(picture)
-    told = {"prompt": "a cat", "image": picture, "steps": 4, "strength": 0.5}
+    told = {"prompt": "a cat", "image": picture, "steps": 4, "strength": 0.5, "mask": mask}
     recipe = model.recipe(steps=4, strength=0.5)
     assert len(recipe.grid) == 2
     inputs = model.inputs(jax.random.key(0), np.arange(1), guided=True, prompt="a cat", image=picture, mask=mask)
@@ -143,21 +156,21 @@ def test_a_picture_is_changed_where_the_mask_allows(folders):
     x = recipe.advance(inputs, recipe.begin(inputs)).x
     np.testing.assert_allclose(x[:, 4:], known[:, 4:], atol=1e-5)
     assert np.abs(x[:, :4] - known[:, :4]).max() > 0.1
-    drawn = model.sample(jax.random.key(0), mask=mask, **told)
+    drawn = model.sample(jax.random.key(0), **told)
     np.testing.assert_allclose(drawn, np.clip(model.decode(x), -1, 1), atol=1e-5)
     with pytest.raises(UserError, match="mask has 8 x 16 pixels"):
-        model.sample(jax.random.key(0), mask=mask[:, :8], **told)
+        model.sample(jax.random.key(0), **told | {"mask": mask[:, :8]})
     with pytest.raises(UserError, match="'a dog' was not among the prompts"):
         model.sample(jax.random.key(0), prompt="a dog")
 
 
 def test_texts_as_published(folders):
     text, bare = diffjax.load(folders("large")).text, diffjax.load(folders("no_t5")).text
-    cond = text(["a cat", ""])
-    assert cond["context"].shape == (2, 77 + 256, 32) and cond["pooled"].shape == (2, 20)
+    cond = text(["a cat"])
+    assert cond["context"].shape == (1, 77 + 256, 32) and cond["pooled"].shape == (1, 20)
     assert (cond["context"][:, :77, 24:] == 0).all() and np.abs(cond["context"][:, 77:]).min() > 0
     assert (bare(["a cat"])["context"][:, 77:] == 0).all()
-    assert text.replace(tokens=9)(["a cat"])["context"].shape == (1, 77 + 9, 32)
+    assert bare.replace(tokens=9)(["a cat"])["context"].shape == (1, 77 + 9, 32)
     with pytest.warns(UserWarning, match="where 77 are read: the end of the text is cut off, 'it cat'"):
         text(["cat " * 75 + "it cat"])
 

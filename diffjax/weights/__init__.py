@@ -4,6 +4,7 @@ A class of component is one `Format`, in a module of its own; `FORMATS` says whi
 which network of ours.
 """
 
+import functools
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -115,8 +116,9 @@ def shapes(module: nn.Module) -> Params:
     return param_shapes(module, _format_of(module))
 
 
+@functools.lru_cache(maxsize=16)
 def param_shapes(module: nn.Module, kind: Format) -> Params:
-    """The shapes of a network's parameters; nothing is computed."""
+    """The shapes of a network's parameters, not to be changed; nothing is computed."""
     variables = jax.eval_shape(lambda *inputs: module.init(jax.random.key(0), *inputs), *kind.example(module))
     return variables["params"]
 
