@@ -100,6 +100,25 @@ def test_sizes_are_multiples_of_a_patch(folders):
         diffjax.load(folders("large"), prompts=[]).recipe(size=(16, 18))
 
 
+def test_dpmpp_2m_is_the_published_loop(folders):
+    """x' = (s'/s) x - expm1(-h) ((1 + 1/2r) D - D_old/2r), h = log(s/s'), r = h_old/h; the first and last steps of order 1."""
+    model = diffjax.load(folders("large"), prompts=["a cat"])
+    cond, denoise = model.text(["a cat"]), jax.jit(lambda denoiser, x, t, cond: denoiser(x, t, cond).x0)
+    grid, x = model.defaults.grid(5).astype(np.float32), latents()[:1, :8, :8]
+    sigmas = [*np.asarray(model.denoiser.process.sigma(grid[:, 0])), 0.0]
+    before, y = None, x.astype(np.float64)
+    for i in range(5):
+        now = np.asarray(denoise(model.denoiser, y.astype(np.float32), grid[i, 0], cond), np.float64)
+        guess = now
+        if 0 < i < 4:
+            h, old = np.log(sigmas[i] / sigmas[i + 1]), np.log(sigmas[i - 1] / sigmas[i])
+            guess = (1 + h / old / 2) * now - h / old / 2 * before
+        ratio = sigmas[i + 1] / sigmas[i]
+        before, y = now, ratio * y + (1 - ratio) * guess
+    ours = model.replace(decode=None).sample(jax.random.key(0), steps=5, guidance=lambda d: d, prompt="a cat", init=x)
+    np.testing.assert_allclose(ours, y, atol=2e-4)
+
+
 def test_previews_undo_a_linear_encoder():
     def encode(images):
         cells = images.reshape(1, images.shape[1] // 2, 2, images.shape[2] // 2, 2, 3).mean((2, 4))
