@@ -97,8 +97,8 @@ class Model:
 
     `text(prompts) -> cond` encodes prompts. `shape` is that of one state x; for latent models `encode(images) -> x` and
     `decode(x) -> images` lead to and from it, `factor` pixels to one of its cells, and `preview(x)` are small pictures
-    that cost little; sizes are multiples of `multiple` pixels. A model that enlarges pictures reads `low_res` pixels a
-    side. `name` and `revision` (a run's step, a hub's commit) say where it was loaded from.
+    that cost little; sizes are multiples of `multiple` pixels, at most `largest` (0: any). A model that enlarges pictures
+    reads `low_res` pixels a side. `name` and `revision` (a run's step, a hub's commit) say where it was loaded from.
     """
 
     denoiser: Denoiser
@@ -109,6 +109,7 @@ class Model:
     encode: Any = None
     preview: Callable | None = struct.field(pytree_node=False, default=None)
     multiple: int = struct.field(pytree_node=False, default=1)
+    largest: int = struct.field(pytree_node=False, default=0)
     factor: int = struct.field(pytree_node=False, default=1)
     low_res: int = struct.field(pytree_node=False, default=0)
     classes: tuple[str, ...] = struct.field(pytree_node=False, default=())
@@ -286,10 +287,11 @@ class Model:
         Raises `UserError` for a size that the model has not.
         """
         height, width = (size, size) if isinstance(size, int) else size
-        if min(height, width) < 1 or height % self.multiple or width % self.multiple:
-            raise UserError(
-                f"{self._called} draws no picture {width} pixels wide and {height} high: give multiples of {self.multiple}"
-            )
+        largest = self.largest or max(height, width)
+        if min(height, width) < 1 or height % self.multiple or width % self.multiple or max(height, width) > largest:
+            most = f" up to {self.largest}" if self.largest else ""
+            said = f"{self._called} draws no picture {width} pixels wide and {height} high"
+            raise UserError(f"{said}: give multiples of {self.multiple}{most}")
         return (height // self.factor, width // self.factor, self.shape[-1])
 
     def images(self, x: Float[Array, "b ..."]) -> Float[Array, "b h w c"]:

@@ -204,6 +204,7 @@ def assemble(
         preview=Preview(coder),
         factor=vae.factor,
         multiple=vae.factor * transformer.patch_size,
+        largest=vae.factor * transformer.patch_size * transformer.pos_embed_max_size,
         name=name,
     )
 
@@ -254,12 +255,17 @@ def published_grid(scheduler: FlowScheduler, steps: int) -> Float[np.ndarray, "s
 
 
 def _check(parts: Mapping[str, Component], folder: Path) -> None:
-    """Raise one error for all components whose configuration or keys are wrong."""
-    wrong = []
+    """Raise one error for all components whose configuration or keys are wrong, or one for text encoders of another model."""
+    modules, wrong = {}, []
     for name, part in parts.items():
         try:
-            weights.check(part.config, part.tensors, name)
+            modules[name] = weights.check(part.config, part.tensors, name)
         except UserError as error:
             wrong.append(str(error))
     if wrong:
         raise UserError(f"{folder}: {'; '.join(wrong)}")
+    clips, transformer = [modules[name] for name in CLIPS], modules["transformer"]
+    width, pooled = sum(clip.hidden_size for clip in clips), sum(clip.projection_dim for clip in clips)
+    deep = modules[T5].d_model if T5 in modules else transformer.joint_attention_dim
+    if width > deep or (deep, pooled) != (transformer.joint_attention_dim, transformer.pooled_projection_dim):
+        raise UserError(f"{folder}: the text encoders are of another model than the transformer; download it again")

@@ -96,8 +96,19 @@ def test_kinds_are_told_by_name_and_layers(folders):
 
 
 def test_sizes_are_multiples_of_a_patch(folders):
-    with pytest.raises(UserError, match="18 pixels wide and 16 high: give multiples of 4"):
-        diffjax.load(folders("large"), prompts=[]).recipe(size=(16, 18))
+    model = diffjax.load(folders("large"), prompts=[])
+    assert model.recipe(size=(16, 48)).shape == (8, 24, 4)
+    for size in ((16, 18), (16, 52), (0, 16)):
+        with pytest.raises(UserError, match=f"{size[1]} pixels wide and {size[0]} high: give multiples of 4 up to 48"):
+            model.recipe(size=size)
+
+
+def test_text_encoders_of_another_model_are_refused(folders):
+    parts = sd3.components(folders("large"))
+    clip = parts["text_encoder"]
+    parts["text_encoder_2"] = clip
+    with pytest.raises(UserError, match="the text encoders are of another model"):
+        sd3.assemble(parts, folders("large"), sd3.FlowScheduler(), sd3.Kept(), "large", [])
 
 
 def test_dpmpp_2m_is_the_published_loop(folders):

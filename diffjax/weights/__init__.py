@@ -78,11 +78,12 @@ def assemble(
     return module.clone(dtype=compute, param_dtype=compute), params
 
 
-def check(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], source: str) -> None:
-    """Raise the `UserError` that `assemble` would, before anything is moved to a device."""
+def check(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], source: str) -> nn.Module:
+    """The network that `assemble` would make, or its `UserError`, before anything is moved to a device."""
     kind = _format(class_name(config), source)
     module = kind.module(config, source)
     checked(tensors, param_shapes(module, kind), kind.names(module), source)
+    return module
 
 
 def save(path: str | Path, module: nn.Module, params: Params) -> None:
