@@ -230,6 +230,17 @@ def test_draws_what_diffusers_draws(folders, name):
 
 
 @pytest.mark.reference
+def test_reads_shards_and_variants_as_diffusers_writes_them(folders, tmp_path):
+    from diffusers import StableDiffusion3Pipeline
+
+    StableDiffusion3Pipeline.from_pretrained(folders("large")).save_pretrained(tmp_path, max_shard_size="8KB", variant="fp16")
+    assert len(list((tmp_path / "transformer").glob("*.fp16-*-of-*.safetensors"))) > 2
+    ours, theirs = diffjax.load(folders("large")), diffjax.load(tmp_path)
+    pick = lambda model: (model.denoiser.params, model.decode.params, model.text(["a cat, it is"]))
+    assert jax.tree.all(jax.tree.map(np.array_equal, pick(ours), pick(theirs)))
+
+
+@pytest.mark.reference
 def test_skips_layers_as_diffusers_does(folders):
     more = {"skip_guidance_layers": [1], "skip_layer_guidance_scale": 2.5, "skip_layer_guidance_stop": 0.5}
     theirs = published(folders("medium"), **more)
