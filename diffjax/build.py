@@ -74,8 +74,8 @@ SAMPLERS = {
 }
 DETERMINISTIC = ("heun", "unipc", "ipndm")
 QUALITIES = {
-    "draft": {"steps": 10, "sampler": "ipndm", "grid": "logsnr"},
-    "good": {"steps": 25, "sampler": "ipndm", "grid": "logsnr"},
+    "draft": {"steps": 10, "sampler": "unipc", "grid": "logsnr"},
+    "good": {"steps": 25, "sampler": "unipc", "grid": "karras"},
     "reference": {"steps": 1000, "sampler": "ddpm"},
 }
 """How to draw for a budget of evaluations, by docs/nfe.md; `reference` takes the publisher's own grid."""

@@ -17,8 +17,8 @@ def get_config() -> ConfigDict:
             "model": "google/ddpm-cat-256",
             "num": 4,
             "steps": 25,
-            "sampler": "ipndm",
-            "grid": "logsnr",
+            "sampler": "unipc",
+            "grid": "karras",
             "seed": 0,
         }
     )

@@ -1,7 +1,7 @@
 """Error against the number of network evaluations: every deterministic solver on every grid, on an analytic mixture and on a model.
 
     python scripts/nfe.py                                       the mixture alone, a minute on 2 cores
-    python scripts/nfe.py --model RUN --name "U-Net, CIFAR-10" --fitted 10 25
+    python scripts/nfe.py --model RUN --name CIFAR-10 --fitted 10
 
 The error is the root mean square difference, over all values of the images, from the same model's own fine solution from the same
 noise: UniPC in `--fine` steps, even in log-SNR; its own error is estimated by halving its steps and printed first. Images, clipping
@@ -27,7 +27,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 SAMPLERS = ("ddim", "heun", "dpmpp_2m", "dpmpp_3m", "unipc", "ipndm")
 GRIDS = ("uniform", "trailing", "logsnr", "karras", fit.FITTED)
 COUNTS = (5, 8, 10, 15, 20, 25, 35, 50)
-LOSSLESS = "unipc"
+REFERENCE = "unipc"
 
 
 def mixture() -> Model:
@@ -66,8 +66,8 @@ def measure(model: Model, images: int, fine: int, fitted: list[int], title: str)
     from rich.progress import track
 
     inputs = model.inputs(jax.random.key(1), np.arange(images))
-    truth = solve(model, inputs, LOSSLESS, "logsnr", fine, fine)
-    coarser = rms(solve(model, inputs, LOSSLESS, "logsnr", fine // 2, fine), truth)
+    truth = solve(model, inputs, REFERENCE, "logsnr", fine, fine)
+    coarser = rms(solve(model, inputs, REFERENCE, "logsnr", fine // 2, fine), truth)
     print(f"{title}: the fine solution moves by {coarser:.1e} when its steps are halved", flush=True)
     errors = {}
     for sampler, grid, count in track(list(cases(model, fitted)), title):
@@ -106,9 +106,9 @@ def draw(problems: dict[str, dict], path: Path) -> None:
         groups = ({name: list(rows.values()) for name, rows in errors.items()}, {name: rows for name, rows in by_grid.items() if rows})
         for axis, lines, of in zip(axes[:, column], groups, ("each solver on its best grid", "each grid with its best solver")):
             for (name, rows), marker in zip(lines.items(), "o^v<>sD"):
-                least = np.nanmin(np.array(rows, float), axis=0)
-                there = np.isfinite(least)
-                axis.loglog(np.array(COUNTS)[there], least[there], marker=marker, markersize=4, linewidth=1.2, label=name)
+                known = {count: [row[i] for row in rows if row[i] is not None] for i, count in enumerate(COUNTS)}
+                least = {count: min(values) for count, values in known.items() if values}
+                axis.loglog(list(least), list(least.values()), marker=marker, markersize=4, linewidth=1.2, label=name)
             axis.set(title=f"{title}: {of}", xlabel="network evaluations", xticks=COUNTS, xticklabels=COUNTS)
             axis.title.set_size(9)
             axis.minorticks_off()
