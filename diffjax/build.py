@@ -21,6 +21,7 @@ from diffjax import process as processes
 from diffjax.errors import UserError, unknown
 from diffjax.nets.dit import DiT
 from diffjax.nets.imagen import ImagenUNet
+from diffjax.nets.subpixel import SubPixel
 from diffjax.nets.unet import UNet
 from diffjax.refine import Chain, Refine, adams, extrapolate, heun, unipc
 from diffjax.sample import Sampler, ddim_law
@@ -60,7 +61,7 @@ TIMES = {
 }
 UNIFORMS = {"independent": loss.independent, "antithetic": loss.antithetic}
 TEXTS = {"words": TextTransformer}
-NETWORKS = {"dit": DiT, "imagen": ImagenUNet, "unet": UNet}
+NETWORKS = {"dit": DiT, "imagen": ImagenUNet, "subpixel": SubPixel, "unet": UNet}
 SAMPLERS = {
     "ddpm": Sampler(Chain(()), eta=1.0),
     "ddim": Sampler(Chain(()), law=ddim_law),
@@ -130,7 +131,7 @@ def network(config: Mapping[str, Any], **fixed: Any) -> nn.Module:
     name = config["network"]
     read = inspect.signature(named("network", NETWORKS, name)).parameters
     if "low_res" in fixed and "low_res" not in read:
-        raise UserError(f"network {name} reads no low-res pictures: take imagen, or leave low_res out")
+        raise UserError(f"network {name} reads no low-res pictures: take imagen or subpixel, or leave low_res out")
     fixed = {field: value for field, value in fixed.items() if field in read}
     classes = {"num_class_embeds": config["classes"] + 1} if name == "unet" else {"classes": config["classes"]}
     fields = {key: _static(key, value) for key, value in config.get(name, {}).items()}

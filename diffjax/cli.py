@@ -274,17 +274,18 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
 def _evaluate(subparsers) -> None:
     parser = subparsers.add_parser(
         "evaluate",
-        help="measure how well a text-to-image run draws its training prompts",
-        description="Draw training prompts and compare with the training pictures: retrieval top-1 and PSNR.\n"
+        help="measure how well a text-to-image run draws its training prompts, or a stage of a cascade enlarges",
+        description="Draw training prompts and compare with the training pictures: retrieval top-1 and PSNR. Of a stage that\n"
+        "enlarges: PSNR on the pictures of config.data.held_out, against bicubic interpolation.\n"
         "The result goes to evaluation.json and evaluation.png in the run's folder.",
         epilog="examples:\n"
         "  diffjax evaluate --run runs/emoji\n"
         "  diffjax evaluate --run runs/emoji --num 16 --guidance 3\n",
     )
     parser.add_argument("--run", dest="workdir", required=True, metavar="DIR", help="the --workdir of a training")
-    parser.add_argument("--num", type=int, default=64, help="prompts (default 64)")
-    parser.add_argument("--steps", type=int, default=25, help="steps of the sampler (default 25)")
-    parser.add_argument("--guidance", type=float, default=2.0, help="scale of classifier-free guidance (default 2)")
+    parser.add_argument("--num", type=int, default=64, help="prompts or pictures (default 64)")
+    parser.add_argument("--steps", type=int, help="steps of the sampler (default 25; enlarging, the run's own)")
+    parser.add_argument("--guidance", type=float, help="scale of classifier-free guidance (default 2; enlarging, the run's own)")
     parser.add_argument("--sampler", help="the sampler (default: the run's own)")
     parser.add_argument("--seed", type=int, default=0, help="which prompts, and the noise (default 0)")
     parser.add_argument("--step", type=int, help="the checkpoint of this step (default: the newest)")

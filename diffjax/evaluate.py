@@ -1,4 +1,5 @@
-"""What a text-to-image run has learned: whether its pictures of training prompts are those of the training set.
+"""What a run has learned: whether its pictures of training prompts are those of the training set, or, of a stage of a
+cascade, how near its enlarged pictures come to those it was not shown.
 
 Retrieval top-1 is the share of prompts whose picture is nearer, pixel by pixel, to the prompt's own training picture
 than to any other; PSNR compares with the same picture. Two floors say what no learning would reach: the mean picture,
@@ -19,15 +20,17 @@ from jaxtyping import Float, UInt8
 from ml_collections import ConfigDict
 
 import diffjax.data
-from diffjax import files, image
+from diffjax import cascade, files, image
 from diffjax.draw import Drawing, Picture, shown
 from diffjax.errors import UserError
-from diffjax.model import load
+from diffjax.model import Model, Recipe, load
 
 Pictures = UInt8[np.ndarray, "n h w c"]
+Sheet = UInt8[np.ndarray, "h w 3"]
 
 AT_ONCE = 256
 COLUMNS = 8
+SHOWN = 16
 
 
 @dataclass(frozen=True)
@@ -41,42 +44,79 @@ class Nearest:
 def evaluate(
     run: str | Path,
     num: int = 64,
-    steps: int = 25,
-    guidance: float = 2.0,
+    steps: int | None = None,
+    guidance: float | None = None,
     sampler: str | None = None,
     seed: int = 0,
     step: int | None = None,
 ) -> dict[str, Any]:
-    """Draw `num` training prompts, measure, print a table; `evaluation.json` and `.png` in the run's folder keep it.
+    """Draw `num` pictures, measure, print a table; `evaluation.json` and `.png` in the run's folder keep it.
 
-    Raises `UserError` for a run without text, and for what `load` cannot read.
+    Of a run with text its training prompts, of one that enlarges the pictures that it was not trained on (`enlargements`).
+    `steps` and `guidance` are 25 and 2 by default, of a run that enlarges its own.
+
+    Raises `UserError` for a run without either, and for what `load` cannot read.
     """
     if num < 1:
         raise UserError(f"--num is {num}: it must be at least 1")
     run = Path(run)
     model = load(run.absolute(), revision=None if step is None else str(step))
-    if model.text is None:
-        raise UserError(f"{run} was trained without text: only pictures of prompts can be measured")
-    data = diffjax.data.load(ConfigDict(json.loads((run / "config.json").read_text())["data"]))
-    chosen, prompts = training_prompts(data, num, seed)
+    if model.text is None and not model.low_res:
+        raise UserError(f"{run} was trained without text: only pictures of prompts can be measured, or enlarged ones")
+    config = ConfigDict(json.loads((run / "config.json").read_text())["data"])
+    if not model.low_res:
+        steps, guidance = steps or 25, 2.0 if guidance is None else guidance
     recipe = model.recipe(steps=steps, guidance=guidance, sampler=sampler)
-    drawing = Drawing(model.with_encoded(prompts), recipe, jax.random.key(seed), model.defaults.batch, {})
-    drawn, seconds = draw(drawing, prompts)
-    truth = data.examples(chosen)["image"]
-    result = {
-        "run": str(run.resolve()),
-        "step": int(model.revision),
-        **measures(drawn, truth, data),
-        "seconds_per_image": seconds,
-        "sampling": {"steps": steps, "guidance": guidance, "sampler": sampler or model.defaults.sampler, "seed": seed},
-    }
-    each = zip(prompts, image.psnr(drawn, truth).tolist(), strict=True)
-    result["prompts"] = [{"prompt": prompt, "psnr": psnr} for prompt, psnr in each]
+    measure = enlargements if model.low_res else recall
+    found, sheet = measure(model, recipe, config, num, seed)
+    sampling = {"steps": len(recipe.grid), "guidance": guidance, "sampler": sampler or model.defaults.sampler, "seed": seed}
+    result = {"run": str(run.resolve()), "step": int(model.revision), **found, "sampling": sampling}
     files.write_json(run / "evaluation.json", result)
-    pairs = np.concatenate([drawn, np.full_like(drawn[:, :1], 255), truth], axis=1)
-    image.write_png(run / "evaluation.png", image.sheet(pairs, COLUMNS, prompts))
+    image.write_png(run / "evaluation.png", sheet)
     report(result, run)
     return result
+
+
+def recall(model: Model, recipe: Recipe, config: ConfigDict, num: int, seed: int) -> tuple[dict[str, Any], Sheet]:
+    """The measures of pictures of training prompts, and a sheet of them, drawn above, true below."""
+    data = diffjax.data.load(config)
+    chosen, prompts = training_prompts(data, num, seed)
+    drawn, seconds = draw(Drawing(model.with_encoded(prompts), recipe, jax.random.key(seed), model.defaults.batch, {}), prompts)
+    truth = data.examples(chosen)["image"]
+    each = zip(prompts, image.psnr(drawn, truth).tolist(), strict=True)
+    found = measures(drawn, truth, data) | {"seconds_per_image": seconds}
+    found["prompts"] = [{"prompt": prompt, "psnr": psnr} for prompt, psnr in each]
+    pairs = np.concatenate([drawn, np.full_like(drawn[:, :1], 255), truth], axis=1)
+    return found, image.sheet(pairs, COLUMNS, prompts)
+
+
+def enlargements(model: Model, recipe: Recipe, config: ConfigDict, num: int, seed: int) -> tuple[dict[str, Any], Sheet]:
+    """PSNR of pictures enlarged from their own small ones, without noise, and of bicubic interpolation; and a sheet of them.
+
+    They are drawn by the seed from the split `held_out` of the data, without one from the training pictures. The sheet's rows
+    are the small picture, interpolation, the model, the truth.
+    """
+    held_out = config.get("held_out", "")
+    data = diffjax.data.load(ConfigDict(config.to_dict() | {"split": held_out}) if held_out else config)
+    chosen = sorted(np.random.default_rng(seed).permutation(len(data))[:num].tolist())
+    examples = data.examples(chosen)
+    truth, prompts = examples["image"], [captions[0] if captions else "" for captions in examples["captions"]]
+    small = cascade.shrink(image.from_uint8(truth), model.low_res)
+    told = {"low_res": lambda rows: small[np.asarray([row.number for row in rows])], "level": 0.0}
+    drawing = Drawing(model.with_encoded(prompts), recipe, jax.random.key(seed), model.defaults.batch, told)
+    drawn, seconds = draw(drawing, prompts)
+    bicubic = image.to_uint8(cascade.enlarge(small, data.size))
+    found = {
+        "num": len(truth),
+        "held_out": bool(held_out),
+        "psnr": float(np.mean(image.psnr(drawn, truth))),
+        "bicubic_psnr": float(np.mean(image.psnr(bicubic, truth))),
+        "seconds_per_image": seconds,
+    }
+    factor = data.size // model.low_res
+    given = image.to_uint8(small).repeat(factor, axis=1).repeat(factor, axis=2)
+    rows = np.stack([given, bicubic, drawn, truth], axis=1)[:SHOWN].reshape(-1, *truth.shape[1:])
+    return found, image.sheet(rows, 4)
 
 
 def training_prompts(data: diffjax.data.Dataset, num: int, seed: int) -> tuple[list[int], list[str]]:
@@ -145,16 +185,21 @@ def report(result: dict[str, Any], run: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    floors, among = result["floors"], result["training_pictures"]
-    title = f"{run}, step {result['step']}, {result['num']} training prompts"
-    table = Table("measure", "value", "without learning", title=title)
-    table.add_row(f"retrieval top-1 among {among}", f"{result['top1']:.1%}", f"{1 / among:.1%} (chance)")
-    table.add_row("PSNR", f"{result['psnr']:.1f} dB", f"{floors['mean_picture_psnr']:.1f} dB (the mean picture)")
-    table.add_row("", "", f"{floors['nearest_other_psnr']:.1f} dB (the nearest other picture)")
+    table = Table("measure", "value", "without learning")
+    if "top1" in result:
+        floors, among = result["floors"], result["training_pictures"]
+        what = "training prompts"
+        table.add_row(f"retrieval top-1 among {among}", f"{result['top1']:.1%}", f"{1 / among:.1%} (chance)")
+        table.add_row("PSNR", f"{result['psnr']:.1f} dB", f"{floors['mean_picture_psnr']:.1f} dB (the mean picture)")
+        table.add_row("", "", f"{floors['nearest_other_psnr']:.1f} dB (the nearest other picture)")
+    else:
+        what = "held-out pictures" if result["held_out"] else "training pictures"
+        table.add_row("PSNR", f"{result['psnr']:.1f} dB", f"{result['bicubic_psnr']:.1f} dB (bicubic interpolation)")
     if result["seconds_per_image"] is not None:
         table.add_row("time", f"{1000 * result['seconds_per_image']:.0f} ms an image", "")
+    table.title = f"{run}, step {result['step']}, {result['num']} {what}"
     Console().print(table)
-    print(f"evaluation.json and evaluation.png (drawn above, true below) are in {run}")
+    print(f"evaluation.json and evaluation.png (a row or column ends with the truth) are in {run}")
 
 
 def _rows(pictures: Pictures) -> Float[np.ndarray, "n d"]:

@@ -104,6 +104,13 @@ def sheet(pictures: Pictures, columns: int, captions: Sequence[str] = ()) -> UIn
     return _array(canvas)
 
 
+def stack(pictures: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> UInt8[np.ndarray, "h w 3"]:
+    """Pictures of any size one below the other, white beside those that are narrower."""
+    width = max(picture.shape[1] for picture in pictures)
+    sides = [((0, 0), (0, width - picture.shape[1]), (0, 0)) for picture in pictures]
+    return np.concatenate([np.pad(p, side, constant_values=BACKGROUND) for p, side in zip(pictures, sides)])
+
+
 def _readable(pictures: Pictures, columns: int) -> Pictures:
     factor = max(1, -(-READABLE // pictures.shape[2]))
     return pictures.repeat(factor, axis=1).repeat(factor, axis=2)

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Float, Key, PyTree, UInt8
+from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 from ml_collections import ConfigDict
 
 from diffjax import build, cascade, embed, files, image, struct
@@ -30,14 +31,24 @@ from diffjax.train.step import Objective
 TOKENIZER = "tokenizer.json"
 ENCODER = "encoder.json"
 SEEN = "seen.npz"
-PANEL = 4
+SHOWN, AVERAGED = 8, 256
 
 
 class Seen(NamedTuple):
-    """Pictures of the data set with a caption each."""
+    """Pictures of the data set with a caption ("" without) and a label (-1 without) each, and the mean of more, in [-1, 1]."""
 
     image: UInt8[np.ndarray, "n h w c"]
     caption: list[str]
+    label: Int[np.ndarray, " n"]
+    mean: Float[np.ndarray, "h w c"]
+
+
+class Preview(NamedTuple):
+    """Pictures in [-1, 1] that are shown in so many columns, each above what is said of it, if anything is."""
+
+    images: Float[np.ndarray, "n h w c"]
+    columns: int
+    captions: list[str]
 
 
 @dataclass(frozen=True)
@@ -45,8 +56,8 @@ class Plan:
     """What is fixed before the first step: mathematics, networks, and what they were told of the data.
 
     `shape` is that of one picture, `classes` the classes' names, `tokenize` turns captions into arrays, None without text:
-    tokens for the encoder `text` that is trained too, or the states of a frozen one. A stage of a cascade has `low_res`, and
-    has `seen` some pictures that its previews enlarge.
+    tokens for the encoder `text` that is trained too, or the states of a frozen one. A stage of a cascade has `low_res`. What a
+    run has `seen` are some of its pictures, by which it is judged.
     """
 
     config: ConfigDict
@@ -133,12 +144,12 @@ class Plan:
         told = {"classes": self.classes, "name": self.config.name, "low_res": self.low_res.size if self.low_res else 0}
         return Model(denoiser, self.shape, self.defaults(), text=text, **told)
 
-    def preview(self, params: PyTree) -> Float[Array, "n h w c"]:
+    def preview(self, params: PyTree) -> Preview:
         """Pictures of the config's prompts, of the first classes, or of nothing; the same noise every time.
 
         Of a stage of a cascade, `panel` of the pictures it has seen.
         """
-        if self.seen:
+        if self.low_res:
             return panel(self.model(params), self.seen, jax.random.key(self.config.seed))
         config = self.config.sample
         told: dict[str, Any] = {}
@@ -147,7 +158,8 @@ class Plan:
         elif self.classes:
             told["label"] = [i % len(self.classes) for i in range(config.num)]
         num = len(config.prompts) if self.config.text else config.num
-        return self.model(params).sample(jax.random.key(self.config.seed), num=num, **told)
+        images = self.model(params).sample(jax.random.key(self.config.seed), num=num, **told)
+        return Preview(np.asarray(images), math.isqrt(num - 1) + 1, [])
 
 
 def _bound(config: ConfigDict) -> Refine | None:
@@ -157,14 +169,17 @@ def _bound(config: ConfigDict) -> Refine | None:
     return Clip(radius) if (radius := config.get("clip", 0.0)) else None
 
 
-def panel(model: Model, seen: Seen, key: Key[Array, ""]) -> Float[Array, "4*n h w c"]:
-    """A row for each picture: what the model is given, interpolation, the model, and the truth."""
+def panel(model: Model, seen: Seen, key: Key[Array, ""]) -> Preview:
+    """A row for each picture: what the model is given, interpolation, the model, and the truth, with the PSNR of each."""
     truth, size = jnp.asarray(image.from_uint8(seen.image)), model.shape[0]
     small = cascade.shrink(truth, model.low_res)
     told = {} if model.text is None else {"prompt": seen.caption}
     drawn = model.sample(key, num=len(truth), low_res=small, **told)
     given = small.repeat(size // model.low_res, axis=1).repeat(size // model.low_res, axis=2)
-    return jnp.stack([given, cascade.enlarge(small, size), drawn, truth], axis=1).reshape(-1, *model.shape)
+    rows = np.stack([given, cascade.enlarge(small, size), drawn, truth], axis=1)
+    quality = image.psnr(image.to_uint8(rows), seen.image[:, None])
+    named = [[f"{name} {value:.1f} dB" for name, value in zip(("given", "bicubic", "ours"), row)] + ["truth"] for row in quality]
+    return Preview(rows.reshape(-1, *model.shape), 4, list(itertools.chain.from_iterable(named)))
 
 
 @struct.dataclass
@@ -195,7 +210,7 @@ def plan(config: ConfigDict, workdir: Path, data: Any) -> Plan:
     names = data.class_names if config.classes else ()
     if not (workdir / "data.json").exists():
         files.write_json(workdir / "data.json", {"shape": [data.size, data.size, data.channels], "classes": names})
-    if config.get("low_res") and not (workdir / SEEN).exists():
+    if not (workdir / SEEN).exists():
         _keep_seen(workdir / SEEN, data)
     if embed.is_frozen(config.text):
         digest = embed.digest(embed.folder(config.text))
@@ -208,10 +223,12 @@ def plan(config: ConfigDict, workdir: Path, data: Any) -> Plan:
 
 
 def _keep_seen(path: Path, data: Any) -> None:
-    examples = data.examples(range(min(PANEL, len(data))))
+    every = np.linspace(0, len(data) - 1, min(AVERAGED, len(data))).astype(int)
+    mean = image.from_uint8(data.examples(every)["image"]).mean(axis=0)
+    examples = data.examples(range(min(SHOWN, len(data))))
     texts = [data.config.templates[0].replace("{}", group[0]) if group else "" for group in examples["captions"]]
     with files.open_atomic(path) as file:
-        np.savez(file, image=examples["image"], caption=np.array(texts))
+        np.savez(file, image=examples["image"], caption=np.array(texts), label=examples["label"], mean=mean)
 
 
 def load(workdir: str | Path, step: int | None = None, ema: bool = True) -> Model:
@@ -246,9 +263,9 @@ def _plan(config: ConfigDict, workdir: Path, table: embed.Table | None = None) -
     own = config.text and not embed.is_frozen(config.text)
     tokenize = CaptionTokenizer.from_json((workdir / TOKENIZER).read_text()) if own else table
     seen = None
-    if config.get("low_res"):
+    if (workdir / SEEN).exists():
         with np.load(workdir / SEEN) as file:
-            seen = Seen(file["image"], file["caption"].tolist())
+            seen = Seen(file["image"], file["caption"].tolist(), file["label"], file["mean"])
     return planned(config, tuple(told["shape"]), tuple(told["classes"]), tokenize, seen)
 
 

@@ -228,7 +228,9 @@ def test_runs_in_the_wrong_order_are_refused(runs, order, said, capsys):
 
 def test_previews_show_what_is_given_interpolation_the_model_and_the_truth(runs):
     plan = trained.recalled(runs / "test_super")
-    shown = plan.preview(load_run(runs / "test_super").params).reshape(4, 4, 16, 16, 3)
+    preview = plan.preview(load_run(runs / "test_super").params)
+    shown = preview.images.reshape(8, 4, 16, 16, 3)
+    assert preview.columns == 4 and preview.captions[3] == "truth" and preview.captions[1].startswith("bicubic ")
     truth = np.stack([np.asarray(Image.open(runs / "pictures" / f"{i}.png")) for i in range(8)]) / 127.5 - 1
     assert all(np.abs(truth - row[3]).max(axis=(1, 2, 3)).min() < 1e-5 for row in shown)
     np.testing.assert_allclose(shown[:, 1], cascade.enlarge(cascade.shrink(shown[:, 3], 8), 16), atol=1e-5)

@@ -98,7 +98,7 @@ def test_an_experiment_takes_a_step_and_draws(name, network, tmp_path):
     after, metrics = jax.jit(make_step(plan.objective(), optimizer))(state, batch(plan, 4))
     assert metrics["finite"] and metrics["grad_norm"] > 0
     assert any(jax.tree.leaves(jax.tree.map(lambda old, new: bool(jnp.any(old != new)), state.params, after.params)))
-    images = plan.preview(after.ema)
+    images = plan.preview(after.ema).images
     assert images.shape == (2, 16, 16, 3) and np.isfinite(images).all()
 
 

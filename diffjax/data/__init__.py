@@ -11,6 +11,7 @@ places them on the devices ahead of time. Fields of the configuration (`default_
                  webdataset: a .tar file, a folder of them or a pattern such as "shards/*.tar"
     data_dir     where prepared data are looked for and put; "" is $TFDS_DATA_DIR, else the cache folder
     split        a TFDS split or slice: "train", "test", "train[:90%]"
+    held_out     the split that is kept for `diffjax evaluate` to enlarge, such as "train[90%:]"; leave it out of `split`
     subset       openmoji: "all", "no_skin_tones", or so many, such as "200" (everyday things first)
     size         pixels a side of the square pictures; the shorter side is resized to it
     background   the CSS colour behind transparent pictures

@@ -31,6 +31,7 @@ def default_config() -> ml_collections.ConfigDict:
             "path": "",
             "data_dir": "",
             "split": "train",
+            "held_out": "",
             "subset": "no_skin_tones",
             "size": 32,
             "background": "white",

@@ -16,7 +16,7 @@ from diffjax import build, files, mesh, trained
 from diffjax.data.pipeline import Prefetch
 from diffjax.errors import UserError
 from diffjax.interrupt import stop_on_signal
-from diffjax.train import record
+from diffjax.train import record, sanity
 from diffjax.train.checkpoint import Checkpoints
 from diffjax.train.metrics import Log, Pending
 from diffjax.train.parallel import Parallel, by_jit, by_pmap
@@ -83,7 +83,9 @@ def run(
             if saves:
                 checkpoints.save(parallel.gather(state), batches.get_state().decode(), log.mean_loss())
             if done == every.steps or (every.preview_every and done % every.preview_every == 0):
-                log.picture(done, plan.preview(parallel.gather(state).ema))
+                ema = parallel.gather(state).ema
+                log.preview(done, plan.preview(ema))
+                log.sanity(done, sanity.look(plan, ema))
             if stop.is_set():
                 checkpoints.last()
                 raise KeyboardInterrupt

@@ -14,12 +14,14 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 from diffjax import files, image, mesh
 from diffjax.errors import UserError
+from diffjax.train.sanity import Panel
 from diffjax.train.step import BIN_EDGES
+from diffjax.trained import Preview
 
 Row = dict[str, Any]
 
@@ -113,7 +115,7 @@ class TensorBoard:
             self.writer.add_scalar(name, value, row["step"])
 
     def picture(self, step: int, path: Path) -> None:
-        self.writer.add_image("samples", image.read_png(path)[0], step, dataformats="HWC")
+        self.writer.add_image(path.parent.name, image.read_png(path)[0], step, dataformats="HWC")
 
     def close(self) -> None:
         self.writer.close()
@@ -138,7 +140,7 @@ class Wandb:
     def picture(self, step: int, path: Path) -> None:
         import wandb
 
-        self.run.log({"samples": wandb.Image(str(path))}, step=step)
+        self.run.log({path.parent.name: wandb.Image(str(path))}, step=step)
 
     def close(self) -> None:
         self.run.finish()
@@ -202,11 +204,20 @@ class Log:
         mean, self.losses = float(np.mean(self.losses)), []
         return mean
 
-    def picture(self, step: int, images: Float[np.ndarray, "b h w c"]) -> None:
-        """Save images in [-1, 1] as one grid, `samples/STEP.png`."""
-        path = self.workdir / "samples" / f"{step:07d}.png"
-        pictures = image.to_uint8(images)
-        image.write_png(path, image.sheet(pictures, columns=math.isqrt(len(pictures) - 1) + 1))
+    def preview(self, step: int, shown: Preview) -> None:
+        """Save a preview as one grid, `samples/STEP.png`."""
+        self.picture(step, "samples", image.sheet(image.to_uint8(shown.images), shown.columns, shown.captions))
+
+    def sanity(self, step: int, panel: Panel) -> None:
+        """Save a panel, `sanity/STEP.png`, and say what it shows."""
+        self.picture(step, "sanity", panel.draw())
+        for line in panel.lines():
+            self.terminal.say(f"step {step}: {line}")
+
+    def picture(self, step: int, kind: str, picture: UInt8[np.ndarray, "h w 3"]) -> None:
+        """Save a picture as `KIND/STEP.png`; the time it took is no training's."""
+        path = self.workdir / kind / f"{step:07d}.png"
+        image.write_png(path, picture)
         for writer in self.writers:
             writer.picture(step, path)
         self.since = time.perf_counter()

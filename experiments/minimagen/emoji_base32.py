@@ -15,9 +15,9 @@ def get_config() -> ConfigDict:
         {
             "name": "emoji_base32",
             "seed": 0,
-            "data": {"name": "openmoji", "path": "", "subset": "200", "size": 32, "background": "white"},
+            "data": {"name": "openmoji", "path": "", "subset": "1000", "size": 32, "background": "white"},
             "classes": 0,
-            "text": {"name": "minilm", "path": "", "tokens": 16},
+            "text": {"name": "words", "tokens": 12, "width": 256, "depth": 1, "heads": 4},
             "process": {"name": "flow", "shift": 1.0},
             "prediction": {"name": "x0"},
             "network": "dit",
@@ -46,8 +46,8 @@ def get_config() -> ConfigDict:
                 "schedule": {"name": "linear", "warmup": 100, "hold": 0.5, "final": 0.02},
             },
             "train": {
-                "steps": 488,
-                "batch": 64,
+                "steps": 1000,
+                "batch": 128,
                 "accumulate": 1,
                 "ema": 0.998,
                 "parallel": "jit",
@@ -63,7 +63,7 @@ def get_config() -> ConfigDict:
                 "grid": "uniform",
                 "steps": 25,
                 "guidance": 2.0,
-                "num": 16,
+                "num": 8,
                 "prompts": ("red heart", "pizza", "cat face", "rocket", "sunflower", "ghost", "rainbow", "green apple"),
             },
         }

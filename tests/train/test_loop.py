@@ -75,8 +75,9 @@ def test_a_run(pictures, tmp_path, capsys):
     train(pictures, tmp_path)
     assert digest(tmp_path)[0] == 8
     assert [row["step"] for row in rows(tmp_path)] == [2, 3, 4, 6, 8]
-    assert (tmp_path / "samples" / "0000008.png").is_file()
-    assert (tmp_path / "run.json").is_file() and "compiled in" in capsys.readouterr().err
+    assert all((tmp_path / kind / "0000008.png").is_file() for kind in ("samples", "sanity"))
+    said = capsys.readouterr().err
+    assert (tmp_path / "run.json").is_file() and "compiled in" in said and "step 8: error of x0" in said
     train(pictures, tmp_path)
     assert "is finished: 8 of 8 steps" in capsys.readouterr().out
 

@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 from diffjax.errors import UserError
 from diffjax.image import read_png
 from diffjax.train import metrics
+from diffjax.trained import Preview
 
 CONFIG = ConfigDict(
     {
@@ -38,7 +39,7 @@ def test_rows_reach_every_writer(tmp_path):
             log.add(step, np.arange(4), values(float(step)), 0.1)
         assert log.flush() is None
         assert log.mean_loss() == 1.5
-        log.picture(2, np.zeros((5, 8, 8, 3)))
+        log.preview(2, Preview(np.zeros((5, 8, 8, 3)), 3, []))
     (row,) = rows(tmp_path)
     assert row["step"] == 2 and row["loss"] == 1.5 and row["learning_rate"] == 0.05 and row["images_per_second"] > 0
     assert list((tmp_path / "tensorboard").iterdir())

@@ -1,0 +1,89 @@
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffjax import cascade, image
+from diffjax.cascade import LowRes
+from diffjax.denoise import Apply, Denoiser
+from diffjax.model import Defaults, Model
+from diffjax.predict import X0
+from diffjax.process import Flow, discrete, linear_betas
+from diffjax.train import sanity
+from diffjax.trained import Seen
+
+COLOURS = {"red": (1, -1, -1), "green": (-1, 1, -1), "blue": (-1, -1, 1)}
+
+
+class Hearing:
+    """Draws what it was told of: a colour, or the low-res picture; so many times `params` of it."""
+
+    def apply(self, variables, x, t, mask=None, pooled=None, low_res=None, level=None):
+        said = jnp.broadcast_to(pooled[:, None, None], x.shape) if low_res is None else low_res
+        return variables["params"] * said
+
+
+HEARING = Hearing()
+
+
+def text(prompts):
+    pooled = np.array([COLOURS.get(prompt, (0, 0, 0)) for prompt in prompts], np.float32)
+    return {"mask": np.ones((len(prompts), 1), bool), "pooled": pooled}
+
+
+def plan(captions, low_res=None, process=Flow()):
+    """A stage of 16 pixels that was trained on pictures of one colour each, or on noise when it enlarges."""
+    pictures = np.stack([np.broadcast_to(np.array(COLOURS[caption]), (16, 16, 3)) for caption in captions])
+    if low_res:
+        pictures = cascade.enlarge(np.random.default_rng(0).uniform(-1, 1, (len(captions), low_res.size, low_res.size, 3)), 16)
+    seen = Seen(image.to_uint8(pictures), list(captions), np.full(len(captions), -1), np.mean(pictures, axis=0))
+
+    def model(params):
+        denoiser = Denoiser(process, X0(), jnp.float32(params), Apply(HEARING))
+        size = low_res.size if low_res else 0
+        return Model(denoiser, (16, 16, 3), Defaults(2, "ddim", "uniform", batch=4), None if low_res else text, low_res=size)
+
+    config = SimpleNamespace(seed=0, text=not low_res)
+    return SimpleNamespace(config=config, seen=seen, model=model, classes=(), low_res=low_res, shape=(16, 16, 3))
+
+
+@pytest.mark.parametrize(("of", "name"), [(None, "text"), (LowRes(8, 0.2), "low-res picture")])
+def test_a_stage_that_does_not_listen_is_reported(of, name):
+    stage = plan(("red", "green", "blue"), of)
+    hears, deaf = (sanity.look(stage, params) for params in (1.0, 0.0))
+    assert hears.ignored() == [] and hears.error.mean() < 0.3 * hears.swapped[name].mean()
+    assert deaf.ignored() == [name] and f"WARNING: the {name} is ignored" in deaf.lines()[-1]
+    assert not any("WARNING" in line for line in hears.lines())
+
+
+def test_errors_are_those_of_x0():
+    panel = sanity.look(plan(("red", "green", "blue")), 0.5)
+    np.testing.assert_allclose(panel.error, 0.25, atol=0.01)
+    np.testing.assert_allclose(panel.swapped["text"], (0.5**2 + 2 * 1.5**2) / 3, atol=0.01)
+    np.testing.assert_allclose(panel.trivial["mean picture"], 8 / 9, atol=0.01)
+    assert panel.x0.shape == (5, 3, 16, 16, 3) and list(panel.trivial) == ["mean picture"]
+
+
+def test_interpolation_is_a_rival_of_a_stage_that_enlarges():
+    stage = plan(("red", "green"), LowRes(8, 0.2))
+    panel = sanity.look(stage, 1.0)
+    truth = image.from_uint8(stage.seen.image)
+    bicubic = cascade.enlarge(cascade.shrink(truth, 8), 16)
+    assert np.isclose(panel.trivial["bicubic"], np.mean((bicubic - truth) ** 2))
+    np.testing.assert_allclose(panel.error, panel.trivial["bicubic"], rtol=1e-4)
+
+
+def test_captions_that_are_all_alike_say_nothing():
+    assert sanity.look(plan(("red", "red")), 0.0).swapped == {}
+
+
+def test_levels_lie_where_the_process_reaches():
+    times = sanity._times(discrete(linear_betas(1000)))
+    assert (np.diff(times) < 0).all() and times.min() >= 0.001 and times.max() <= 1
+
+
+def test_the_panel_is_one_picture():
+    drawn = sanity.look(plan(("red", "green", "blue")), 1.0).draw()
+    assert drawn.dtype == np.uint8 and drawn.shape[0] > 600 and drawn.shape[1] > 600 and drawn.shape[2] == 3
+    assert len(np.unique(drawn.reshape(-1, 3), axis=0)) > 10
