@@ -3,7 +3,10 @@
     diffjax train --config experiments/minimagen/emoji_super128.py --workdir runs/emoji_super128
     diffjax sample --cascade runs/emoji_base32 runs/emoji_super128 --prompt "red heart" --out pictures
 
-It reads no text: what it draws is in the small picture. Every 20th icon is kept apart (`split`).
+It reads no text: what it draws is in the small picture. A tenth of the icons is kept apart (`held_out`).
+
+Time: 2 minutes of CPU time, 3 on two cores that others used too, compilation included. Result, by `diffjax evaluate`: PSNR
+24.2 dB on 64 held-out pictures (bicubic: 18.2 dB). More steps are the first thing to try.
 """
 
 from ml_collections import ConfigDict
@@ -46,7 +49,7 @@ def get_config() -> ConfigDict:
                 "schedule": {"name": "linear", "warmup": 50, "hold": 0.5, "final": 0.02},
             },
             "train": {
-                "steps": 900,
+                "steps": 200,
                 "batch": 16,
                 "accumulate": 1,
                 "ema": 0.998,
