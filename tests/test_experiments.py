@@ -36,8 +36,19 @@ class Data:
     def class_names(self):
         return tuple(f"class {i}" for i in range(self.num_classes))
 
+    @property
+    def config(self):
+        return config.ConfigDict({"templates": ("{}",)})
+
+    def __len__(self):
+        return 2
+
     def captions(self):
         return [("red heart", "love"), ("pizza",)]
+
+    def examples(self, indices):
+        images = np.zeros((len(indices), self.size, self.size, self.channels), np.uint8)
+        return {"image": images, "captions": self.captions(), "label": np.zeros(len(indices), np.int32)}
 
 
 def ways(file):
