@@ -5,8 +5,8 @@
 
 It reads no text: what it draws is in the small picture. A tenth of the icons is kept apart (`held_out`).
 
-Time: 2 minutes of CPU time, 3 on two cores that others used too, compilation included. Result, by `diffjax evaluate`: PSNR
-24.2 dB on 64 held-out pictures (bicubic: 18.2 dB). More steps are the first thing to try.
+Time: 7 minutes of CPU time, 11 on two cores that others used too, compilation included; it was stopped at 200 steps, as a run
+of that length, and went on to 700. Result, by `diffjax evaluate`: PSNR 27.3 dB on 64 held-out pictures (bicubic: 18.2 dB).
 """
 
 from ml_collections import ConfigDict
@@ -49,7 +49,7 @@ def get_config() -> ConfigDict:
                 "schedule": {"name": "linear", "warmup": 50, "hold": 0.5, "final": 0.02},
             },
             "train": {
-                "steps": 200,
+                "steps": 700,
                 "batch": 16,
                 "accumulate": 1,
                 "ema": 0.998,
