@@ -238,6 +238,7 @@ def _add_subject(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shard", type=one_of("way", "fsdp", "tensor", "both"), help="split the weights over all devices (SD3.5)"
     )
+    parser.add_argument("--lora", metavar="FILE", help="add the adapters of this file, in diffusers' format (SD3.5)")
     parser.add_argument("--prompt", action="append", dest="prompts", default=[], metavar="TEXT", help="can be repeated")
     parser.add_argument("--prompt-file", metavar="FILE", help="more prompts, one on a line")
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from")

@@ -35,6 +35,7 @@ from diffjax.trained import Prompts
 SAVE_SECONDS = 10.0
 PREVIEW_SECONDS = 3.0
 KEPT_STRENGTH = 0.6
+FILES = ("image", "mask", "low_res", "lora")
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Request:
     `size` is a number of pixels, or (height, width). `image` is where to start from, `strength` how much of it may change;
     `mask` is white where it is drawn anew.
     A model that enlarges does so with the picture `low_res`, or with those of an earlier job in that folder, `level` the
-    noise in them. `skip_layers` is SD3.5's skip-layer guidance, `quantize` and `shard` are those of `diffjax.load`.
+    noise in them. `skip_layers` is SD3.5's skip-layer guidance, `quantize`, `shard` and `lora` are those of `diffjax.load`.
     """
 
     model: str
@@ -70,6 +71,7 @@ class Request:
     skip_layers: bool = False
     quantize: str | None = None
     shard: str | None = None
+    lora: str | None = None
 
     def __post_init__(self):
         for name, least in (("num", 1), ("steps", 1), ("batch", 1), ("seed", 0)):
@@ -103,7 +105,7 @@ def configured(config: ConfigDict) -> Request:
 
 def whole_paths(given: dict[str, Any]) -> dict[str, Any]:
     """The same with the files that it names by their whole path."""
-    return given | {name: str(Path(given[name]).resolve()) for name in ("image", "mask", "low_res") if given.get(name)}
+    return given | {name: str(Path(given[name]).resolve()) for name in FILES if given.get(name)}
 
 
 def requested(args: Namespace) -> Request:
@@ -163,7 +165,8 @@ def generate(
     `out` holds something else, and when the recipe is not the `expected` one; `KeyboardInterrupt` once all is saved
     after Ctrl-C.
     """
-    model = load(request.model, request.dtype, request.revision or None, request.texts, request.quantize, request.shard)
+    kept = {name: getattr(request, name) for name in ("quantize", "shard", "lora")}
+    model = load(request.model, request.dtype, request.revision or None, request.texts, **kept)
     request = completed(request, model)
     drawing = prepared(request, model)
     recipe = recipe_of(request, model)
@@ -284,7 +287,7 @@ def recipe_of(request: Request, model: Model) -> dict[str, Any]:
 
     A model of the hub is known by its commit.
     """
-    named = {name: sha256(Path(path)) for name in ("image", "mask") if (path := getattr(request, name))}
+    named = {name: sha256(Path(path)) for name in ("image", "mask", "lora") if (path := getattr(request, name))}
     if request.low_res:
         named["low_res"] = drawn_in(Path(request.low_res))
     recipe = dataclasses.asdict(request) | {"checksum": None, "files": named}

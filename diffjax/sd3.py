@@ -10,12 +10,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jaxtyping import Float, PyTree
 
-from diffjax import grid, guide, remember, shard, struct, tokenize, weights
+from diffjax import grid, guide, lora, remember, shard, struct, tokenize, weights
 from diffjax.denoise import Apply, Denoiser, thousand_sigma
 from diffjax.errors import UserError
 from diffjax.latent import Decode, Encode, Preview
@@ -28,6 +29,7 @@ from diffjax.quantize import SCHEMES
 from diffjax.refine import minus_log_sigma
 from diffjax.remember import remembered
 from diffjax.weights import hub, single_file
+from diffjax.weights import lora as lora_file
 from diffjax.weights.config import class_name, read_json
 from diffjax.weights.folder import read_tensors
 from diffjax.weights.scheduler import FlowScheduler, read_flow_scheduler
@@ -150,6 +152,13 @@ def load(path: Path, kept: Kept = Kept(), name: str = "", prompts: Iterable[str]
     if not (folder / "model_index.json").exists():
         folder = hub.fetch(home(name, parts), patterns=REST).folder
     return assemble(components(folder, parts), folder, FlowScheduler(shift=SHIFT), kept, name, prompts)
+
+
+def adapted(model: Model, path: str | Path) -> Model:
+    """The model with the adapters of a LoRA file; its parameters stay as they are kept."""
+    denoiser = model.denoiser
+    adapters = jax.tree.map(jnp.asarray, lora_file.read(path, denoiser.apply.module))
+    return model.replace(denoiser=denoiser.replace(params=lora.join(denoiser.params, adapters)))
 
 
 def home(name: str, parts: Mapping[str, Component]) -> str:

@@ -16,6 +16,7 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from diffjax.lora import LowRank
 from diffjax.quantize import Quantized
 
 Dtype = Any
@@ -87,13 +88,19 @@ class RMSNorm(nn.Module):
         return y.astype(self.dtype)
 
 
-def matmul(x: Float[Array, "*batch i"], kernel: Float[Array, "i o"] | Quantized, dtype: Dtype) -> Float[Array, "*batch o"]:
+def matmul(
+    x: Float[Array, "*batch i"], kernel: Float[Array, "i o"] | Quantized | LowRank, dtype: Dtype
+) -> Float[Array, "*batch o"]:
     """`x @ kernel` read in `dtype` and accumulated in float32 or wider, which is also what it returns.
 
-    The kernel may be a `Quantized` one, which becomes `dtype` here, one layer of a stack at a time.
+    The kernel may be a `Quantized` one, which becomes `dtype` here, one layer of a stack at a time, or a `LowRank` one.
     In bfloat16 and float16 both products of the backward pass read `dtype` as well (autodiff alone would take a float32
     cotangent to a float32 product), and only reverse mode is defined.
     """
+    if isinstance(kernel, LowRank):
+        adapter = kernel.adapter
+        low = matmul(matmul(x, adapter.a, dtype), adapter.b, dtype)
+        return matmul(x, kernel.kernel, dtype) + adapter.scale * low
     rows = x.reshape(-1, x.shape[-1])
     kernel = kernel.astype(dtype) if isinstance(kernel, Quantized) else kernel
     if jnp.dtype(dtype).itemsize < 4:
@@ -154,9 +161,9 @@ class Dense(nn.Module):
             y = y + self.param("bias", self.bias_init, (self.features,), self.param_dtype)
         return y.astype(self.dtype)
 
-    def _kernel(self, width: int) -> Array | Quantized:
+    def _kernel(self, width: int) -> Array | Quantized | LowRank:
         kept = self.get_variable("params", "kernel") if self.has_variable("params", "kernel") else None
-        if isinstance(kept, Quantized):
+        if isinstance(kept, Quantized | LowRank):
             return kept
         return self.param("kernel", self.kernel_init, (width, self.features), self.param_dtype)
 

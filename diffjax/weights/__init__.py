@@ -22,7 +22,7 @@ from diffjax.weights import safetensors
 from diffjax.weights.config import class_name, read_json
 from diffjax.weights.folder import read_tensors
 from diffjax.weights.format import Format
-from diffjax.weights.names import Params, Placement, checked, read_params, write_params
+from diffjax.weights.names import Names, Params, Placement, checked, read_params, write_params
 from diffjax.weights.scheduler import Scheduler, write_scheduler
 
 FORMATS = {
@@ -115,6 +115,11 @@ def save_pipeline(path: str | Path, module: nn.Module, params: Params, scheduler
 def shapes(module: nn.Module) -> Params:
     """The shapes of the parameters of any network that has a published class."""
     return param_shapes(module, _format_of(module))
+
+
+def names_of(module: nn.Module) -> Names:
+    """The keys under which the parameters of such a network are published."""
+    return _format_of(module).names(module)
 
 
 @functools.lru_cache(maxsize=16)

@@ -4,10 +4,11 @@ A file is the header's length (8 bytes, little endian), the header (JSON: name -
 tensors' bytes, C-ordered and little endian, with neither holes nor overlaps.
 """
 
+import contextlib
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ DTYPES = {
     "F64": np.dtype(np.float64),
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+METADATA = "__metadata__"
 MAX_HEADER = 100_000_000
 
 
@@ -43,11 +45,26 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
 
     Raises `UserError` for anything that is not a whole, well-formed safetensors file.
     """
-    path = Path(path)
-    data = map_bytes(path)
-    try:
+    data = map_bytes(Path(path))
+    with _sound(path):
         header, start = _header(data)
+        header.pop(METADATA, None)
         return _tensors(header, data[start:])
+
+
+def metadata(path: str | Path) -> dict[str, str]:
+    """The texts that one file says of itself; `UserError` as of `read`."""
+    with _sound(path):
+        found = _header(map_bytes(Path(path)))[0].get(METADATA, {})
+        if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
+            raise _Malformed("its metadata are no texts")
+        return found
+
+
+@contextlib.contextmanager
+def _sound(path: str | Path) -> Iterator[None]:
+    try:
+        yield
     except _Malformed as error:
         raise UserError(f"{path} is not a sound safetensors file: {error}; download or write it again") from error
 
@@ -67,7 +84,7 @@ class _Malformed(Exception):
 
 
 def _header(data: np.ndarray) -> tuple[dict[str, Any], int]:
-    """The decoded header without its metadata, and where the tensors begin."""
+    """The decoded header, and where the tensors begin."""
     if data.size < 8:
         raise _Malformed(f"{data.size} bytes hold no header")
     length = int.from_bytes(data[:8].tobytes(), "little")
@@ -79,7 +96,6 @@ def _header(data: np.ndarray) -> tuple[dict[str, Any], int]:
         raise _Malformed(f"its header is no JSON ({error})") from error
     if not isinstance(header, dict):
         raise _Malformed("its header is no JSON object")
-    header.pop("__metadata__", None)
     return header, 8 + length
 
 
@@ -133,7 +149,7 @@ def _view(name: str, entry: dict[str, Any], data: np.ndarray) -> np.ndarray:
 def write(path: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors in the order of decreasing item size, then name, one in memory at a time, atomically."""
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    header: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
     end = 0
     for name in names:
         array = tensors[name]
