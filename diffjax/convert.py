@@ -7,15 +7,18 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import traverse_util
 
 from diffjax import predict, weights
 from diffjax.errors import UserError
+from diffjax.lora import LowRank
 from diffjax.model import Model, load
+from diffjax.nets.mmdit import MMDiT
 from diffjax.nets.unet import UNet
 from diffjax.process import Discrete, discrete
 from diffjax.pretrained import PREDICTIONS
 from diffjax.refine import Clip, Threshold
-from diffjax.weights import hub
+from diffjax.weights import hub, lora
 from diffjax.weights.folder import component
 from diffjax.weights.scheduler import FILE, Scheduler, read_scheduler
 
@@ -35,8 +38,10 @@ def convert(name: str, out: str | Path, to: str = "diffusers") -> None:
 
 
 def to_diffusers(name: str, model: Model, out: Path) -> None:
-    """A folder for `diffusers.DDPMPipeline.from_pretrained`."""
+    """A folder for `diffusers.DDPMPipeline.from_pretrained`; of Stable Diffusion 3, its transformer or its adapters."""
     module = model.denoiser.apply.module
+    if isinstance(module, MMDiT):
+        return to_sd3(model, out)
     if not (isinstance(module, UNet) and isinstance(model.denoiser.process, Discrete)) or model.low_res:
         raise UserError(
             f"{name} cannot be a DDPMPipeline, which is a U-Net trained on a discrete process: "
@@ -44,6 +49,16 @@ def to_diffusers(name: str, model: Model, out: Path) -> None:
         )
     module = module.clone(sample_size=module.sample_size or model.shape[0])
     weights.save_pipeline(out, module, model.denoiser.params, _published(name) or scheduler(model))
+
+
+def to_sd3(model: Model, out: Path) -> None:
+    """The adapters as the file that `load_lora_weights` reads; without any, the folder `transformer`."""
+    module, params = model.denoiser.apply.module, model.denoiser.params
+    leaves = traverse_util.flatten_dict(params, sep="/")
+    if adapters := {path: leaf.adapter for path, leaf in leaves.items() if isinstance(leaf, LowRank)}:
+        lora.write(out / lora.FILE, module, adapters)
+    else:
+        weights.save(out / "transformer", module, params)
 
 
 def to_orbax(name: str, model: Model, out: Path) -> None:

@@ -355,7 +355,7 @@ def load(
     "int4") keeps the transformer and T5 in fewer bits, and `shard` ("fsdp", "tensor", "both") splits the transformer over
     all devices; `lora` is a file of adapters that are added to the transformer. Raises `UserError` for what is not there, cannot be read or is not implemented.
     """
-    from diffjax import pretrained, sd3, trained
+    from diffjax import finetune, pretrained, sd3, trained
     from diffjax.weights import hub
 
     folder = Path(name).expanduser()
@@ -363,7 +363,8 @@ def load(
         if revision is not None and not revision.isdigit():
             raise UserError(f"revision {revision} of a run: give the step of one of its checkpoints")
         _refuse_kept(str(folder), quantize, shard, lora)
-        model = trained.load(folder, None if revision is None else int(revision))
+        step = None if revision is None else int(revision)
+        model = finetune.load(folder, step, prompts) if finetune.is_one(folder) else trained.load(folder, step)
         return _cast(model, dtype).replace(name=str(folder.resolve()))
     folder, commit = hub.fetch(name, revision)
     called = str(name) if commit else str(folder.resolve())

@@ -70,6 +70,7 @@ class Plan:
     classes: tuple[str, ...]
     low_res: LowRes | None = None
     seen: Seen | None = None
+    frozen = None
 
     @property
     def conditions(self) -> tuple[str, ...]:
@@ -101,6 +102,10 @@ class Plan:
         cond = self.encode(params, told) | self.blank_low_res()
         params["network"] = self.network.init(network_key, jnp.zeros((1, *self.shape)), jnp.zeros(1), **cond)["params"]
         return params
+
+    def start(self, key: Key[Array, ""]) -> PyTree:
+        """`init` as one program."""
+        return jax.jit(self.init)(key)
 
     def encode(self, params: PyTree, cond: dict[str, Array]) -> dict[str, Array]:
         """What the network reads of a batch's conditions: tokens become states."""

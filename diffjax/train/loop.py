@@ -12,7 +12,7 @@ import optax
 from ml_collections import ConfigDict
 
 import diffjax.data
-from diffjax import build, files, mesh, trained
+from diffjax import build, files, finetune, mesh, trained
 from diffjax.data.pipeline import Prefetch
 from diffjax.errors import UserError
 from diffjax.interrupt import stop_on_signal
@@ -43,7 +43,10 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
             print(f"{workdir} is finished: {done} of {config.train.steps} steps are done; raise train.steps to go on")
             return
         data = diffjax.data.load(config.data)
-        plan = trained.plan(config, workdir, data)
+        if "model" in config:
+            plan, data = finetune.plan(config, workdir, data)
+        else:
+            plan = trained.plan(config, workdir, data)
         optimizer, factor = build.optimizer(config.optimizer, config.train.steps)
         step = make_step(plan.objective(), optimizer, config.train.ema, config.train.accumulate)
         parallel = WAYS[config.train.parallel](step, mesh.data_mesh())
@@ -65,7 +68,7 @@ def run(
     batches: Prefetch,
     checkpoints: Checkpoints,
     log: Log,
-    plan: trained.Plan,
+    plan: trained.Plan | finetune.Plan,
 ) -> None:
     """Step to the end, logging, saving and drawing when they are due, or until a signal asks to stop."""
     every, first = config.train, int(state.step)
@@ -107,28 +110,28 @@ def check(config: ConfigDict) -> None:
         )
 
 
-def place(parallel: Parallel, plan: trained.Plan, batch: dict[str, np.ndarray]) -> tuple[dict[str, Any], np.ndarray]:
+def place(parallel: Parallel, plan: trained.Plan | finetune.Plan, batch: dict[str, np.ndarray]) -> tuple[dict[str, Any], np.ndarray]:
     """What the step reads of a batch, on the devices, and the record numbers of its rows."""
     return parallel.feed({name: batch[name] for name in ("image", *plan.conditions)}), batch["index"]
 
 
 def first_state(
     config: ConfigDict,
-    plan: trained.Plan,
+    plan: trained.Plan | finetune.Plan,
     optimizer: optax.GradientTransformation,
     checkpoints: Checkpoints,
     batches: Prefetch,
 ) -> State:
     """The state to start from, new or restored; a restored one moves `batches` to where it was."""
     init_key, key = jax.random.split(jax.random.key(config.seed))
-    new = lambda: create(plan.init(init_key), optimizer, key)
-    restored = checkpoints.restore(jax.eval_shape(new))
+    new = lambda params: create(params, optimizer, key)
+    restored = checkpoints.restore(jax.eval_shape(lambda: new(plan.init(init_key))))
     if restored is None:
-        return jax.jit(new)()
+        return jax.jit(new)(plan.start(init_key)).replace(frozen=plan.frozen)
     state, position = restored
     batches.set_state(position.encode())
     print(f"going on from step {int(state.step)} of {config.train.steps}")
-    return state
+    return state.replace(frozen=plan.frozen)
 
 
 def not_finite(broken: Pending, workdir: Path, checkpoints: Checkpoints) -> UserError:

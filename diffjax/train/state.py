@@ -9,18 +9,20 @@ from jaxtyping import Array, Int, Key, PyTree
 
 from diffjax import struct
 
-from diffjax import struct
-
 
 @struct.dataclass
 class State:
-    """`step` updates were made; `ema` is the running average of `params`; `key` never changes (steps fold into it)."""
+    """`step` updates were made; `ema` is the running average of `params`; `key` never changes (steps fold into it).
+
+    `frozen` are parameters that do not change either and are in no checkpoint.
+    """
 
     step: Int[Array, ""]
     params: PyTree
     ema: PyTree
     optimizer: optax.OptState
     key: Key[Array, ""]
+    frozen: PyTree = None
 
 
 def create(params: PyTree, optimizer: optax.GradientTransformation, key: Key[Array, ""]) -> State:

@@ -37,7 +37,8 @@ class Objective:
 
     `apply` as in `Denoiser`; `encode(params, cond) -> cond` turns a batch's conditions into the network's; `weight`, `times` and
     `uniforms` (`independent` or `antithetic`) as in `diffjax.loss`. A share `drop` of the examples is trained unconditionally.
-    `low_res` makes the low-res pictures that a stage of a cascade is told of.
+    `low_res` makes the low-res pictures that a stage of a cascade is told of; `whole(params, frozen)` are the parameters that
+    `apply` reads, where some are not trained.
     """
 
     process: Process
@@ -50,6 +51,7 @@ class Objective:
     clock: Callable[[Process, Time], Time] = struct.field(pytree_node=False, default=own_clock)
     drop: float = struct.field(pytree_node=False, default=0.0)
     low_res: LowRes | None = struct.field(pytree_node=False, default=None)
+    whole: Callable[[PyTree, PyTree], PyTree] = struct.field(pytree_node=False, default=lambda params, frozen: params)
 
     def denoiser(self, params: PyTree) -> Denoiser:
         """The denoiser that `params` make of the network."""
@@ -67,9 +69,9 @@ class Objective:
         return loss(self.denoiser(params), x0, eps, t, cond, self.weight)
 
 
-def normalize(image: UInt8[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    """Bytes to [-1, 1]."""
-    return image.astype(jnp.float32) / 127.5 - 1
+def normalize(image: UInt8[Array, "b h w c"] | Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    """Bytes to [-1, 1]; latents as they are."""
+    return image if jnp.issubdtype(image.dtype, jnp.floating) else image.astype(jnp.float32) / 127.5 - 1
 
 
 def keep_conditions(cond: Batch, keep: Array) -> Batch:
@@ -87,7 +89,7 @@ def make_step(
 ) -> Step:
     """`step(state, batch, axis_name=None) -> (state, metrics)`.
 
-    `batch` holds `image` (b, h, w, c) uint8 and conditions: `tokens` and `mask` (b, l), or `context` (b, l, d), `mask` and
+    `batch` holds `image` (b, h, w, c), uint8 or latents, and conditions: `tokens` and `mask` (b, l), or `context` (b, l, d), `mask` and
     `pooled` (b, p), or `label` (b,). With `axis_name` it is one device's share and gradients are averaged over that axis.
     `accumulate` micro-batches are differentiated one after the other; their mean is the gradient of the whole batch.
 
@@ -97,7 +99,8 @@ def make_step(
 
     def step(state: State, batch: Batch, axis_name: str | None = None) -> tuple[State, dict[str, Array]]:
         t, keys = draw(objective, jax.random.fold_in(state.key, state.step), len(batch["image"]), axis_name)
-        losses, gradients = gradient(objective.losses, state.params, (batch, t, keys), accumulate)
+        of_whole = lambda params, *part: objective.losses(objective.whole(params, state.frozen), *part)
+        losses, gradients = gradient(of_whole, state.params, (batch, t, keys), accumulate)
         metrics = {"loss": losses.mean()} | binned(losses, objective.process.logsnr(t))
         if axis_name is not None:
             gradients, metrics["loss"] = jax.lax.pmean((gradients, metrics["loss"]), axis_name)

@@ -1,0 +1,91 @@
+"""Training on from a published model, at toy size: it learns, keeps what is frozen, and its results can be used."""
+
+import functools
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import sd3_folder
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent / "nets"))
+import reference
+
+import diffjax
+from diffjax import config, convert, lora, mesh, weights
+from diffjax.errors import UserError
+from diffjax.train.loop import train
+from diffjax.weights import lora as lora_file
+
+FILE = Path(__file__).parents[1] / "experiments" / "sd35_finetune.py"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A tiny published model, and four captioned pictures."""
+    folder = tmp_path_factory.mktemp("finetune")
+    sd3_folder.write(folder / "model", t5=False)
+    module = sd3_folder.TRANSFORMERS["large"].clone(num_layers=2)
+    form = weights._format_of(module)
+    weights.save(folder / "model" / "transformer", module, reference.params(form, module, reference.checkpoint(form, module)))
+    (folder / "pictures").mkdir()
+    for i, colour in enumerate(("red", "blue", "white", "black")):
+        Image.new("RGB", (16, 16), colour).save(folder / "pictures" / f"{colour}.png")
+        (folder / "pictures" / f"{colour}.txt").write_text(f"a cat {i}")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    monkeypatch.setattr(mesh, "data_mesh", functools.partial(mesh.data_mesh, jax.devices()[:1]))
+
+
+def experiment(place, kind):
+    settings = config.load(f"{FILE}:{kind}")
+    settings.model, settings.data.path, settings.data.size = str(place / "model"), str(place / "pictures"), 16
+    settings.dtype, settings.remat, settings.log.tensorboard = "float32", False, False
+    settings.optimizer.update(learning_rate=0.02, schedule={"name": "cosine", "warmup": 5, "final": 0.1})
+    settings.train.update(steps=60, batch=8, log_every=60, save_every=30, preview_every=0)
+    return settings
+
+
+def losses(workdir):
+    return [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_adapters_are_trained_beside_a_frozen_model(place, tmp_path):
+    settings = experiment(place, "lora")
+    settings.lora.targets, settings.train.log_every = "/attn/|proj_out", 10
+    train(settings, tmp_path / "run")
+    logged = losses(tmp_path / "run")
+    assert logged[-1] < 0.7 * logged[0], logged
+    model = diffjax.load(tmp_path / "run", prompts=["a cat 0"])
+    before = diffjax.load(place / "model", prompts=[]).denoiser.params
+    kernel = model.denoiser.params["blocks_0"]["attn"]["to_q"]["kernel"]
+    assert isinstance(kernel, lora.LowRank) and np.abs(kernel.adapter.b).max() > 0
+    np.testing.assert_array_equal(kernel.kernel, before["blocks_0"]["attn"]["to_q"]["kernel"])
+    convert.convert(str(tmp_path / "run"), tmp_path / "out")
+    again = diffjax.load(place / "model", prompts=[], lora=tmp_path / "out" / lora_file.FILE)
+    assert jax.tree.all(jax.tree.map(np.array_equal, again.denoiser.params, model.denoiser.params))
+
+
+@pytest.mark.slow
+def test_all_of_a_model_is_trained(place, tmp_path):
+    settings = experiment(place, "full")
+    settings.train.update(steps=4, save_every=2)
+    train(settings, tmp_path / "run")
+    convert.convert(str(tmp_path / "run"), tmp_path / "out")
+    module, params = weights.load(tmp_path / "out" / "transformer")
+    trained = diffjax.load(tmp_path / "run", prompts=[]).denoiser.params
+    assert jax.tree.all(jax.tree.map(np.array_equal, params, trained))
+    assert np.abs(params["proj_out"]["kernel"] - diffjax.load(place / "model", prompts=[]).denoiser.params["proj_out"]["kernel"]).max() > 0
+
+
+def test_what_cannot_be_precomputed_is_said(place, tmp_path):
+    settings = experiment(place, "lora")
+    settings.data.flip = True
+    with pytest.raises(UserError, match="set data.flip=False"):
+        train(settings, tmp_path / "run")
