@@ -378,7 +378,8 @@ def _convert(subparsers) -> None:
         "convert",
         help="write a model for other programs: diffusers, or Orbax",
         description="Write a U-Net that was trained on a discrete process as a folder that diffusers.DDPMPipeline.from_pretrained\n"
-        "loads and samples to the same numbers, or the parameters of any model as an Orbax checkpoint.",
+        "loads and samples to the same numbers, the transformer or the adapters of a fine-tuned Stable Diffusion 3 as\n"
+        "diffusers reads them, or the parameters of any model as an Orbax checkpoint.",
         epilog="examples:\n  diffjax convert runs/ddpm ddpm\n  diffjax convert google/ddpm-cat-256 cat.orbax --to orbax\n",
     )
     parser.add_argument("model", metavar="MODEL", help="a run's folder, one in the layout of diffusers, or a hub id")

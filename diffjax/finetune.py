@@ -8,7 +8,7 @@ picture and text by text, and training reads them from there. The loss is flow m
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from jaxtyping import Array, Float, Key, PyTree
 from ml_collections import ConfigDict
 
 from diffjax import build, embed, files, image, lora, sd3
+from diffjax.data import dataset
 from diffjax.data.dataset import Dataset
-from diffjax.data.pipeline import MIDDLE, Example
+from diffjax.data.pipeline import MIDDLE, Batch, Batches, Example, Tokenize
 from diffjax.data.prepare import track
 from diffjax.denoise import Apply
 from diffjax.errors import UserError
@@ -44,7 +45,11 @@ class Plan:
 
     config: ConfigDict
     base: Model
-    conditions = ("context", "pooled")
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """What of a batch the step reads besides latents."""
+        return ("context", "pooled", "weight") if self.config.prior.weight else ("context", "pooled")
 
     @property
     def frozen(self) -> PyTree:
@@ -127,18 +132,70 @@ class Latents:
         return Example(np.load(self.paths[index]), self.captions[index], -1, index)
 
 
-def plan(config: ConfigDict, workdir: Path, data: Dataset) -> tuple[Plan, Dataset]:
-    """The plan of a run on a data set, and that with latents for pictures.
+class Paired:
+    """Batches of pictures and as large ones of their class, joined (Ruiz et al. 2022, DreamBooth, eq. 2).
+
+    `weight` of the rows makes the mean of a loss that of the pictures and `prior` times that of their class.
+    """
+
+    def __init__(self, own: Batches, of_class: Batches, prior: float):
+        self._both, self._prior = (own, of_class), prior
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        own, of_class = (next(batches) for batches in self._both)
+        joined = {name: np.concatenate([own[name], of_class[name]]) for name in own}
+        weights = np.repeat(np.float32([2, 2 * self._prior]), [len(own["index"]), len(of_class["index"])])
+        return joined | {"weight": weights}
+
+    def get_state(self) -> bytes:
+        """As `Batches.get_state`."""
+        return json.dumps([batches.get_state().decode() for batches in self._both]).encode()
+
+    def set_state(self, state: bytes) -> None:
+        """As `Batches.set_state`."""
+        for batches, own in zip(self._both, json.loads(state)):
+            batches.set_state(own.encode())
+
+    def close(self) -> None:
+        """As `Batches.close`."""
+        for batches in self._both:
+            batches.close()
+
+
+@dataclass(frozen=True)
+class WithPrior:
+    """A data set and one of pictures of the same class, which a model should go on to draw as it did."""
+
+    own: Dataset
+    of_class: Dataset
+    prior: float
+
+    def batches(self, batch_size: int, seed: int, tokenize: Tokenize, shard: tuple[int, int]) -> Paired:
+        """As `Dataset.batches`, half of each. Raises `UserError` for an odd number of rows."""
+        if batch_size % 2:
+            raise UserError(f"train.batch {batch_size} cannot be half pictures and half of their class: choose an even number")
+        both = (data.batches(batch_size // 2, seed, tokenize, shard) for data in (self.own, self.of_class))
+        return Paired(*both, self.prior)
+
+
+def plan(config: ConfigDict, workdir: Path, data: Dataset) -> tuple[Plan, Dataset | WithPrior]:
+    """The plan of a run on a data set, and the data with latents for pictures.
 
     Raises `UserError` for data that change from one look to the next, and for a model that is no latent one.
     """
-    if data.config.flip or data.config.crop != "center":
+    every = [data, dataset.load(config.prior.data)] if config.prior.weight else [data]
+    if any(some.config.flip or some.config.crop != "center" for some in every):
         raise UserError("latents are computed once: set data.flip=False and data.crop=center")
-    base, commit = _base(config, config.get("revision", ""), embed.captions(data, config.sample.prompts))
+    texts = [text for some in every for text in embed.captions(some, config.sample.prompts)]
+    base, commit = _base(config, config.get("revision", ""), texts)
     files.write_json(workdir / BASE, {"model": base.name, "commit": commit})
-    data = dataclasses.replace(data, pictures=latents(base, data))
+    every = [dataclasses.replace(some, pictures=latents(base, some)) for some in every]
     on_host = base.denoiser.replace(params=jax.device_get(base.denoiser.params))
-    return Plan(config, base.replace(denoiser=on_host)), data
+    read = WithPrior(*every, config.prior.weight) if config.prior.weight else every[0]
+    return Plan(config, base.replace(denoiser=on_host)), read
 
 
 def latents(base: Model, data: Dataset) -> Latents:

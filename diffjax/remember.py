@@ -10,9 +10,13 @@ import jax
 import numpy as np
 
 from diffjax import files
+from diffjax.data.prepare import track
 from diffjax.model import Encoded
 
 Row = dict[str, np.ndarray]
+
+MANY = 8
+"""Texts from above which on encoding shows a bar."""
 
 SAID = "said"
 """The name under which a file keeps what its text encoder warned of."""
@@ -26,12 +30,12 @@ def remembered(encoder: str, prompts: Iterable[str], load: Callable[[], Callable
     different = tuple(dict.fromkeys(prompts))
     paths = [files.home() / "prompts" / encoder / f"{_digest(prompt)}.npz" for prompt in different]
     rows, text = [read(path) for path in paths], None
-    for i, (prompt, path) in enumerate(zip(different, paths)):
-        if rows[i] is None:
-            text = load() if text is None else text
-            rows[i] = _encoded(text, prompt)
-            with files.open_atomic(path) as file:
-                np.savez_compressed(file, **rows[i])
+    absent = [i for i, row in enumerate(rows) if row is None]
+    for i in track(absent, "encoding the texts", len(absent)) if len(absent) > MANY else absent:
+        text = load() if text is None else text
+        rows[i] = _encoded(text, different[i])
+        with files.open_atomic(paths[i]) as file:
+            np.savez_compressed(file, **rows[i])
     for said in dict.fromkeys(line for row in rows for line in row.pop(SAID).tolist()):
         warnings.warn(said, stacklevel=2)
     return Encoded(different, jax.tree.map(lambda *leaves: np.stack(leaves), *rows))

@@ -5,7 +5,8 @@
     diffjax convert runs/sd35 adapters       # adapters/pytorch_lora_weights.safetensors, for diffusers
 
 PICTURES is a folder of pictures with captions (a .txt beside each, or a metadata file); `--config.model` names another hub id or
-a folder. `get_config("full")`, that is --config=experiments/sd35_finetune.py:full, trains the whole transformer.
+a folder. --config experiments/sd35_finetune.py:full trains the whole transformer. With --config.prior.weight=1
+--config.prior.data.path=CLASS half of each batch are pictures of the class that yours are of, so that it is not forgotten.
 For accelerators; no published weights could be had where this was written: at full size it has not been run.
 """
 
@@ -14,6 +15,7 @@ from ml_collections import ConfigDict
 
 def get_config(kind: str = "lora") -> ConfigDict:
     """The experiment; any field can be overridden with --config.FIELD=VALUE."""
+    data = {"name": "captioned_folder", "path": "", "size": 1024, "enlarge": False, "templates": ("{}",)}
     adapted = {"rank": 16, "alpha": 16.0, "targets": "/attn2?/"}
     return ConfigDict(
         {
@@ -23,7 +25,8 @@ def get_config(kind: str = "lora") -> ConfigDict:
             "dtype": "bfloat16",
             "remat": True,
             "lora": adapted if kind == "lora" else None,
-            "data": {"name": "captioned_folder", "path": "", "size": 1024, "enlarge": False, "templates": ("{}",)},
+            "data": data,
+            "prior": {"weight": 0.0, "data": dict(data)},
             "loss": {
                 "weight": {"name": "plain"},
                 "times": {"name": "logit_normal", "mean": 0.0, "std": 1.0},

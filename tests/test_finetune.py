@@ -15,7 +15,9 @@ sys.path.insert(0, str(Path(__file__).parent / "nets"))
 import reference
 
 import diffjax
-from diffjax import config, convert, lora, mesh, weights
+from diffjax import config, convert, finetune, lora, mesh, weights
+from diffjax.data.dataset import default_config
+from diffjax.data.pipeline import batches
 from diffjax.errors import UserError
 from diffjax.train.loop import train
 from diffjax.weights import lora as lora_file
@@ -45,7 +47,9 @@ def one_device(monkeypatch):
 
 def experiment(place, kind):
     settings = config.load(f"{FILE}:{kind}")
-    settings.model, settings.data.path, settings.data.size = str(place / "model"), str(place / "pictures"), 16
+    settings.model = str(place / "model")
+    for data in (settings.data, settings.prior.data):
+        data.path, data.size = str(place / "pictures"), 16
     settings.dtype, settings.remat, settings.log.tensorboard = "float32", False, False
     settings.optimizer.update(learning_rate=0.02, schedule={"name": "cosine", "warmup": 5, "final": 0.1})
     settings.train.update(steps=60, batch=8, log_every=60, save_every=30, preview_every=0)
@@ -76,12 +80,31 @@ def test_adapters_are_trained_beside_a_frozen_model(place, tmp_path):
 def test_all_of_a_model_is_trained(place, tmp_path):
     settings = experiment(place, "full")
     settings.train.update(steps=4, save_every=2)
+    settings.prior.weight = 1.0
     train(settings, tmp_path / "run")
     convert.convert(str(tmp_path / "run"), tmp_path / "out")
     module, params = weights.load(tmp_path / "out" / "transformer")
     trained = diffjax.load(tmp_path / "run", prompts=[]).denoiser.params
     assert jax.tree.all(jax.tree.map(np.array_equal, params, trained))
-    assert np.abs(params["proj_out"]["kernel"] - diffjax.load(place / "model", prompts=[]).denoiser.params["proj_out"]["kernel"]).max() > 0
+    before = diffjax.load(place / "model", prompts=[]).denoiser.params
+    assert np.abs(params["proj_out"]["kernel"] - before["proj_out"]["kernel"]).max() > 0
+
+
+def test_half_of_a_batch_is_of_the_class(tmp_path):
+    def rows(first):
+        latents = finetune.Latents(tuple(paths[first : first + 3]), (("a",),) * 3)
+        return batches(latents, default_config(), 2, 0, lambda texts: {"context": np.zeros((len(texts), 1))}, (0, 1), {})
+
+    paths = [tmp_path / f"{i}.npy" for i in range(6)]
+    for i, path in enumerate(paths):
+        np.save(path, np.full((1, 1, 1), i, np.float32))
+    both = finetune.Paired(rows(0), rows(3), 0.25)
+    first, state, second = next(both), both.get_state(), next(both)
+    assert (first["image"].ravel() < 3).tolist() == [True, True, False, False]
+    assert first["weight"].tolist() == [2, 2, 0.5, 0.5]
+    both.set_state(state)
+    assert all(np.array_equal(second[name], again) for name, again in next(both).items())
+    both.close()
 
 
 def test_what_cannot_be_precomputed_is_said(place, tmp_path):

@@ -63,10 +63,11 @@ class Objective:
         x0 = normalize(batch["image"])
         eps = jax.vmap(lambda key: jax.random.normal(key, x0.shape[1:]))(noise_keys)
         keep = jax.vmap(jax.random.uniform)(drop_keys) >= self.drop
-        cond = self.encode(params, keep_conditions({k: v for k, v in batch.items() if k != "image"}, keep))
+        told = {name: value for name, value in batch.items() if name not in ("image", "weight")}
+        cond = self.encode(params, keep_conditions(told, keep))
         if self.low_res is not None:
             cond = cond | self.low_res(x0, jax.vmap(lambda key: jax.random.fold_in(key, LOW_RES))(keys))
-        return loss(self.denoiser(params), x0, eps, t, cond, self.weight)
+        return batch.get("weight", 1) * loss(self.denoiser(params), x0, eps, t, cond, self.weight)
 
 
 def normalize(image: UInt8[Array, "b h w c"] | Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
@@ -90,7 +91,7 @@ def make_step(
     """`step(state, batch, axis_name=None) -> (state, metrics)`.
 
     `batch` holds `image` (b, h, w, c), uint8 or latents, and conditions: `tokens` and `mask` (b, l), or `context` (b, l, d), `mask` and
-    `pooled` (b, p), or `label` (b,). With `axis_name` it is one device's share and gradients are averaged over that axis.
+    `pooled` (b, p), or `label` (b,), and maybe a `weight` (b,) of each example's loss. With `axis_name` it is one device's share and gradients are averaged over that axis.
     `accumulate` micro-batches are differentiated one after the other; their mean is the gradient of the whole batch.
 
     Metrics, of the whole batch: `loss`, `grad_norm` (before clipping), `finite`, and `bin_sum`, `bin_count`: the loss

@@ -1,4 +1,4 @@
-"""LoRA files as diffusers reads and writes them: `transformer.LAYER.lora_A.weight` (r, i), `lora_B.weight` (o, r), one pair a layer.
+"""LoRA files as diffusers reads and writes them: `transformer.LAYER.lora_A.weight` (r, i) and `lora_B.weight` (o, r).
 
 `pytorch_lora_weights.safetensors` says alpha in its metadata, older files in tensors named `LAYER.alpha`; else it is r.
 """
