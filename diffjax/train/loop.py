@@ -110,7 +110,9 @@ def check(config: ConfigDict) -> None:
         )
 
 
-def place(parallel: Parallel, plan: trained.Plan | finetune.Plan, batch: dict[str, np.ndarray]) -> tuple[dict[str, Any], np.ndarray]:
+def place(
+    parallel: Parallel, plan: trained.Plan | finetune.Plan, batch: dict[str, np.ndarray]
+) -> tuple[dict[str, Any], np.ndarray]:
     """What the step reads of a batch, on the devices, and the record numbers of its rows."""
     return parallel.feed({name: batch[name] for name in ("image", *plan.conditions)}), batch["index"]
 

@@ -90,8 +90,9 @@ def make_step(
 ) -> Step:
     """`step(state, batch, axis_name=None) -> (state, metrics)`.
 
-    `batch` holds `image` (b, h, w, c), uint8 or latents, and conditions: `tokens` and `mask` (b, l), or `context` (b, l, d), `mask` and
-    `pooled` (b, p), or `label` (b,), and maybe a `weight` (b,) of each example's loss. With `axis_name` it is one device's share and gradients are averaged over that axis.
+    `batch` holds `image` (b, h, w, c), uint8 or latents, and conditions: `tokens` and `mask` (b, l), or `context` (b, l, d),
+    `mask` and `pooled` (b, p), or `label` (b,); and maybe a `weight` (b,) of each example's loss. With `axis_name` it is one
+    device's share and gradients are averaged over that axis.
     `accumulate` micro-batches are differentiated one after the other; their mean is the gradient of the whole batch.
 
     Metrics, of the whole batch: `loss`, `grad_norm` (before clipping), `finite`, and `bin_sum`, `bin_count`: the loss
