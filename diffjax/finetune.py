@@ -8,6 +8,7 @@ picture and text by text, and training reads them from there. The loss is flow m
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Key, PyTree
 from ml_collections import ConfigDict
 
 from diffjax import build, embed, files, image, lora, sd3
@@ -30,6 +31,7 @@ from diffjax.errors import UserError
 from diffjax.model import Model
 from diffjax.train.checkpoint import load_run
 from diffjax.train.step import Objective
+from diffjax.trained import Preview
 from diffjax.weights import hub
 from diffjax.weights import lora as lora_file
 
@@ -45,6 +47,7 @@ class Plan:
 
     config: ConfigDict
     base: Model
+    seen = None
 
     @property
     def conditions(self) -> tuple[str, ...]:
@@ -104,11 +107,12 @@ class Plan:
         whole = self.whole(params, self.frozen)["network"]
         return self.base.replace(denoiser=self.base.denoiser.replace(params=whole))
 
-    def preview(self, params: PyTree) -> Float[Array, "n h w 3"]:
+    def preview(self, params: PyTree) -> Preview:
         """Pictures of the config's prompts, the same noise every time."""
         prompts, data = list(self.config.sample.prompts), self.config.data
         key = jax.random.key(self.config.seed)
-        return self.model(params).sample(key, num=len(prompts), prompt=prompts, size=data.size)
+        images = self.model(params).sample(key, num=len(prompts), prompt=prompts, size=data.size)
+        return Preview(np.asarray(images), math.isqrt(len(prompts) - 1) + 1, [])
 
 
 def _as_float(params: PyTree, cond: dict[str, Array]) -> dict[str, Array]:

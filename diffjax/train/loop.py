@@ -88,7 +88,8 @@ def run(
             if done == every.steps or (every.preview_every and done % every.preview_every == 0):
                 ema = parallel.gather(state).ema
                 log.preview(done, plan.preview(ema))
-                log.sanity(done, sanity.look(plan, ema))
+                if plan.seen:  # pictures, not latents
+                    log.sanity(done, sanity.look(plan, ema))
             if stop.is_set():
                 checkpoints.last()
                 raise KeyboardInterrupt
