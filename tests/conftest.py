@@ -11,7 +11,8 @@ import pytest
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+PATIENT = "--xla_cpu_collective_call_terminate_timeout_seconds=600"  # eight devices wait for each other on two busy cores
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {PATIENT}"
 
 OPTIONS = {
     "reference": "also run the comparisons with torch, diffusers and transformers",
