@@ -19,6 +19,7 @@ from diffjax import config, convert, finetune, lora, mesh, weights
 from diffjax.data.dataset import default_config
 from diffjax.data.pipeline import batches
 from diffjax.errors import UserError
+from diffjax.plan.jobs import experiment as experiment_jobs
 from diffjax.train.loop import train
 from diffjax.weights import lora as lora_file
 
@@ -112,3 +113,5 @@ def test_what_cannot_be_precomputed_is_said(place, tmp_path):
     settings.data.flip = True
     with pytest.raises(UserError, match="set data.flip=False"):
         train(settings, tmp_path / "run")
+    with pytest.raises(UserError, match="this trains .*model"):
+        experiment_jobs(settings, None)

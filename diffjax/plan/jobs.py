@@ -15,6 +15,7 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from diffjax import build, pretrained, trained, weights
+from diffjax.errors import UserError
 from diffjax.plan.figures import Part, tree_size
 from diffjax.refine import Heun
 from diffjax.train.state import create
@@ -76,8 +77,10 @@ def run(folder: str | Path, asked: Asked) -> list[Job]:
 def experiment(config: ConfigDict, asked: Asked) -> list[Job]:
     """The jobs of training an experiment and of drawing with it, before its data are there.
 
-    A text encoder is counted with the largest vocabulary it can have.
+    A text encoder is counted with the largest vocabulary it can have. Raises `UserError` for one that trains a published model.
     """
+    if "model" in config:
+        raise UserError(f"this trains {config.model}: docs/sd35.md says what it keeps, `diffjax plan --model` what drawing costs")
     shape = (config.data.size, config.data.size, 3)
     classes = tuple(str(i) for i in range(config.classes))
     plan = trained.planned(config, shape, classes, _Blank(config.text.tokens) if config.text else None)
