@@ -8,7 +8,7 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     if name == "load":
-        return importlib.import_module("diffjax.model").load
+        return importlib.import_module("diffjax.loading").load
     if name == "weights":
         return importlib.import_module("diffjax.weights")
     raise AttributeError(f"module 'diffjax' has no attribute {name!r}")

@@ -360,11 +360,12 @@ def _fit_grid(subparsers) -> None:
     parser.add_argument("--iterations", type=int, default=60, metavar="N", help="of the descent (default 60)")
 
     def run(args) -> None:
-        from diffjax import fit, mesh, model
+        from diffjax import fit, mesh
+        from diffjax.loading import load
 
         mesh.start()
         told = {name: getattr(args, name) for name in ("guidance", "prompt", "seeds", "iterations")}
-        loaded = model.load(args.name)
+        loaded = load(args.name)
         found = fit.fit(loaded, args.steps, args.sampler, shown=fit.progress, **told)
         print(fit.report(found))
         print(f"kept in {fit.keep(loaded.name, args.sampler, found)}: sample with")

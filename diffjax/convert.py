@@ -12,7 +12,8 @@ from flax import traverse_util
 from diffjax import predict, weights
 from diffjax.errors import UserError
 from diffjax.lora import LowRank
-from diffjax.model import Model, load
+from diffjax.loading import load
+from diffjax.model import Model
 from diffjax.nets.mmdit import MMDiT
 from diffjax.nets.unet import UNet
 from diffjax.process import Discrete, discrete

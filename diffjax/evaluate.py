@@ -23,7 +23,8 @@ import diffjax.data
 from diffjax import cascade, files, image
 from diffjax.draw import Drawing, Picture, shown
 from diffjax.errors import UserError
-from diffjax.model import Model, Recipe, load
+from diffjax.loading import load
+from diffjax.model import Model, Recipe
 
 Pictures = UInt8[np.ndarray, "n h w c"]
 Sheet = UInt8[np.ndarray, "h w 3"]

@@ -26,7 +26,8 @@ from diffjax.draw import Drawing, Part, Picture, Stage, shown
 from diffjax.errors import UserError, unknown
 from diffjax.gallery import Background, Gallery, file_name, read_manifest, sha256
 from diffjax.interrupt import stop_on_signal
-from diffjax.model import Encoded, Model, load
+from diffjax.loading import load
+from diffjax.model import Encoded, Model
 from diffjax.sd3 import SkipLayers
 from diffjax.train.checkpoint import checksum
 from diffjax.train.record import differences

@@ -1,7 +1,6 @@
 """The facade: a model is a denoiser with what its publisher meant for it, and `sample` draws from it."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator
 
 import jax
@@ -11,7 +10,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from diffjax import build, cascade, fit, guide, sample, struct
 from diffjax import grid as grids
-from diffjax.denoise import Apply, Denoiser
+from diffjax.denoise import Denoiser
 from diffjax.errors import UserError
 from diffjax.predict import Estimate
 from diffjax.process import Process, perturb
@@ -335,65 +334,6 @@ class Model:
             return self.images(recipe.advance(inputs, state, noise).x)
         parts = inputs.parts(self.defaults.batch)
         return jnp.concatenate([self.images(recipe.advance(part, recipe.begin(part)).x) for part in parts])[:num]
-
-
-def load(
-    name: str | Path,
-    dtype: Any = None,
-    revision: str | None = None,
-    prompts: Iterable[str] | None = None,
-    quantize: str | None = None,
-    shard: str | None = None,
-    lora: str | Path | None = None,
-) -> Model:
-    """The model of one of our runs, of a folder in a published layout, of a hub id, or of a single file of SD3.5.
-
-    A path that exists or is absolute never asks the hub. With `dtype=None` parameters keep the file's dtype and the
-    network computes as it was trained; else both are `dtype`. `revision` is the step of a run's checkpoint (None: the
-    newest) or a commit of the hub. With `prompts`, a published text-to-image model encodes these while it loads and can
-    draw no others: its text encoders and its denoiser are never in memory together. Of such a model, `quantize` ("int8",
-    "int4") keeps the transformer and T5 in fewer bits, and `shard` ("fsdp", "tensor", "both") splits the transformer over
-    all devices; `lora` is a file of adapters that are added to the transformer. Raises `UserError` for what is not there, cannot be read or is not implemented.
-    """
-    from diffjax import finetune, pretrained, sd3, trained
-    from diffjax.weights import hub
-
-    folder = Path(name).expanduser()
-    if (folder / "run.json").exists() or (folder / "checkpoints").is_dir():
-        if revision is not None and not revision.isdigit():
-            raise UserError(f"revision {revision} of a run: give the step of one of its checkpoints")
-        _refuse_kept(str(folder), quantize, shard, lora)
-        step = None if revision is None else int(revision)
-        model = finetune.load(folder, step, prompts) if finetune.is_one(folder) else trained.load(folder, step)
-        return _cast(model, dtype).replace(name=str(folder.resolve()))
-    folder, commit = hub.fetch(name, revision)
-    called = str(name) if commit else str(folder.resolve())
-    if sd3.is_one(folder):
-        model = sd3.load(folder, sd3.Kept(dtype, quantize, shard), called, prompts)
-        model = sd3.adapted(model, lora) if lora else model
-    elif any((folder / part).exists() for part in ("config.json", "model_index.json", "unet")):
-        _refuse_kept(called, quantize, shard, lora)
-        model = pretrained.ddpm(folder, dtype)
-    else:
-        raise UserError(f"{folder} holds no model: give a run's folder, one in the layout of diffusers, or a hub id")
-    return model.replace(name=called, revision=commit or "")
-
-
-def _refuse_kept(name: str, *given: Any) -> None:
-    if any(given):
-        raise UserError(
-            f"{name} is no Stable Diffusion 3: fewer bits, split parameters and adapters are for its kind; leave them out"
-        )
-
-
-def _cast(model: Model, dtype: Any) -> Model:
-    """The network in `dtype`, parameters and computation; None changes nothing."""
-    if dtype is None:
-        return model
-    denoiser, dtype = model.denoiser, jnp.dtype(dtype)
-    apply = Apply(denoiser.apply.module.clone(dtype=dtype, param_dtype=dtype))
-    params = jax.tree.map(lambda leaf: leaf.astype(dtype), denoiser.params)
-    return model.replace(denoiser=denoiser.replace(apply=apply, params=params))
 
 
 @struct.dataclass

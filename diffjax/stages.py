@@ -7,7 +7,7 @@ from pathlib import Path
 from diffjax.cascade import Cascade
 from diffjax.errors import UserError
 from diffjax.generate import Request, generate, requested
-from diffjax.model import load
+from diffjax.loading import load
 
 
 def draw(args: Namespace) -> None:

@@ -9,7 +9,7 @@ from PIL import Image
 import diffjax
 import diffjax.data
 from diffjax import config as configs
-from diffjax import evaluate, generate, image, model, trained
+from diffjax import evaluate, generate, image, loading, trained
 from diffjax.errors import UserError
 from diffjax.train.checkpoint import Checkpoints, checksum
 from diffjax.train.state import create
@@ -171,4 +171,4 @@ def test_distances_are_exact():
     a, b = (np.random.default_rng(i).integers(0, 256, (3, 50)).astype(float) for i in (0, 1))
     exact = [[int(sum((int(x) - int(y)) ** 2 for x, y in zip(u, v))) for v in b] for u in a]
     assert (evaluate.squared_distances(a, b) == exact).all()
-    assert model.load is diffjax.load
+    assert loading.load is diffjax.load
