@@ -18,7 +18,7 @@ from diffjax import struct
 from diffjax.errors import UserError
 from diffjax.grid import Grid
 from diffjax.guide import Denoise
-from diffjax.process import Process, Time
+from diffjax.process import Process
 from diffjax.refine import Chain, Refine
 from diffjax.sample import Sampler, sample
 

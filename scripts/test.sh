@@ -10,4 +10,4 @@ for argument in "$@"; do
     [ "$argument" = --reference ] && extras="$extras reference"
 done
 bash scripts/setup.sh $extras
-exec .venv/bin/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile "$@"
+exec .venv/bin/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --max-worker-restart 0 "$@"

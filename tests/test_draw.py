@@ -1,12 +1,11 @@
 import itertools
 
 import jax
-import numpy as np
 import pytest
 import toys
 
 from diffjax import draw, image
-from diffjax.draw import Drawing, Part, Picture
+from diffjax.draw import Drawing, Picture
 
 pytestmark = pytest.mark.usefixtures("optimized")
 

@@ -99,9 +99,9 @@ def test_cfg_zero_star_projects_the_null_velocity():
 
 
 def test_skip_acts_in_its_part_of_the_run():
-    c, w, weak = *branches(), WEAK(X, T, CLASS)
+    (conditioned, _), weak = branches(), WEAK(X, T, CLASS)
     plain, acting = guide.Guidance(MIXTURE, 3.0)(X, T, COND), guide.Skip(guide.Guidance(MIXTURE, 3.0), WEAK, 2.0, 0.3, 0.5)
-    np.testing.assert_allclose(acting(X, T, COND).x0, plain.x0 + 2 * (c.x0 - weak.x0), atol=1e-5)
+    np.testing.assert_allclose(acting(X, T, COND).x0, plain.x0 + 2 * (conditioned.x0 - weak.x0), atol=1e-5)
     later = guide.Guidance(MIXTURE, 3.0)(X, 0.2, COND)
     np.testing.assert_allclose(acting(X, 0.2, COND).x0, later.x0, atol=1e-6)
 

@@ -13,7 +13,6 @@ import reference
 
 from diffjax import grid, pretrained, weights
 from diffjax.nets.unet import UNet
-from diffjax.weights import safetensors
 from diffjax.weights.scheduler import Scheduler
 from diffjax.weights.unet2d import FORMAT
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from diffjax import process
-from diffjax.process import Cosine, Discrete, Exploding, Flow, Linear, Shift, discrete, linear_betas, zero_terminal_snr
+from diffjax.process import Cosine, Discrete, Exploding, Flow, Linear, Shift, discrete, zero_terminal_snr
 
 TABLES = {
     "linear": process.linear_betas(),

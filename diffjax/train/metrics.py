@@ -5,7 +5,6 @@ A row is `{"step": 100, "loss": 0.1, ..., "loss_by_logsnr": {"0": 0.2, ...}}`; a
 
 import importlib.util
 import json
-import math
 import sys
 import time
 from collections.abc import Callable, Sequence

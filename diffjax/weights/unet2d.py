@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
 from diffjax.errors import UserError
 from diffjax.nets.unet import ACTIVATIONS, DOWN_BLOCKS, UP_BLOCKS, UNet
