@@ -265,6 +265,7 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sampler", help="ddpm, ddim, euler, heun, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, unipc or ipndm")
     parser.add_argument("--grid", help="the times: uniform, logsnr, karras, leading, linspace, trailing or fitted")
     parser.add_argument("--guidance", type=float, help="scale of classifier-free guidance; 1 is none")
+    parser.add_argument("--two-passes", action="store_true", help="guidance's two branches in turn: less memory")
     parser.add_argument(
         "--skip-layers", action="store_true", help="guide away from the network without layers 7 to 9 too (SD3.5 medium)"
     )

@@ -25,9 +25,10 @@ from diffjax import build, image
 from diffjax.draw import Drawing, Part, Picture, Stage, shown
 from diffjax.errors import UserError, unknown
 from diffjax.gallery import Background, Gallery, file_name, read_manifest, sha256
+from diffjax.guide import Guidance
 from diffjax.interrupt import stop_on_signal
 from diffjax.loading import load
-from diffjax.model import Encoded, Model
+from diffjax.model import Encoded, Guide, Model
 from diffjax.sd3 import SkipLayers
 from diffjax.train.checkpoint import checksum
 from diffjax.train.record import differences
@@ -46,7 +47,8 @@ class Request:
     `size` is a number of pixels, or (height, width). `image` is where to start from, `strength` how much of it may change;
     `mask` is white where it is drawn anew.
     A model that enlarges does so with the picture `low_res`, or with those of an earlier job in that folder, `level` the
-    noise in them. `skip_layers` is SD3.5's skip-layer guidance, `quantize`, `shard` and `lora` are those of `diffjax.load`.
+    noise in them. `two_passes` evaluates the branches of guidance one after the other, in less memory. `skip_layers` is SD3.5's
+    skip-layer guidance, `quantize`, `shard` and `lora` are those of `diffjax.load`.
     """
 
     model: str
@@ -69,6 +71,7 @@ class Request:
     strength: float | None = None
     low_res: str | None = None
     level: float | None = None
+    two_passes: bool = False
     skip_layers: bool = False
     quantize: str | None = None
     shard: str | None = None
@@ -227,14 +230,24 @@ def completed(request: Request, model: Model) -> Request:
 def prepared(request: Request, model: Model) -> Drawing:
     """How to draw a completed request, prompts encoded. Raises `UserError` for what the model cannot be told."""
     how = ("steps", "sampler", "grid", "eta", "strength", "size")
-    guidance = SkipLayers(request.guidance) if request.skip_layers else request.guidance
-    recipe = model.recipe(**{name: getattr(request, name) for name in how}, guidance=guidance)
+    recipe = model.recipe(**{name: getattr(request, name) for name in how}, guidance=guided(request))
     model = encoded(model, request.texts)
     common = conditions(request, model, recipe.shape)
     drawing = Drawing(model, recipe, jax.random.key(request.seed), request.batch, common)
     for subject in request.subjects:
         drawing.inputs(Part((Picture(0, *subject),)))
     return drawing
+
+
+def guided(request: Request) -> Guide | None:
+    """The scale of guidance, or how to guide where that is not all. Raises `UserError` for two passes without guidance."""
+    if request.two_passes and request.guidance is None:
+        raise UserError("--two-passes is about guidance, and this model draws without: give --guidance, or leave it out")
+    if request.skip_layers:
+        return SkipLayers(request.guidance, together=not request.two_passes)
+    if request.two_passes:
+        return functools.partial(Guidance, scale=jnp.float32(request.guidance), together=False)
+    return request.guidance
 
 
 def encoded(model: Model, prompts: Sequence[str]) -> Model:

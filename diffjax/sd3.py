@@ -120,6 +120,7 @@ class SkipLayers:
     layers: tuple[int, ...] = (7, 8, 9)
     start: float = 0.01
     stop: float = 0.2
+    together: bool = True
 
     def __call__(self, denoiser: Denoiser) -> guide.Skip:
         """Raises `UserError` for a network without such layers."""
@@ -128,7 +129,7 @@ class SkipLayers:
             numbers = ", ".join(map(str, self.layers))
             raise UserError(f"skip-layer guidance leaves out layers {numbers}, which this network has not: leave it out")
         weaker = denoiser.replace(apply=Apply(module.clone(skip_layers=self.layers)))
-        guided = guide.Guidance(denoiser, jnp.float32(self.guidance))
+        guided = guide.Guidance(denoiser, jnp.float32(self.guidance), self.together)
         return guide.Skip(guided, weaker, *map(jnp.float32, (self.scale, self.start, self.stop)))
 
 

@@ -32,4 +32,4 @@ def told(request: Request, enlarges: bool, reads: bool) -> Request:
     """The request without what this stage cannot be told: a level, a low-res picture, or what acts through a text."""
     if not enlarges:
         request = dataclasses.replace(request, low_res=None, level=None)
-    return request if reads else dataclasses.replace(request, negative_prompt=None, guidance=None)
+    return request if reads else dataclasses.replace(request, negative_prompt=None, guidance=None, two_passes=False)

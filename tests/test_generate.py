@@ -225,6 +225,18 @@ def test_nothing_is_compiled_for_another_prompt_seed_guidance_eta_or_number(mode
     assert compilations() == before
 
 
+def test_two_passes_of_guidance_show_the_network_half_the_rows(models, tmp_path, monkeypatch):
+    rows, call = [], toys.Net.__call__
+    monkeypatch.setattr(toys.Net, "__call__", lambda self, x, *told, **named: rows.append(len(x)) or call(self, x, *told, **named))
+    models["texts"] = toys.model(text=True, size=10)
+    for two_passes, seen in ((False, {8}), (True, {4})):
+        rows.clear()
+        generate.generate(Request("texts", prompts=("pizza",), two_passes=two_passes), tmp_path / str(two_passes), preview=0)
+        assert set(rows) == seen
+    once, twice = (image.read_png(tmp_path / name / "000_pizza_0000.png")[0].astype(int) for name in ("False", "True"))
+    assert np.abs(once - twice).max() <= 1
+
+
 def test_labels_and_pictures_of_nothing(models, tmp_path):
     generate.generate(Request("classes", labels=("dog", "0"), num=2), tmp_path / "labels")
     expected = image.to_uint8(models["classes"].sample(jax.random.key(0), num=2, label="dog"))
@@ -258,6 +270,7 @@ def test_a_picture_is_changed_where_the_mask_is_white(models, tmp_path):
         ({"model": "plain", "strength": 0.5}, "give the picture with --image"),
         ({"model": "plain", "prompts": ("a cat",)}, "without text: leave the prompt out"),
         ({"model": "plain", "guidance": 2.0}, "leave the guidance out"),
+        ({"model": "plain", "two_passes": True}, "--two-passes is about guidance"),
         ({"model": "plain", "image": "nowhere.png"}, "no picture that can be read"),
         ({"model": "plain", "sampler": "unipcc"}, "did you mean unipc"),
         ({"model": "plain", "grid": "kerras"}, "did you mean karras"),
