@@ -1,18 +1,28 @@
 """How the suite runs: on the CPU, as eight devices, in a cache folder of its own, its programs compiled quickly.
 
-Most of its time is compilation. Modules that are about bits and devices take `optimized`: their programs are those of users.
+Most of its time is compilation, so XLA leaves out most optimizations and uses its older, quicker CPU emitters. Modules
+that are about bits and devices take `optimized`; with users' emitters too, they run by
+XLA_FLAGS=--xla_cpu_use_fusion_emitters=true bash scripts/test.sh (twice the time).
 """
 
+import functools
+import gc
 import os
 import sys
+from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
+QUICK = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+DEVICES = "--xla_force_host_platform_device_count=8"
 PATIENT = "--xla_cpu_collective_call_terminate_timeout_seconds=600"  # eight devices wait for each other on two busy cores
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {PATIENT}"
+os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')} {DEVICES} {PATIENT}"
+gc.set_threshold(100_000, 50, 50)  # tracing makes many objects and few cycles
+
+MANY_MAPS = 20_000  # of the 65,530 that Linux allows
 
 OPTIONS = {
     "reference": "also run the comparisons with torch, diffusers and transformers",
@@ -51,6 +61,16 @@ def optimized():
     jax.config.update("jax_disable_most_optimizations", True)
 
 
+@pytest.fixture(scope="session")
+def train_on_one():
+    """A function: from now on, with this monkeypatch, trainings run on one device, which compiles and saves sooner."""
+    import jax
+
+    from diffjax import mesh
+
+    return lambda patch: patch.setattr(mesh, "data_mesh", functools.partial(mesh.data_mesh, jax.devices()[:1]))
+
+
 @pytest.fixture
 def compilations():
     """A function: how many programs XLA has compiled so far in this test."""
@@ -78,7 +98,8 @@ def float64():
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
-    """Free what a module compiled: every program keeps mapped memory, and a process may map only so much."""
+    """Free what was compiled once it is much: every program keeps mapped memory, and a process may map only so much."""
     yield
-    if "jax" in sys.modules:
+    maps = Path("/proc/self/maps")
+    if "jax" in sys.modules and (not maps.exists() or maps.read_bytes().count(b"\n") > MANY_MAPS):
         sys.modules["jax"].clear_caches()

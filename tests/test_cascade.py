@@ -1,4 +1,3 @@
-import functools
 import re
 from pathlib import Path
 
@@ -7,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toys
+from ml_collections import ConfigDict
 from PIL import Image
 
-from diffjax import cascade, cli, config, image, loss, mesh, trained
+from diffjax import cascade, cli, config, data, evaluate, image, loading, loss, trained
 from diffjax.cascade import Cascade, LowRes
 from diffjax.denoise import Apply, Denoiser
 from diffjax.errors import UserError
@@ -175,7 +175,7 @@ def test_what_does_not_fit_is_said(wrong, said):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory, train_on_one):
     """The two test experiments, shrunk and trained for two steps on a folder of pictures."""
     folder = tmp_path_factory.mktemp("runs")
     draw = np.random.default_rng(0)
@@ -194,7 +194,7 @@ def runs(tmp_path_factory):
         if name == "test_super":
             settings.low_res.size = 8
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(mesh, "data_mesh", functools.partial(mesh.data_mesh, jax.devices()[:1]))
+            train_on_one(patch)
             loop.train(settings, folder / name)
     return folder
 
@@ -234,6 +234,19 @@ def test_previews_show_what_is_given_interpolation_the_model_and_the_truth(runs)
     truth = np.stack([np.asarray(Image.open(runs / "pictures" / f"{i}.png")) for i in range(8)]) / 127.5 - 1
     assert all(np.abs(truth - row[3]).max(axis=(1, 2, 3)).min() < 1e-5 for row in shown)
     np.testing.assert_allclose(shown[:, 1], cascade.enlarge(cascade.shrink(shown[:, 3], 8), 16), atol=1e-5)
+
+
+def test_a_stage_that_enlarges_is_measured_on_pictures_it_was_not_shown(runs):
+    settings = config.load(str(EXPERIMENTS / "test_super.py")).data
+    settings.update(name="captioned_folder", path=str(runs / "pictures"), size=16, held_out="train[6:]")
+    kept = data.load(ConfigDict(settings.to_dict() | {"split": "train[6:]"})).examples([0, 1])["image"]
+    interpolated = image.to_uint8(cascade.enlarge(cascade.shrink(image.from_uint8(kept), 8), 16))
+    model = loading.load(runs / "test_super")
+    found, _ = evaluate.enlargements(model, model.recipe(), settings, 64, 0)
+    assert (found["num"], found["held_out"]) == (2, True)
+    assert found["bicubic_psnr"] == pytest.approx(image.psnr(interpolated, kept).mean(), abs=1e-3)
+    assert found["psnr"] < found["bicubic_psnr"]
+    assert evaluate.evaluate(runs / "test_super", num=8)["held_out"] is False
 
 
 def test_a_size_that_does_not_divide_and_a_network_without_low_res(runs, tmp_path):

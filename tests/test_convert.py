@@ -20,7 +20,7 @@ EXPERIMENT = Path(__file__).parents[1] / "experiments" / "ddpm_train.py"
 STEPS = 5
 
 
-def trained(folder, classes):
+def trained(folder, classes, train_on_one):
     """A run of two steps of the experiment made small, on noise in two folders."""
     draw = np.random.default_rng(0)
     for number in range(8):
@@ -38,15 +38,17 @@ def trained(folder, classes):
     settings.train.update(steps=2, batch=8, log_every=1, preview_every=0)
     settings.sample.update(steps=2, num=2)
     settings.log.tensorboard = False
-    loop.train(settings, folder / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        train_on_one(patch)
+        loop.train(settings, folder / "run")
     return folder / "run"
 
 
 @pytest.fixture(scope="module", params=[0, 2])
-def converted(tmp_path_factory, request):
+def converted(tmp_path_factory, train_on_one, request):
     """The folder of a run, without and with classes, and the one it was converted to."""
     folder = tmp_path_factory.mktemp("ddpm")
-    run = trained(folder, request.param)
+    run = trained(folder, request.param, train_on_one)
     assert cli.main(["convert", str(run), str(folder / "out")]) == 0
     return run, folder / "out"
 

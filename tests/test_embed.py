@@ -1,6 +1,5 @@
 """Frozen text encoders and the cache of their states, on a tiny encoder written to a folder."""
 
-import functools
 import json
 import pickle
 from pathlib import Path
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffjax import config, embed, files, mesh, trained, weights
+from diffjax import config, embed, files, trained, weights
 from diffjax.errors import UserError
 from diffjax.nets.bert import Bert
 from diffjax.train import loop
@@ -163,7 +162,7 @@ def test_minilm_of_the_pip_package():
     assert near > far
 
 
-def test_a_run_reads_states_and_its_model_any_prompt(choice, tmp_path, monkeypatch):
+def test_a_run_reads_states_and_its_model_any_prompt(choice, tmp_path, monkeypatch, train_on_one):
     """Trained on captions that were encoded before, drawn with the encoder; another encoder in its place is refused."""
     draw = np.random.default_rng(0)
     (tmp_path / "pictures").mkdir()
@@ -176,7 +175,7 @@ def test_a_run_reads_states_and_its_model_any_prompt(choice, tmp_path, monkeypat
     settings.text = choice
     settings.train.update(steps=2, save_every=2)
     settings.sample.prompts = ("pizza", "a heart")
-    monkeypatch.setattr(mesh, "data_mesh", functools.partial(mesh.data_mesh, jax.devices()[:1]))
+    train_on_one(monkeypatch)
     loop.train(settings, tmp_path / "run")
     model = trained.load(tmp_path / "run")
     assert model.text.module == TINY

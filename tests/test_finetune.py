@@ -1,6 +1,5 @@
 """Training on from a published model, at toy size: it learns, keeps what is frozen, and its results can be used."""
 
-import functools
 import json
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent / "nets"))
 import reference
 
 import diffjax
-from diffjax import config, convert, finetune, lora, mesh, weights
+from diffjax import config, convert, finetune, lora, weights
 from diffjax.data.dataset import default_config
 from diffjax.data.pipeline import batches
 from diffjax.errors import UserError
@@ -42,8 +41,8 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    monkeypatch.setattr(mesh, "data_mesh", functools.partial(mesh.data_mesh, jax.devices()[:1]))
+def quick(monkeypatch, train_on_one):
+    train_on_one(monkeypatch)
 
 
 def experiment(place, kind):

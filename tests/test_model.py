@@ -54,10 +54,11 @@ def test_nothing_is_compiled_again_for_other_prompts_seeds_guidance_and_eta(text
 
 def test_guidance_1_is_the_conditional_estimate_and_0_the_null_one(texts):
     draw = lambda **how: texts.sample(KEY, prompt="red heart", **how)
-    assert jnp.allclose(draw(guidance=0.0), texts.sample(KEY, prompt="", guidance=1.0), atol=1e-5)
+    alike = lambda images, others: jnp.abs(images - others).max() < 1e-5 * jnp.abs(others).max()
+    assert alike(draw(guidance=0.0), texts.sample(KEY, prompt="", guidance=1.0))
     assert not jnp.allclose(draw(guidance=1.0), draw(guidance=0.0), atol=1e-3)
     blue = texts.sample(KEY, prompt="blue", guidance=1.0)
-    assert jnp.allclose(draw(guidance=0.0, negative_prompt="blue"), blue, atol=1e-5)
+    assert alike(draw(guidance=0.0, negative_prompt="blue"), blue)
 
 
 def test_labels_are_names_or_numbers(classes):

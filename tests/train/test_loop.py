@@ -83,7 +83,8 @@ def test_a_run(pictures, tmp_path, capsys):
 
 
 def one_device():
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "JAX_ENABLE_COMPILATION_CACHE": "true"}
 
 
 def start(arguments, **named):
@@ -100,11 +101,11 @@ def wait_for(path, lines, process):
 
 
 def test_killed_at_any_moment_a_run_goes_on_bit_for_bit(pictures, tmp_path):
-    arguments = dict(**{"train.steps": 40, "train.save_every": 3, "train.log_every": 1})
+    arguments = {"train.steps": 20, "train.save_every": 3, "train.log_every": 1}
     whole = start(command(pictures, tmp_path / "whole", **arguments))
     assert whole.wait() == 0, whole.communicate()
     killed = tmp_path / "killed"
-    for lines in (2, 15):
+    for lines in (2, 11):
         process = start(command(pictures, killed, **arguments))
         wait_for(killed / "metrics.jsonl", lines, process)
         process.kill()
