@@ -2,6 +2,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -107,6 +108,22 @@ print(any(hits))
     answers = [run_python(code, **ours).communicate()[0] for _ in range(2)]
     assert answers == ["False\n", "True\n"]
     assert any((tmp_path / "xla").iterdir())
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
+def test_freed_memory_is_kept_for_the_next_step():
+    pages = "int(open('/proc/self/statm').read().split()[1])"
+    script = f"""
+import numpy as np
+from diffjax import mesh
+mesh.keep_memory()
+before = {pages}
+x = np.ones(2**27, np.uint8)
+del x
+print(({pages} - before) * {os.sysconf("SC_PAGE_SIZE")})
+"""
+    kept = int(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
+    assert kept > 2**26
 
 
 def test_two_hosts_share_one_batch(tmp_path):
