@@ -3,7 +3,7 @@
     diffjax train --config experiments/cifar10.py --workdir runs/cifar10
     diffjax train --config experiments/cifar10.py --workdir runs/cifar10-unet --config.network=unet
 
-Time: not measured yet. TFDS downloads the data (160 MB) on first use.
+Time: 1.7 hours on one H100 as `diffjax plan` predicts it; not measured. TFDS downloads the data (160 MB) on first use.
 """
 
 from ml_collections import ConfigDict

@@ -4,7 +4,7 @@
     diffjax sample --config experiments/ddpm_cat256.py --out cats
     diffjax sample --config experiments/ddpm_cat256.py --config.steps=1000 --config.sampler=ddpm --config.grid=leading --out as_published
 
-TIME
+Time: 25 steps take 163 s end to end on two cores without AVX512 (random weights of this network), 10 steps 67 s.
 """
 
 from ml_collections import ConfigDict

@@ -6,7 +6,7 @@
         --config.data.name=captioned_folder --config.data.path=pictures     # class_folder: a class for each subfolder
     diffjax convert runs/ddpm ddpm          # a folder that diffusers.DDPMPipeline.from_pretrained loads
 
-Time: not measured yet; `diffjax plan --config experiments/ddpm_train.py` predicts it. For 256 pixels take the six levels of
+Time: 8.5 hours on one H100 as `diffjax plan` predicts it; not measured. For 256 pixels take the six levels of
 `google/ddpm-cat-256`: --config.data.size=256 --config.unet.block_out_channels="(128, 128, 256, 256, 512, 512)" and its blocks.
 The learning rate, the average and the number of steps are those of Ho et al. 2020, appendix B.
 """
