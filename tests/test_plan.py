@@ -55,6 +55,13 @@ def test_live_bytes_counts_what_is_alive_at_once():
     assert 8 * 4000 <= plan.live_bytes(program) <= 2 * 8 * 4000
 
 
+def test_compiled_memory_of_what_replaces_what_was_held():
+    held, x = jax.ShapeDtypeStruct((1000,), jnp.float32), jax.ShapeDtypeStruct((), jnp.float32)
+    part = lambda replaces: plan.Part("step", lambda held, x: held * x, held, (x,), 1000, 1, replaces)
+    assert plan.compiled_bytes(part(False)) >= 4000
+    assert plan.compiled_bytes(part(True)) < 1000
+
+
 def test_estimated_memory_is_near_the_compiled_one(folder):
     part = plan.published(folder, ASKED, "toy").parts[0]
     assert 0.3 < plan.live_bytes(jax.make_jaxpr(part.call)(part.held, *part.given).jaxpr) / plan.compiled_bytes(part) < 3

@@ -13,7 +13,10 @@ from diffjax.nets import Cost, program_cost
 
 @dataclass(frozen=True)
 class Part:
-    """A program `call(held, *given)` of the job, its arguments as shapes: what stays in memory, and what each call is given."""
+    """A program `call(held, *given)` of the job, its arguments as shapes: what stays in memory, and what each call is given.
+
+    Where it `replaces`, as a training step does its state, the result takes the place of what was held.
+    """
 
     name: str
     call: Callable[..., PyTree]
@@ -21,6 +24,7 @@ class Part:
     given: tuple[Any, ...]
     parameters: int
     calls: float
+    replaces: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,5 +79,7 @@ def live_bytes(program: Any) -> int:
 
 
 def compiled_bytes(part: Part) -> int:
-    """The temporary bytes that the compiler allocates for a call: exact, at the price of compiling."""
-    return jax.jit(part.call).lower(part.held, *part.given).compile().memory_analysis().temp_size_in_bytes
+    """The bytes that the compiler allocates for a call beside its arguments: exact, at the price of compiling."""
+    program = jax.jit(part.call, donate_argnums=0 if part.replaces else ())
+    memory = program.lower(part.held, *part.given).compile().memory_analysis()
+    return memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes

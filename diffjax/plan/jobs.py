@@ -122,7 +122,7 @@ def training(plan: trained.Plan) -> Job:
     told = plan.blank()
     batch |= {k: jax.ShapeDtypeStruct((config.train.batch, *v.shape[1:]), v.dtype) for k, v in told.items()}
     step = make_step(plan.objective(), optimizer, config.train.ema, config.train.accumulate)
-    part = Part("training", step, state, (batch,), tree_size(state.params), config.train.steps)
+    part = Part("training", step, state, (batch,), tree_size(state.params), config.train.steps, replaces=True)
     title = f"training {config.name}: {config.train.steps} steps of {config.train.batch} images"
     return Job(title, (part,), "training", config.train.steps, config.train.batch)
 
