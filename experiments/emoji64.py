@@ -2,7 +2,8 @@
 
     diffjax train --config experiments/emoji64.py --workdir runs/emoji64
 
-Time: 27 minutes on one H100 as `diffjax plan` predicts it; not measured. The transformer of `emoji.py`, with patches of 4, in bfloat16.
+Time: 27 minutes on one H100 as `diffjax plan` predicts it; not measured. The transformer of `emoji.py`, with patches
+of 4, in bfloat16.
 """
 
 from ml_collections import ConfigDict
