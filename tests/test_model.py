@@ -45,10 +45,11 @@ def test_an_image_does_not_depend_on_the_other_prompts(texts):
 
 
 def test_nothing_is_compiled_again_for_other_prompts_seeds_guidance_and_eta(texts, compilations):
+    other = jax.random.key(9)
     texts.sample(KEY, num=2, steps=11, prompt="a", guidance=2.0, eta=0.0, negative_prompt="b")
     before = compilations()
     assert before > 0
-    texts.sample(jax.random.key(9), num=2, steps=11, prompt="something else", guidance=5.0, eta=0.5, negative_prompt="not this")
+    texts.sample(other, num=2, steps=11, prompt="something else", guidance=5.0, eta=0.5, negative_prompt="not this")
     assert compilations() == before
 
 
