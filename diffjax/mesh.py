@@ -73,7 +73,7 @@ def keep_compiled() -> None:
 def keep_memory() -> None:
     """Let glibc keep what is freed for the next step, which allocates the same large arrays again.
 
-    Returned to the system, every page of them would have to be cleared and mapped anew: a fifth of a U-Net's time.
+    Returned to the system, every page of them would have to be cleared and mapped anew: a sixth of a large U-Net's time.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         for option, value in MALLOPT.values():

@@ -2,10 +2,9 @@
 
 Most of its time is compilation, so XLA leaves out most optimizations and uses its older, quicker CPU emitters. Modules
 that are about bits and devices take `optimized`; with users' emitters too, they run by
-XLA_FLAGS=--xla_cpu_use_fusion_emitters=true bash scripts/test.sh (twice the time).
+XLA_FLAGS=--xla_cpu_use_fusion_emitters=true bash scripts/test.sh.
 """
 
-import functools
 import gc
 import os
 import sys
@@ -59,16 +58,6 @@ def optimized():
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
-
-
-@pytest.fixture(scope="session")
-def train_on_one():
-    """A function: from now on, with this monkeypatch, trainings run on one device, which compiles and saves sooner."""
-    import jax
-
-    from diffjax import mesh
-
-    return lambda patch: patch.setattr(mesh, "data_mesh", functools.partial(mesh.data_mesh, jax.devices()[:1]))
 
 
 @pytest.fixture

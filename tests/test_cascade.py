@@ -175,7 +175,7 @@ def test_what_does_not_fit_is_said(wrong, said):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, train_on_one):
+def runs(tmp_path_factory):
     """The two test experiments, shrunk and trained for two steps on a folder of pictures."""
     folder = tmp_path_factory.mktemp("runs")
     draw = np.random.default_rng(0)
@@ -194,7 +194,7 @@ def runs(tmp_path_factory, train_on_one):
         if name == "test_super":
             settings.low_res.size = 8
         with pytest.MonkeyPatch.context() as patch:
-            train_on_one(patch)
+            toys.train_on_one(patch)
             loop.train(settings, folder / name)
     return folder
 

@@ -20,7 +20,7 @@ EXPERIMENT = Path(__file__).parents[1] / "experiments" / "ddpm_train.py"
 STEPS = 5
 
 
-def trained(folder, classes, train_on_one):
+def trained(folder, classes):
     """A run of two steps of the experiment made small, on noise in two folders."""
     draw = np.random.default_rng(0)
     for number in range(8):
@@ -39,16 +39,16 @@ def trained(folder, classes, train_on_one):
     settings.sample.update(steps=2, num=2)
     settings.log.tensorboard = False
     with pytest.MonkeyPatch.context() as patch:
-        train_on_one(patch)
+        toys.train_on_one(patch)
         loop.train(settings, folder / "run")
     return folder / "run"
 
 
 @pytest.fixture(scope="module", params=[0, 2])
-def converted(tmp_path_factory, train_on_one, request):
+def converted(tmp_path_factory, request):
     """The folder of a run, without and with classes, and the one it was converted to."""
     folder = tmp_path_factory.mktemp("ddpm")
-    run = trained(folder, request.param, train_on_one)
+    run = trained(folder, request.param)
     assert cli.main(["convert", str(run), str(folder / "out")]) == 0
     return run, folder / "out"
 

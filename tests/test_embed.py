@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import toys
 from PIL import Image
 
 from diffjax import config, embed, files, trained, weights
@@ -162,7 +163,7 @@ def test_minilm_of_the_pip_package():
     assert near > far
 
 
-def test_a_run_reads_states_and_its_model_any_prompt(choice, tmp_path, monkeypatch, train_on_one):
+def test_a_run_reads_states_and_its_model_any_prompt(choice, tmp_path, monkeypatch):
     """Trained on captions that were encoded before, drawn with the encoder; another encoder in its place is refused."""
     draw = np.random.default_rng(0)
     (tmp_path / "pictures").mkdir()
@@ -175,7 +176,7 @@ def test_a_run_reads_states_and_its_model_any_prompt(choice, tmp_path, monkeypat
     settings.text = choice
     settings.train.update(steps=2, save_every=2)
     settings.sample.prompts = ("pizza", "a heart")
-    train_on_one(monkeypatch)
+    toys.train_on_one(monkeypatch)
     loop.train(settings, tmp_path / "run")
     model = trained.load(tmp_path / "run")
     assert model.text.module == TINY

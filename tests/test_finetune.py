@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 import sd3_folder
+import toys
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent / "nets"))
@@ -41,8 +42,8 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch, train_on_one):
-    train_on_one(monkeypatch)
+def quick(monkeypatch):
+    toys.train_on_one(monkeypatch)
 
 
 def experiment(place, kind):
