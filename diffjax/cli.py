@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from diffjax.errors import UserError, unknown
+from diffjax.say import counted
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,7 +68,7 @@ class _Parser(argparse.ArgumentParser):
 def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     parser = _Parser(prog="diffjax", description="Diffusion models in JAX.", epilog=_EXAMPLES)
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for add in (_doctor, _prepare, _train, _sample, _evaluate, _plan, _fit_grid, _convert):
+    for add in (_doctor, _prepare, _train, _sample, _words, _evaluate, _plan, _fit_grid, _convert):
         add(subparsers)
     for command in (parser, *subparsers.choices.values()):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -78,6 +79,7 @@ _EXAMPLES = """examples:
   diffjax doctor                                   what jax finds on this machine, and what is wrong with it
   diffjax train --config experiments/emoji.py --workdir runs/emoji
   diffjax sample --run runs/emoji --prompt "a red heart" --out pictures
+  diffjax words --run runs/emoji                   what words its prompts can have
   diffjax COMMAND --help                           what a command takes, with examples
 """
 
@@ -146,7 +148,7 @@ def _prepare(subparsers) -> None:
         found = data.load(args.config.data)
         if embed.is_frozen(args.config.get("text")):
             embed.encoded(args.config.text, embed.captions(found, args.config.sample.prompts))
-        print(f"{len(found)} pictures of {found.size} pixels are ready")
+        print(f"ready: {counted(len(found), 'picture')} of {found.size} pixels")
 
     parser.set_defaults(run=run)
 
@@ -271,6 +273,24 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--eta", type=float, help="fresh noise in each step, from 0 to 1")
     parser.add_argument("--batch", type=int, help="pictures at once on each device; another number rounds otherwise")
+
+
+def _words(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "words",
+        help="list the words that a run can read, with how often its captions have them",
+        description="List the words of the captions that a run was trained on, the most frequent first. A run that reads\n"
+        "its prompts with such words (`text.name` words) knows no others.",
+        epilog="examples:\n  diffjax words --run runs/emoji\n  diffjax words --run runs/emoji | grep heart\n",
+    )
+    parser.add_argument("--run", dest="workdir", required=True, metavar="DIR", help="the --workdir of a training")
+
+    def run(args) -> None:
+        from diffjax import reading, trained
+
+        print(reading.listing(trained.words(args.workdir)))
+
+    parser.set_defaults(run=run)
 
 
 def _evaluate(subparsers) -> None:

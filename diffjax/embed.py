@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Float16, Int, PyTree
 from diffjax import files, struct, tokenize
 from diffjax.data.prepare import track
 from diffjax.errors import UserError
+from diffjax.say import counted
 from diffjax.weights import hub
 from diffjax.weights.config import read_json
 
@@ -199,7 +200,7 @@ def encoded(choice: Mapping[str, Any], texts: Iterable[str]) -> Table:
     table = Table(where, choice["tokens"], width(choice))
     if absent := table.missing(texts):
         table.add(absent, load(choice).states)
-        print(f"{len(absent)} captions encoded, {table.bytes_each():.0f} bytes each: {where}")
+        print(f"{counted(len(absent), 'caption')} encoded, {table.bytes_each():.0f} bytes each: {where}")
     return table
 
 

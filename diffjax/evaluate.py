@@ -25,6 +25,7 @@ from diffjax.draw import Drawing, Picture, shown
 from diffjax.errors import UserError
 from diffjax.loading import load
 from diffjax.model import Model, Recipe
+from diffjax.say import counted
 
 Pictures = UInt8[np.ndarray, "n h w c"]
 Sheet = UInt8[np.ndarray, "h w 3"]
@@ -135,7 +136,7 @@ def draw(drawing: Drawing, prompts: Sequence[str]) -> tuple[Pictures, float | No
     """One picture of each prompt, number i of prompt i; seconds an image once compiled, None where one batch is all."""
     groups = drawing.groups(drawing.parts([Picture(i, prompt) for i, prompt in enumerate(prompts)]))
     found, times = [], []
-    for stage in shown(drawing.stages(groups), groups, drawing.steps, f"{len(prompts)} prompts"):
+    for stage in shown(drawing.stages(groups), groups, drawing.steps, counted(len(prompts), "prompt")):
         if stage.finished:
             found.append(drawing.images(stage))
             times.append(time.perf_counter())
@@ -189,16 +190,16 @@ def report(result: dict[str, Any], run: Path) -> None:
     table = Table("measure", "value", "without learning")
     if "top1" in result:
         floors, among = result["floors"], result["training_pictures"]
-        what = "training prompts"
+        what = "training prompt"
         table.add_row(f"retrieval top-1 among {among}", f"{result['top1']:.1%}", f"{1 / among:.1%} (chance)")
         table.add_row("PSNR", f"{result['psnr']:.1f} dB", f"{floors['mean_picture_psnr']:.1f} dB (the mean picture)")
         table.add_row("", "", f"{floors['nearest_other_psnr']:.1f} dB (the nearest other picture)")
     else:
-        what = "held-out pictures" if result["held_out"] else "training pictures"
+        what = "held-out picture" if result["held_out"] else "training picture"
         table.add_row("PSNR", f"{result['psnr']:.1f} dB", f"{result['bicubic_psnr']:.1f} dB (bicubic interpolation)")
     if result["seconds_per_image"] is not None:
         table.add_row("time", f"{1000 * result['seconds_per_image']:.0f} ms an image", "")
-    table.title = f"{run}, step {result['step']}, {result['num']} {what}"
+    table.title = f"{run}, step {result['step']}, {counted(result['num'], what)}"
     Console().print(table)
     print(f"evaluation.json and evaluation.png (a row or column ends with the truth) are in {run}")
 

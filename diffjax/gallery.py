@@ -162,6 +162,7 @@ class Gallery:
 
     def _metadata(self, picture: Picture) -> dict[str, str]:
         told = {"prompt": picture.prompt, "label": picture.label, "number": picture.number}
+        told |= {"read": self.recipe.get("read", {}).get(picture.prompt)}
         told |= {"model": Path(self.recipe["model"]).name} | {name: self.recipe[name] for name in IN_METADATA}
         return {name: str(value) for name, value in told.items() if value not in (None, "")}
 

@@ -29,6 +29,7 @@ from diffjax.guide import Guidance
 from diffjax.interrupt import stop_on_signal
 from diffjax.loading import load
 from diffjax.model import Encoded, Guide, Model
+from diffjax.say import counted
 from diffjax.sd3 import SkipLayers
 from diffjax.train.checkpoint import checksum
 from diffjax.train.record import differences
@@ -82,6 +83,8 @@ class Request:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"--{name} is {value}: it must be at least {least}")
+        if any(not prompt.strip() for prompt in self.prompts):
+            raise UserError("a prompt is empty: say what to draw, or leave --prompt out to draw without a text")
         if self.image is None and (self.mask is not None or self.strength not in (None, 1.0)):
             raise UserError("--mask and --strength say what may change of a picture: give the picture with --image")
 
@@ -185,7 +188,7 @@ def generate(
         Job(drawing, gallery, preview, save_seconds).run(parts)
         sync_global_devices("drawn")
     else:
-        print(f"all {len(gallery.names)} images are in {out} already; --overwrite draws them again")
+        print(f"{out} has {counted(len(gallery.names), 'image')} already: nothing to draw; --overwrite draws again")
     if jax.process_index() == 0:
         gallery.finish()
     return gallery
@@ -204,7 +207,7 @@ def replay(manifest: str | Path, out: str | Path, *, preview: int | None = None,
     differ = [e["file"] for e in listed["images"] if sha256(gallery.folder / e["file"]) != e.get("sha256")]
     total = len(listed["images"])
     but = f"; not {', '.join(differ[:5])}" if differ else ""
-    print(f"{total - len(differ)} of {total} images are the same, byte for byte{but}")
+    print(f"{total - len(differ)} of {counted(total, 'image')}: the same, byte for byte{but}")
     return not differ
 
 
@@ -307,7 +310,16 @@ def recipe_of(request: Request, model: Model) -> dict[str, Any]:
     recipe = dataclasses.asdict(request) | {"checksum": None, "files": named}
     if Path(model.name).exists():
         recipe["checksum"] = int(checksum(model.replace(text=None) if isinstance(model.text, Encoded) else model))
-    return json.loads(json.dumps(recipe))
+    return json.loads(json.dumps(recipe | read(request, model)))
+
+
+def read(request: Request, model: Model) -> dict[str, Any]:
+    """The prompts that the text encoder of a run reads in other words (see `reading`), as `read`; nothing without any."""
+    if not isinstance(model.text, Prompts):
+        return {}
+    texts = {prompt: model.text.read(prompt).text for prompt in request.texts}
+    changed = {prompt: text for prompt, text in texts.items() if text != prompt}
+    return {"read": changed} if changed else {}
 
 
 def drawn_in(path: Path) -> str:
@@ -338,7 +350,7 @@ class Job:
         total = sum(len(part.pictures) for part in parts)
         stages = self.drawing.stages(groups, self.preview or 0)
         with stop_on_signal() as stop, contextlib.closing(self.background):
-            for stage in shown(stages, groups, self.drawing.steps, f"{total} images"):
+            for stage in shown(stages, groups, self.drawing.steps, counted(total, "image")):
                 self.take(stage)
                 if stop.is_set() and not stage.finished:
                     self.background.write(self.keep, stage)
@@ -346,7 +358,7 @@ class Job:
                     break
         if stop.is_set():
             raise KeyboardInterrupt
-        print(f"{total} images in {time.perf_counter() - begin:.1f} s: {self.gallery.folder}")
+        print(f"{counted(total, 'image')} in {time.perf_counter() - begin:.1f} s: {self.gallery.folder}")
 
     def take(self, stage: Stage) -> None:
         """Hand over what is due of a stage to the thread that writes."""

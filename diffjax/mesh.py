@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from diffjax.errors import UserError
 from diffjax.files import home
+from diffjax.say import counted
 
 Split = Callable[[tuple[int, ...], Mesh], PartitionSpec]
 Rule = tuple[str, PartitionSpec | Split]
@@ -84,8 +85,8 @@ def describe() -> str:
     """The devices in words, such as `2 x NVIDIA H100 80GB HBM3` or `CPU (2 cores)`."""
     devices = jax.devices()
     if devices[0].platform == "cpu":
-        virtual = f", as {len(devices)} devices" if len(devices) > 1 else ""
-        return f"CPU ({os.cpu_count()} cores{virtual})"
+        virtual = f", as {counted(len(devices), 'device')}" if len(devices) > 1 else ""
+        return f"CPU ({counted(os.cpu_count() or 1, 'core')}{virtual})"
     return f"{len(devices)} x {devices[0].device_kind}"
 
 

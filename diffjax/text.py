@@ -9,8 +9,8 @@ import math
 import string
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from diffjax.nets.layers import RMSNorm, SelfAttention, SwiGLU, rotary, stacked
+from diffjax.reading import Reading, Words
 
 if TYPE_CHECKING:
     import tokenizers
@@ -32,6 +33,10 @@ LETTER, BYTE = -20.0, -1000.0
 """Log-probabilities, so that a word is read as itself before it is spelled, and spelled before its bytes are taken."""
 
 
+CAPTIONS = 8192
+"""The most different captions that a tokenizer keeps, so that prompts are read as they say."""
+
+
 class TextEncoder(Protocol):
     """Prompts to `context` (b, l, d) and `mask` (b, l), or `pooled` (b, p), or all three; "" has no token."""
 
@@ -42,24 +47,31 @@ class TextEncoder(Protocol):
 class CaptionTokenizer:
     """Texts to rows of `length` token ids: words of the captions, else letters, else bytes, so that nothing is unknown.
 
-    Case and spacing are not kept. Padding is token 0, and its mask False.
+    Case and spacing are not kept. Padding is token 0, and its mask False. `captions` are those it was trained on, with their
+    number (none where they are more than `CAPTIONS`), and `total` the number of words in them (0: not known).
     """
 
     rules: "tokenizers.Tokenizer"
     length: int
+    captions: Mapping[str, int] = field(default_factory=dict, compare=False)
+    total: int = 0
 
     @classmethod
     def train(cls, captions: Iterable[str], length: int, words: int = 8192) -> "CaptionTokenizer":
         """The most frequent words of the captions, and all their letters; the same captions give the same ids."""
         rules = _rules([])
         counts: Counter[str] = Counter()
+        different: Counter[str] = Counter()
         for caption in captions:
-            split = rules.pre_tokenizer.pre_tokenize_str(rules.normalizer.normalize_str(caption))
-            counts.update(word for word, _ in split)
+            counts.update(_pieces(rules, caption))
+            if len(different) <= CAPTIONS:
+                different[caption] += 1
         letters = sorted(set(string.printable.lower()).union(*counts))
         frequent = sorted(counts, key=lambda word: (-counts[word], word))[:words]
         known = [(letter, LETTER) for letter in letters]
-        return cls(_rules(known + [(word, math.log(counts[word] / counts.total())) for word in frequent]), length)
+        kept = dict(sorted(different.items())) if len(different) <= CAPTIONS else {}
+        rules = _rules(known + [(word, math.log(counts[word] / counts.total())) for word in frequent])
+        return cls(rules, length, kept, counts.total())
 
     @classmethod
     def from_json(cls, text: str) -> "CaptionTokenizer":
@@ -67,11 +79,28 @@ class CaptionTokenizer:
         import tokenizers
 
         stored = json.loads(text)
-        return cls(tokenizers.Tokenizer.from_str(json.dumps(stored["tokenizer"])), stored["length"])
+        rules = tokenizers.Tokenizer.from_str(json.dumps(stored["tokenizer"]))
+        return cls(rules, stored["length"], stored.get("captions", {}), stored.get("total", 0))
 
     def to_json(self) -> str:
         """The whole tokenizer as one string."""
-        return json.dumps({"length": self.length, "tokenizer": json.loads(self.rules.to_str())}, ensure_ascii=False)
+        kept = {"length": self.length, "captions": dict(self.captions), "total": self.total}
+        return json.dumps(kept | {"tokenizer": json.loads(self.rules.to_str())}, ensure_ascii=False)
+
+    @functools.cached_property
+    def words(self) -> Words:
+        """The words of the captions. Without their `total`, the rarest is taken to occur once."""
+        vocabulary = json.loads(self.rules.to_str())["model"]["vocab"]
+        scores = {piece[1:]: score for piece, score in vocabulary if piece.startswith(" ") and score > LETTER}
+        shares = {word: math.exp(score) for word, score in scores.items()}
+        total = self.total or 1 / min(shares.values(), default=1)
+        counts = {word: round(share * total) for word, share in shares.items()}
+        complete = math.isclose(sum(shares.values()), 1, rel_tol=1e-6)
+        return Words(counts, self.captions, complete, functools.partial(_split, self.rules))
+
+    def read(self, prompt: str) -> Reading:
+        """What a prompt is read as, which is not how training reads captions. Raises `UserError` as `Words.read` does."""
+        return self.words.read(prompt)
 
     @property
     def size(self) -> int:
@@ -81,18 +110,26 @@ class CaptionTokenizer:
     def __call__(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
         """`tokens` (b, length) int32 and `mask` (b, length), True where a token is real.
 
-        Warns when texts are longer, showing what is cut off the first of them.
+        Warns when a text is longer, showing what is cut off the first such text.
         """
         rows = [encoding.ids for encoding in self.rules.encode_batch(list(texts))]
-        long = [i for i, row in enumerate(rows) if len(row) > self.length]
-        if long:
-            lost = self.rules.decode(rows[long[0]][self.length :]).strip()
-            told = f"{len(long)} of {len(texts)} texts have more than {self.length} tokens"
-            warnings.warn(f"{told}: {texts[long[0]]!r} loses {lost!r}", stacklevel=2)
+        if long := [i for i, row in enumerate(rows) if len(row) > self.length]:
+            row, text = rows[long[0]], texts[long[0]]
+            lost = self.rules.decode(row[self.length :]).strip()
+            warnings.warn(f"{text!r} has {len(row)} tokens of which {self.length} are read: it loses {lost!r}", stacklevel=2)
         tokens = np.zeros((len(rows), self.length), np.int32)
         for i, row in enumerate(rows):
             tokens[i, : len(row)] = row[: self.length]
         return {"tokens": tokens, "mask": np.arange(self.length) < np.array([len(row) for row in rows])[:, None]}
+
+
+def _pieces(rules: "tokenizers.Tokenizer", text: str) -> list[str]:
+    """The words and signs of a text as they are looked up, each after a space."""
+    return [piece for piece, _ in rules.pre_tokenizer.pre_tokenize_str(rules.normalizer.normalize_str(text))]
+
+
+def _split(rules: "tokenizers.Tokenizer", text: str) -> list[str]:
+    return [piece.removeprefix(" ") for piece in _pieces(rules, text)]
 
 
 def _rules(known: list[tuple[str, float]]) -> "tokenizers.Tokenizer":

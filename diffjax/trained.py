@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import math
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from diffjax.errors import UserError
 from diffjax.model import Defaults, Model
 from diffjax.predict import Prediction
 from diffjax.process import Discrete, Process
+from diffjax.reading import Reading, Reworded, Words
 from diffjax.refine import Clip, Refine, Threshold
 from diffjax.text import CaptionTokenizer
 from diffjax.train.checkpoint import load_run
@@ -149,6 +151,11 @@ class Plan:
         told = {"classes": self.classes, "name": self.config.name, "low_res": self.low_res.size if self.low_res else 0}
         return Model(denoiser, self.shape, self.defaults(), text=text, **told)
 
+    def prompts(self) -> list[str]:
+        """The config's prompts that can be read; without any, captions of pictures that were seen."""
+        given = list(self.config.sample.prompts)
+        return [prompt for prompt in given if not self.text or _refused(self.tokenize, prompt) is None] or self.seen.caption
+
     def preview(self, params: PyTree) -> Preview:
         """Pictures of the config's prompts, of the first classes, or of nothing; the same noise every time.
 
@@ -159,12 +166,21 @@ class Plan:
         config = self.config.sample
         told: dict[str, Any] = {}
         if self.config.text:
-            told["prompt"] = list(config.prompts)
+            told["prompt"] = self.prompts()
         elif self.classes:
             told["label"] = [i % len(self.classes) for i in range(config.num)]
-        num = len(config.prompts) if self.config.text else config.num
+        num = len(told["prompt"]) if self.config.text else config.num
         images = self.model(params).sample(jax.random.key(self.config.seed), num=num, **told)
         return Preview(np.asarray(images), math.isqrt(num - 1) + 1, [])
+
+
+def _refused(tokenize: CaptionTokenizer, prompt: str) -> UserError | None:
+    """Why a prompt cannot be read."""
+    try:
+        tokenize.read(prompt)
+    except UserError as error:
+        return error
+    return None
 
 
 def _bound(config: ConfigDict) -> Refine | None:
@@ -189,14 +205,24 @@ def panel(model: Model, seen: Seen, key: Key[Array, ""]) -> Preview:
 
 @struct.dataclass
 class Prompts:
-    """`prompts(["a cat", ...]) -> cond` of a text encoder that was trained with its network."""
+    """`prompts(["a cat", ...]) -> cond` of a text encoder that was trained with its network.
+
+    Prompts are read as `reading` says, which warns of those that are read in other words.
+    """
 
     params: PyTree
     text: nn.Module = struct.field(pytree_node=False)
     tokenize: Tokenize = struct.field(pytree_node=False)
 
+    def read(self, prompt: str) -> Reading:
+        """What a prompt is read as. Raises `UserError` when the captions have no word of it."""
+        return self.tokenize.read(prompt)
+
     def __call__(self, prompts: list[str]) -> dict[str, Array]:
-        told = self.tokenize(prompts)
+        readings = [self.read(prompt) for prompt in prompts]
+        for said in dict.fromkeys(reading.said for reading in readings if reading.said):
+            warnings.warn(said, Reworded, stacklevel=2)
+        told = self.tokenize([reading.text for reading in readings])
         return _encode(self.text, self.params, told["tokens"], told["mask"])
 
 
@@ -222,9 +248,18 @@ def plan(config: ConfigDict, workdir: Path, data: Any) -> Plan:
         files.write_json(workdir / ENCODER, {"name": config.text.name, "digest": digest})
         return _plan(config, workdir, embed.encoded(config.text, embed.captions(data, config.sample.prompts)))
     if config.text and not (workdir / TOKENIZER).exists():
-        captions = itertools.chain.from_iterable(data.captions())
-        files.write_atomic(workdir / TOKENIZER, CaptionTokenizer.train(captions, config.text.tokens).to_json().encode())
-    return _plan(config, workdir)
+        files.write_atomic(workdir / TOKENIZER, tokenizer(config, data).to_json().encode())
+    found = _plan(config, workdir)
+    for error in filter(None, (_refused(found.tokenize, prompt) for prompt in config.sample.prompts if config.text)):
+        warnings.warn(f"left out of the previews: {error}", stacklevel=2)
+    return found
+
+
+def tokenizer(config: ConfigDict, data: Any) -> CaptionTokenizer:
+    """The tokenizer of a data set's captions, in all templates."""
+    captions = itertools.chain.from_iterable(data.captions())
+    filled = (template.replace("{}", text) for text in captions for template in data.config.templates)
+    return CaptionTokenizer.train(filled, config.text.tokens)
 
 
 def _keep_seen(path: Path, data: Any) -> None:
@@ -254,6 +289,15 @@ def _frozen(choice: ConfigDict, workdir: Path) -> embed.Frozen:
     if embed.digest(folder) != known["digest"]:
         raise UserError(f"{folder} is not the {choice.name} that {workdir} was trained with: put that one back")
     return embed.load(choice)
+
+
+def words(workdir: str | Path) -> Words:
+    """The words that a run's prompts can have. Raises `UserError` for a run that learned none."""
+    plan = recalled(Path(workdir))
+    if plan.text is None:
+        reads = "any words" if plan.config.text else f"classes: {', '.join(plan.classes)}" if plan.classes else "no text"
+        raise UserError(f"{workdir} learned no words from captions: it reads {reads}")
+    return plan.tokenize.words
 
 
 def recalled(workdir: Path) -> Plan:

@@ -206,7 +206,7 @@ def test_the_test_experiments_train_and_draw_together(runs, capsys):
     stages = [image.read_png(path / "000_picture-3_0001.png")[0] for path in (out / "stage_1", out)]
     assert [picture.shape for picture in stages] == [(8, 8, 3), (16, 16, 3)]
     before = (out / "000_picture-3_0001.png").stat().st_mtime_ns
-    assert cli.main([*words, "--out", str(out)]) == 0 and "images are in" in capsys.readouterr().out
+    assert cli.main([*words, "--out", str(out)]) == 0 and "already: nothing to draw" in capsys.readouterr().out
     assert (out / "000_picture-3_0001.png").stat().st_mtime_ns == before
 
 

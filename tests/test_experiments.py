@@ -8,7 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from diffjax import build, config, mesh, trained
+from diffjax import build, cli, config, mesh, trained
+from diffjax.train import record
 from diffjax.train.parallel import by_jit, by_pmap
 from diffjax.train.state import create
 from diffjax.train.step import make_step
@@ -136,3 +137,34 @@ def test_one_device_and_eight_train_alike(tmp_path):
         difference = optax.tree.norm(jax.tree.map(np.subtract, others, params)) / optax.tree.norm(params)
         assert difference < 1e-6
         np.testing.assert_allclose(again, losses, rtol=1e-6)
+
+
+def test_previews_leave_out_what_no_caption_says(tmp_path):
+    settings = experiment("emoji", "dit", small=True)
+    settings.sample.prompts = ("zebra", "a pizza")
+    with pytest.warns(UserWarning, match='left out of the previews: no caption has a word of "zebra"'):
+        plan = planned(settings, tmp_path)
+    assert plan.prompts() == ["a pizza"]
+    settings.sample.prompts = ("zebra",)
+    assert plan.prompts() == ["red heart", "pizza"]
+
+
+def test_words_of_a_run_are_listed(tmp_path, capsys):
+    settings = experiment("emoji", "dit", small=True)
+    settings.sample.prompts = ("pizza",)
+    with record.claim(tmp_path / "run", settings):
+        planned(settings, tmp_path / "run")
+    assert cli.main(["words", "--run", str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "      1  heart", "      1  love", "      1  pizza", "      1  red", "4 words of 3 captions"
+    ]  # fmt: skip
+    with record.claim(tmp_path / "classes", classes := experiment("cifar10", "unet", small=True)):
+        planned(classes, tmp_path / "classes")
+    assert cli.main(["words", "--run", str(tmp_path / "classes")]) == 2
+    assert "learned no words from captions: it reads classes: class 0, class 1" in capsys.readouterr().err
+
+
+def test_words_of_templates_are_known(monkeypatch):
+    monkeypatch.setattr(Data, "config", config.ConfigDict({"templates": ("{}", "an icon of {}")}))
+    words = trained.tokenizer(experiment("emoji", "dit"), Data(16, 0)).words
+    assert (words.counts["icon"], words.counts["pizza"]) == (3, 2) and words.read("icon of a pizza").text == "an icon of pizza"

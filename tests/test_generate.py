@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import toys
 
-from diffjax import build, cli, draw, generate, image, mesh
+from diffjax import build, cli, draw, generate, image, mesh, trained
 from diffjax.errors import UserError
 from diffjax.gallery import Background, Gallery, file_name, read_manifest, sheet_columns
 from diffjax.generate import Request
+from diffjax.reading import Reworded
+from diffjax.text import CaptionTokenizer, TextTransformer
 
 pytestmark = pytest.mark.usefixtures("optimized")
 
@@ -70,7 +72,7 @@ def test_a_manifest_replays_to_the_same_bytes(models, tmp_path, capsys):
     generate.generate(request, tmp_path / "first")
     assert generate.replay(tmp_path / "first" / "manifest.json", tmp_path / "second")
     assert pictures(tmp_path / "first") == pictures(tmp_path / "second")
-    assert "4 of 4 images are the same" in capsys.readouterr().out
+    assert "4 of 4 images: the same" in capsys.readouterr().out
 
 
 def test_a_replay_with_another_model_is_refused(models, tmp_path):
@@ -87,7 +89,7 @@ def test_a_replay_tells_which_pictures_differ(models, tmp_path, capsys):
     manifest["images"][0]["sha256"] = "0"
     (tmp_path / "changed.json").write_text(json.dumps(manifest))
     assert not generate.replay(tmp_path / "changed.json", tmp_path / "second")
-    assert "0 of 1 images are the same, byte for byte; not 0000.png" in capsys.readouterr().out
+    assert "0 of 1 image: the same, byte for byte; not 0000.png" in capsys.readouterr().out
 
 
 def test_the_same_command_draws_what_is_missing_and_more(models, tmp_path, capsys):
@@ -98,7 +100,7 @@ def test_the_same_command_draws_what_is_missing_and_more(models, tmp_path, capsy
     generate.generate(Request("plain", num=6), tmp_path)
     assert pictures(tmp_path) == before and (tmp_path / "0003.png").stat().st_mtime_ns == kept
     generate.generate(Request("plain", num=6), tmp_path)
-    assert "all 6 images are in" in capsys.readouterr().out
+    assert "has 6 images already: nothing to draw" in capsys.readouterr().out
     generate.generate(Request("plain", num=9), tmp_path)
     more = pictures(tmp_path)
     assert len(more) == 10 and all(more[f"{i:04d}.png"] == before[f"{i:04d}.png"] for i in range(6))
@@ -437,3 +439,40 @@ def test_kill_9_then_the_same_command(models, tmp_path, monkeypatch):
     for name in ("killed", "whole"):
         generate.generate(Request("toy", num=3, steps=40, sampler="dpmpp_2m_sde"), tmp_path / name)
     assert pictures(tmp_path / "killed") == pictures(tmp_path / "whole")
+
+
+@pytest.fixture
+def reader(models):
+    """A model that knows the words of three captions, as `models["texts"]`."""
+    tokenizer = CaptionTokenizer.train(["red heart", "pizza", "rocket"], 4)
+    text = TextTransformer(tokenizer.size, width=8, heads=2, hidden=8)
+    params = text.init(jax.random.key(0), **tokenizer(["pizza"]))["params"]
+    models["texts"] = models["texts"].replace(text=trained.Prompts(params, text, tokenizer))
+    return models["texts"]
+
+
+def test_prompts_are_read_as_the_captions_say_and_the_manifest_holds_it(reader, tmp_path, capsys):
+    with pytest.warns(Reworded, match='"hearts, red" is read as "red heart"') as said:
+        generate.generate(Request("texts", prompts=("a pizza!", "hearts, red", "rocket")), tmp_path / "free")
+    assert [str(warning.message) for warning in said] == ['"a pizza!" is read as "pizza"', '"hearts, red" is read as "red heart"']
+    generate.generate(Request("texts", prompts=("pizza", "red heart", "rocket")), tmp_path / "plain")
+    free, plain = (read_manifest(tmp_path / name / "manifest.json") for name in ("free", "plain"))
+    assert free["recipe"]["read"] == {"a pizza!": "pizza", "hearts, red": "red heart"} and "read" not in plain["recipe"]
+    for entry, other in zip(free["images"], plain["images"]):
+        pixels, told = image.read_png(tmp_path / "free" / entry["file"])
+        assert (pixels == image.read_png(tmp_path / "plain" / other["file"])[0]).all()
+        assert told["prompt"] == entry["prompt"] and told.get("read") == free["recipe"]["read"].get(entry["prompt"])
+    with pytest.warns(Reworded):
+        assert generate.replay(tmp_path / "free" / "manifest.json", tmp_path / "again")
+        found = reader.sample(jax.random.key(0), num=2, prompt="a pizza!")
+    assert (found == reader.sample(jax.random.key(0), num=2, prompt="pizza")).all()
+
+
+@pytest.mark.parametrize(("prompts", "said"), [(("pizza", "a zebra"), "no caption has a word of"), (("  ",), "a prompt is empty")])
+def test_a_prompt_that_says_nothing_is_not_drawn(reader, tmp_path, prompts, said):
+    with pytest.raises(UserError, match=said):
+        generate.generate(Request("texts", prompts=prompts), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    generate.generate(Request("texts"), tmp_path / "out")
+    with pytest.raises(UserError, match="no caption has a word"):
+        reader.sample(jax.random.key(0), prompt="zebra")

@@ -214,7 +214,7 @@ def test_the_command(site, tmp_path, capsys):
         f"    return ConfigDict({{'data': {settings(table)!r}, 'text': None}})\n"
     )
     assert cli.main(["prepare", "--config", str(tmp_path / "config.py")]) == 0
-    assert capsys.readouterr().out == "3 of 3 pictures are fetched\n3 pictures of 16 pixels are ready\n"
+    assert capsys.readouterr().out == "3 of 3 pictures are fetched\nready: 3 pictures of 16 pixels\n"
     (tmp_path / "config.py").write_text("import ml_collections\nget_config = ml_collections.ConfigDict\n")
     assert cli.main(["prepare", "--config", str(tmp_path / "config.py")]) == 2
     assert "there is nothing to prepare" in capsys.readouterr().err
