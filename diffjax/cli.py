@@ -10,22 +10,24 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from diffjax import interrupt
 from diffjax.errors import UserError, unknown
 from diffjax.say import counted
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status: 0, 1 (the answer is no, or a bug), 2 (the user's to mend), 130 (Ctrl-C).
+    """Run one command; the exit status: 0, 1 (the answer is no, or a bug), 2 (the user's to mend), 130 (Ctrl-C), 143 (SIGTERM).
 
     Errors are one line on stderr; with `--debug` the traceback comes before it.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     warnings.formatwarning = _one_line
     try:
-        args = parse(argv)
-        status = args.run(args) or 0
-        sys.stdout.flush()
-        return status
+        with interrupt.command():
+            args = parse(argv)
+            status = args.run(args) or 0
+            sys.stdout.flush()
+            return status
     except (Exception, KeyboardInterrupt) as error:
         if "--debug" in argv:
             traceback.print_exc()
@@ -433,6 +435,8 @@ def _report(error: BaseException) -> int:
 def _explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, UserError):
         return 2, str(error)
+    if isinstance(error, interrupt.Terminated):
+        return 143, "terminated; the same command goes on from what is saved"
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted; the same command goes on from what is saved"
     if isinstance(error, BrokenPipeError):

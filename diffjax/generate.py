@@ -352,12 +352,10 @@ class Job:
         with stop_on_signal() as stop, contextlib.closing(self.background):
             for stage in shown(stages, groups, self.drawing.steps, counted(total, "image")):
                 self.take(stage)
-                if stop.is_set() and not stage.finished:
-                    self.background.write(self.keep, stage)
                 if stop.is_set():
+                    if not stage.finished:
+                        self.background.write(self.keep, stage)
                     break
-        if stop.is_set():
-            raise KeyboardInterrupt
         print(f"{counted(total, 'image')} in {time.perf_counter() - begin:.1f} s: {self.gallery.folder}")
 
     def take(self, stage: Stage) -> None:

@@ -7,6 +7,7 @@ XLA_FLAGS=--xla_cpu_use_fusion_emitters=true bash scripts/test.sh.
 
 import gc
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -48,6 +49,17 @@ def private_home(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DIFFJAX_HOME", str(tmp_path_factory.mktemp("home")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def in_the_foreground():
+    """Ctrl-C means something, in tests and their processes, though a shell ignores it for a suite in the background."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @pytest.fixture(scope="module")

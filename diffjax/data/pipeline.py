@@ -6,9 +6,11 @@ pass over the data; its crop, flip and caption are drawn from (seed, p). Batch k
 processes, threads and workers, and the state of the stream is k.
 """
 
+import contextlib
 import functools
 import json
 import logging
+import multiprocessing
 import os
 import queue
 import signal
@@ -32,6 +34,7 @@ Tokenize = Callable[[list[str]], dict[str, np.ndarray]]
 CACHE_BYTES = 512 * 2**20
 MOST_UNREADABLE_IN_A_ROW = 100
 MIDDLE = (0.5, 0.5)
+WAIT_SECONDS, CLOSE_SECONDS = 0.1, 10.0
 
 
 class Example(NamedTuple):
@@ -166,8 +169,26 @@ class _BatchSource:
         return example, choose_caption(example.captions, self._config, rng) if self._tokenize else ""
 
 
-def _leave_interrupts_to_the_parent(worker: int, workers: int) -> None:
+def _follow_the_parent(worker: int, workers: int) -> None:
+    """In a worker: leave Ctrl-C to the parent, and end when it does, however it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Processes that are started here never hear of Ctrl-C, not even before `_follow_the_parent`."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Batches:
@@ -187,8 +208,11 @@ class Batches:
 
     def __next__(self) -> Batch:
         if self._iterator is None:
-            self._iterator = self._start()
-        batch = next(self._iterator)
+            with _without_interrupts():
+                self._iterator = self._start()
+                batch = next(self._iterator)
+        else:
+            batch = next(self._iterator)
         self._number += 1
         if self._workers:  # out of the shared memory that the worker would otherwise have to keep
             batch = {name: np.array(values) for name, values in batch.items()}
@@ -204,7 +228,7 @@ class Batches:
         batches = grain.MapDataset.source(self._source)[self._number :].to_iter_dataset(ahead)
         if self._workers:
             options = grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=2)
-            batches = batches.mp_prefetch(options, worker_init_fn=_leave_interrupts_to_the_parent)
+            batches = batches.mp_prefetch(options, worker_init_fn=_follow_the_parent)
         return iter(batches)
 
     def get_state(self) -> bytes:
@@ -254,50 +278,76 @@ def batches(
 class Prefetch:
     """Batches made and placed on the devices by a thread, `depth` ahead; the state is that of the batch not yet taken.
 
-    `place` takes a batch to the devices. What the thread raises, `next` raises; the next `next` tries that batch again.
+    `place` takes a batch to the devices. What the thread raises, `next` and `peek` raise; the next `next` tries that batch again.
     """
 
     def __init__(self, batches: Batches, place: Callable[[Batch], Any], depth: int = 2):
         self._batches, self._place, self._depth = batches, place, depth
         self._state = batches.get_state()
+        self._head: tuple[Any, bytes, BaseException | None] | None = None
         self._thread: threading.Thread | None = None
 
     def __iter__(self) -> Iterator[Any]:
         return self
 
     def __next__(self) -> Any:
+        placed = self.peek()
+        self._state, self._head = self._head[1], None
+        return placed
+
+    def peek(self) -> Any:
+        """The next batch, which `next` will give too."""
+        self.wait()
+        placed, _, error = self._head
+        if error is not None:
+            self.set_state(self._state)
+            raise error
+        return placed
+
+    def wait(self, leave: Callable[[], bool] = lambda: False) -> bool:
+        """Whether the next batch is ready: wait for it, unless `leave()` says not to, now or while waiting."""
         if self._thread is None:
             self._queue: queue.Queue = queue.Queue(self._depth)
             self._stop = threading.Event()
             self._thread = threading.Thread(target=self._fill, args=(self._queue, self._stop), daemon=True)
             self._thread.start()
-        placed, state, error = self._queue.get()
-        if error is not None:
-            self.set_state(self._state)
-            raise error
-        self._state = state
-        return placed
+        while not leave():
+            if self._head is None:
+                try:
+                    self._head = self._queue.get(timeout=WAIT_SECONDS)
+                except queue.Empty:
+                    continue
+            return True
+        return False
 
     def _fill(self, ready: queue.Queue, stop: threading.Event) -> None:
+        with _without_interrupts():
+            self._fill_until(ready, stop.is_set)
+
+    def _fill_until(self, ready: queue.Queue, stopped: Callable[[], bool]) -> None:
         item: tuple = ()
-        while not stop.is_set() and not (item and item[2]):
+        while not stopped() and not (item and item[2]):
             try:
                 placed = self._place(next(self._batches))
                 item = (placed, self._batches.get_state(), None)
             except BaseException as error:  # noqa: BLE001  raised again by the thread that asks for the batch
                 item = (None, None, error)
-            while not stop.is_set():
+            while not stopped():
                 try:
-                    ready.put(item, timeout=0.1)
+                    ready.put(item, timeout=WAIT_SECONDS)
                     break
                 except queue.Full:
                     pass
 
-    def _join(self) -> None:
+    def _join(self, seconds: float | None = None) -> bool:
+        """Whether the thread has stopped, within so many seconds."""
         if self._thread is not None:
             self._stop.set()
-            self._thread.join()
-            self._thread = None
+            self._thread.join(seconds)
+            if self._thread.is_alive():
+                return False
+            self._thread, self._head = None, None
+        return True
 
     def get_state(self) -> bytes:
         """As `Batches.get_state`, for the next batch that `next` will give."""
@@ -310,6 +360,10 @@ class Prefetch:
         self._state = state
 
     def close(self) -> None:
-        """Stop the thread, then the batches; batches made ahead are made again when asked for."""
-        self.set_state(self._state)
-        self._batches.close()
+        """Stop the thread, then the batches; batches made ahead are made again when asked for.
+
+        A thread that hangs, in a file system that does not answer for example, is left behind.
+        """
+        if self._join(CLOSE_SECONDS):
+            self.set_state(self._state)
+            self._batches.close()

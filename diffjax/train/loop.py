@@ -2,7 +2,8 @@
 
 import contextlib
 import functools
-import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import diffjax.data
 from diffjax import build, files, finetune, mesh, trained
 from diffjax.data.pipeline import Prefetch
 from diffjax.errors import UserError
-from diffjax.interrupt import stop_on_signal
+from diffjax.interrupt import Stop, stop_on_signal
 from diffjax.train import record, sanity
 from diffjax.train.checkpoint import Checkpoints
 from diffjax.train.metrics import Log, Pending
@@ -29,8 +30,9 @@ WAYS = {"jit": by_jit, "pmap": by_pmap}
 def train(config: ConfigDict, workdir: str | Path) -> None:
     """Train `config` in `workdir` up to `config.train.steps`, from the last checkpoint there if there is one.
 
-    Stopped at any moment, even by `kill -9`, the same call goes on with the same numbers, bit for bit. Ctrl-C saves and then
-    raises `KeyboardInterrupt`. With more steps than before a finished run goes on; its learning rates follow the new length.
+    Stopped at any moment, even by `kill -9`, the same call goes on with the same numbers, bit for bit. Ctrl-C and SIGTERM
+    save and then raise `KeyboardInterrupt`. With more steps than before a finished run goes on; its learning rates follow
+    the new length.
 
     Raises `UserError` for a config that cannot be, a workdir that holds another run, and a loss that is not finite.
     """
@@ -57,42 +59,93 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
         stack.callback(batches.close)
         state = first_state(config, plan, optimizer, checkpoints, batches)
         log = stack.enter_context(Log(workdir, config, int(state.step), lambda step: float(factor(step))))
-        run(config, workdir, state, parallel, batches, checkpoints, log, plan)
+        Training(config, workdir, plan, parallel, batches, checkpoints, log, parallel.place(state), int(state.step)).run()
 
 
-def run(
-    config: ConfigDict,
-    workdir: Path,
-    state: State,
-    parallel: Parallel,
-    batches: Prefetch,
-    checkpoints: Checkpoints,
-    log: Log,
-    plan: trained.Plan | finetune.Plan,
-) -> None:
-    """Step to the end, logging, saving and drawing when they are due, or until a signal asks to stop."""
-    every, first = config.train, int(state.step)
-    state = parallel.place(state)
-    with stop_on_signal() as stop:
-        for done in range(first + 1, every.steps + 1):
-            batch, rows = next(batches)
-            begin = time.perf_counter()
-            state, values = parallel.step(state, batch)
-            log.add(done, rows, values, time.perf_counter() - begin)
-            last = done == every.steps or stop.is_set()
-            saves = last or done % every.save_every == 0
-            if (saves or done % every.log_every == 0) and (broken := log.flush()):
-                raise not_finite(broken, workdir, checkpoints)
-            if saves:
-                checkpoints.save(parallel.gather(state), batches.get_state().decode(), log.mean_loss())
-            if done == every.steps or (every.preview_every and done % every.preview_every == 0):
-                ema = parallel.gather(state).ema
-                log.preview(done, plan.preview(ema))
-                if plan.seen:  # pictures, not latents
-                    log.sanity(done, sanity.look(plan, ema))
-            if stop.is_set():
-                checkpoints.last()
-                raise KeyboardInterrupt
+@dataclass
+class Training:
+    """A run under way: `state`, on the devices, is what `done` steps have made of the parameters.
+
+    It is None while a step may spoil it, and for good once one has. The newest checkpoint is that of step `saved`.
+    """
+
+    config: ConfigDict
+    workdir: Path
+    plan: trained.Plan | finetune.Plan
+    parallel: Parallel
+    batches: Prefetch
+    checkpoints: Checkpoints
+    log: Log
+    state: State | None
+    done: int
+
+    def __post_init__(self):
+        self.saved = self.done
+
+    def run(self) -> None:
+        """Step to the end, logging, saving and drawing when they are due, or until a signal asks to stop.
+
+        However it ends, all steps that are done are in a checkpoint.
+        """
+        every = self.config.train
+        with self.log.compiling():
+            self.parallel.step.lower(self.state, self.batches.peek()[0]).compile()
+        with stop_on_signal() as stop, self.saving():
+            while self.done < every.steps and self.batches.wait(stop.is_set):
+                self.advance()
+                if self.due(every.log_every):
+                    self.flush()
+                if self.due(every.save_every):
+                    self.save()
+                if self.due(every.preview_every) and not stop.is_set():
+                    self.show(stop)
+
+    def due(self, every: int) -> bool:
+        """Whether what is done every so many steps, 0 for never, and at the end, is due."""
+        return self.done == self.config.train.steps or bool(every and self.done % every == 0)
+
+    def advance(self) -> None:
+        """Start the next step."""
+        batch, rows = next(self.batches)
+        state, self.state = self.state, None
+        self.state, values = self.parallel.step(state, batch)
+        self.done += 1
+        self.log.add(self.done, rows, values)
+
+    def flush(self) -> None:
+        """Wait for the steps and log them. Raises `UserError` when one is not finite."""
+        if broken := self.log.flush():
+            self.state = None
+            raise not_finite(broken, self.workdir, self.checkpoints)
+
+    def save(self) -> None:
+        """Begin to write a checkpoint, unless there is one of this step."""
+        if self.saved == self.done:
+            return
+        self.flush()
+        self.checkpoints.save(self.parallel.gather(self.state), self.batches.get_state().decode(), self.log.mean_loss())
+        self.saved = self.done
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """A block after which all that is done is in a checkpoint that is wholly written, even if it fails, where this can be."""
+        try:
+            yield
+        except Exception:
+            if self.state is not None:
+                with contextlib.suppress(Exception):
+                    self.save()
+                    self.checkpoints.last()
+            raise
+        self.save()
+        self.checkpoints.last()
+
+    def show(self, stop: Stop) -> None:
+        """Draw the preview and the sanity panel."""
+        ema = self.parallel.gather(self.state).ema
+        self.log.preview(self.done, self.plan.preview(ema))
+        if self.plan.seen and not stop.is_set():  # pictures, not latents
+            self.log.sanity(self.done, sanity.look(self.plan, ema))
 
 
 def check(config: ConfigDict) -> None:

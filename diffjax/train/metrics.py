@@ -3,11 +3,13 @@
 A row is `{"step": 100, "loss": 0.1, ..., "loss_by_logsnr": {"0": 0.2, ...}}`; a bin is named by the middle of its interval.
 """
 
+import contextlib
 import importlib.util
 import json
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -23,6 +25,8 @@ from diffjax.train.step import BIN_EDGES
 from diffjax.trained import Preview
 
 Row = dict[str, Any]
+
+COMPILING_SECONDS = 60.0
 
 
 class Writer(Protocol):
@@ -55,8 +59,32 @@ class Terminal:
             progress.TextColumn(mesh.describe()),
         ]
         self.bar = progress.Progress(*columns, console=self.console, disable=not self.console.is_terminal)
-        self.task = self.bar.add_task("", completed=step, total=steps, numbers="compiling")
+        self.task = self.bar.add_task("", completed=step, total=steps, numbers="")
         self.bar.start()
+
+    @contextlib.contextmanager
+    def compiling(self) -> Iterator[None]:
+        """A block that compiles: say so, and how long it has taken so far, until it is over."""
+        over, begin = threading.Event(), time.perf_counter()
+        every = 1 if self.console.is_terminal else COMPILING_SECONDS
+
+        def tell() -> None:
+            while not over.wait(every):
+                seconds = time.perf_counter() - begin
+                self.bar.update(self.task, numbers=f"compiling for {seconds:.0f} s")
+                if not self.console.is_terminal:
+                    self.say(f"still compiling after {seconds:.0f} s")
+
+        self.say("compiling the training step")
+        self.bar.update(self.task, numbers="compiling")
+        teller = threading.Thread(target=tell, daemon=True)
+        teller.start()
+        try:
+            yield
+        finally:
+            over.set()
+            teller.join()
+        self.say(f"compiled in {time.perf_counter() - begin:.1f} s")
 
     def advance(self, step: int) -> None:
         """A step was started."""
@@ -165,7 +193,7 @@ class Log:
         self.writers = [self.terminal, *writers(workdir, config, step)]
         self.pending: list[Pending] = []
         self.losses: list[float] = []
-        self.since: float | None = None
+        self.since = time.perf_counter()
 
     def __enter__(self) -> "Log":
         return self
@@ -174,16 +202,22 @@ class Log:
         for writer in self.writers:
             writer.close()
 
-    def add(self, step: int, rows: np.ndarray, values: dict[str, Any], seconds: float) -> None:
-        """Take a step that was started in `seconds`; for the first one that is its compilation."""
-        if self.since is None:
-            self.terminal.say(f"compiled in {seconds:.1f} s")
-            self.since = time.perf_counter()
+    @contextlib.contextmanager
+    def compiling(self) -> Iterator[None]:
+        """A block that compiles, which is said; the time it takes is no training's."""
+        with self.terminal.compiling():
+            yield
+        self.since = time.perf_counter()
+
+    def add(self, step: int, rows: np.ndarray, values: dict[str, Any]) -> None:
+        """Take a step that was started."""
         self.pending.append(Pending(step, rows, values))
         self.terminal.advance(step)
 
     def flush(self) -> Pending | None:
-        """Wait for the steps, write their summary, and return the first that is not finite, if one is."""
+        """Wait for the steps since the last time, write their summary, and return the first that is not finite, if one is."""
+        if not self.pending:
+            return None
         steps = [step._replace(values=jax.device_get(step.values)) for step in self.pending]
         seconds = (time.perf_counter() - self.since) / len(steps)
         broken = next((step for step in steps if not step.values["finite"]), None)

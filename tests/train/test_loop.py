@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -105,16 +106,63 @@ def test_killed_at_any_moment_a_run_goes_on_bit_for_bit(pictures, tmp_path):
     whole = start(command(pictures, tmp_path / "whole", **arguments))
     assert whole.wait() == 0, whole.communicate()
     killed = tmp_path / "killed"
-    for lines in (2, 11):
-        process = start(command(pictures, killed, **arguments))
+    for lines, number in ((2, signal.SIGKILL), (8, signal.SIGINT), (13, signal.SIGKILL)):
+        process = start(command(pictures, killed, **arguments), start_new_session=True)
         wait_for(killed / "metrics.jsonl", lines, process)
-        process.kill()
-        process.communicate()
+        os.killpg(process.pid, number)
+        _, said = process.communicate()
+        if number == signal.SIGINT:
+            assert process.returncode == 130 and "Traceback" not in said, said
+            assert load_run(killed).step == rows(killed)[-1]["step"]
     last = start(command(pictures, killed, **arguments))
     assert last.wait() == 0, last.communicate()
     assert digest(killed) == digest(tmp_path / "whole")
     numbers = lambda workdir: [(row["step"], row["loss"], row["grad_norm"]) for row in rows(workdir)]
     assert numbers(killed) == numbers(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(30))
+def test_a_signal_after_a_random_delay_loses_no_step(pictures, tmp_path, tmp_path_factory, seed):
+    """All that is done is in the checkpoint, and the run goes on bit for bit; delays from the start to past the end."""
+    draw = np.random.default_rng(seed)
+    number = (signal.SIGINT, signal.SIGTERM)[seed % 2]
+    changes = ({}, {"train.parallel": "pmap"}, {"train.accumulate": 2}, {"data.crop": "random", "data.workers": 2})[seed % 4]
+    changes |= {"train.steps": 60, "train.save_every": 7, "train.log_every": 1, "train.preview_every": 10}
+    whole = tmp_path_factory.getbasetemp() / f"whole{seed % 4}"
+    if not whole.exists():
+        assert start(command(pictures, whole, **changes)).wait() == 0
+    process = start(command(pictures, tmp_path, **changes), start_new_session=True)
+    if seed % 3:  # a third of the delays falls anywhere, the others while steps are made
+        wait_for(tmp_path / "metrics.jsonl", 1, process)
+    time.sleep(draw.uniform(0, 3 if seed % 3 else 15))
+    os.killpg(process.pid, number)
+    _, said = process.communicate()
+    assert process.returncode in (0, 128 + number, -number) and "Traceback" not in said, (process.returncode, said)
+    done = [row["step"] for row in rows(tmp_path)] if (tmp_path / "metrics.jsonl").exists() else []
+    if done:
+        assert load_run(tmp_path).step == done[-1]
+    print(f"{number.name} at step {done[-1] if done else 0}: exit status {process.returncode}")
+    assert start(command(pictures, tmp_path, **changes)).wait() == 0
+    assert digest(tmp_path) == digest(whole)
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_killed_parent(pictures, tmp_path):
+    arguments = {"data.crop": "random", "data.workers": 2, "train.steps": 1000, "train.log_every": 1}
+    process = start(command(pictures, tmp_path, **arguments))
+    wait_for(tmp_path / "metrics.jsonl", 3, process)
+    children = Path(f"/proc/{process.pid}/task").glob("*/children")
+    workers = [pid for path in children for pid in path.read_text().split()]
+    assert len(workers) >= 2
+    process.kill()
+    process.communicate()
+    for _ in range(100):
+        alive = [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+        if not alive:
+            break
+        time.sleep(0.1)
+    assert not alive
 
 
 def interrupt_at(step, monkeypatch):

@@ -36,7 +36,7 @@ def test_summary_weighs_bins_by_examples():
 def test_rows_reach_every_writer(tmp_path):
     with metrics.Log(tmp_path, CONFIG, 0, lambda step: 0.1) as log:
         for step in (1, 2):
-            log.add(step, np.arange(4), values(float(step)), 0.1)
+            log.add(step, np.arange(4), values(float(step)))
         assert log.flush() is None
         assert log.mean_loss() == 1.5
         log.preview(2, Preview(np.zeros((5, 8, 8, 3)), 3, []))
@@ -50,7 +50,7 @@ def test_rows_reach_every_writer(tmp_path):
 def test_the_first_step_that_is_not_finite_is_returned(tmp_path):
     with metrics.Log(tmp_path, CONFIG, 0, lambda step: 1.0) as log:
         for step, finite in [(1, True), (2, False), (3, False)]:
-            log.add(step, np.arange(4) + step, values(1.0, finite), 0.1)
+            log.add(step, np.arange(4) + step, values(1.0, finite))
         broken = log.flush()
     assert broken.step == 2 and broken.rows.tolist() == [2, 3, 4, 5]
     assert rows(tmp_path) == []
