@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Array, Float, UInt8
-from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from diffjax import files
@@ -68,13 +68,16 @@ def read(path: str | Path, size: tuple[int, int], channels: int = 3) -> UInt8[np
 
     Raises `UserError` when it is no picture.
     """
-    from diffjax.data.images import flatten
+    from diffjax.data.images import flatten, open_picture
 
     try:
-        with Image.open(path) as file:
-            picture = flatten(file, (255, 255, 255)).convert("RGB" if channels == 3 else "L")
-    except (OSError, UnidentifiedImageError) as error:
-        raise UserError(f"{path} is no picture that can be read: give a PNG, JPEG or WebP file") from error
+        opened = open_picture(Path(path).read_bytes(), max(size))
+        picture = flatten(opened, (255, 255, 255)).convert("RGB" if channels == 3 else "L")
+    except MemoryError:
+        raise
+    except Exception as error:  # a broken file raises nearly anything
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} is no picture that can be read ({why}): give a PNG, JPEG or WebP file") from error
     height, width = size
     scale = min(picture.width / width, picture.height / height)
     left, top = (picture.width - scale * width) / 2, (picture.height - scale * height) / 2

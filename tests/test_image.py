@@ -1,5 +1,9 @@
+import struct
+import zlib
+
 import numpy as np
 import pytest
+from PIL import Image
 
 from diffjax import image
 from diffjax.errors import UserError
@@ -32,8 +36,6 @@ def test_a_png_holds_the_picture_and_its_text(tmp_path, channels):
 
 
 def test_reading_crops_the_middle_and_flattens_transparency(tmp_path):
-    from PIL import Image
-
     rgba = np.zeros((8, 16, 4), np.uint8)
     rgba[:, 4:12] = (200, 10, 10, 255)
     Image.fromarray(rgba).save(tmp_path / "wide.png")
@@ -47,6 +49,16 @@ def test_what_is_no_picture_is_said(tmp_path):
     for name in ("a.png", "missing.png"):
         with pytest.raises(UserError, match="no picture that can be read"):
             image.read(tmp_path / name, (8, 8))
+
+
+def test_a_picture_of_200_million_pixels_is_one_line_or_decoded_smaller(tmp_path):
+    whole = image.png(random_pictures(1)[0])
+    header = whole[12:16] + struct.pack(">II", 20000, 10000) + whole[24:29]
+    (tmp_path / "a.png").write_bytes(whole[:12] + header + struct.pack(">I", zlib.crc32(header)) + whole[33:])
+    with pytest.raises(UserError, match=r"a.png is no picture that can be read \(has more than 178 million pixels: make it smaller\)"):
+        image.read(tmp_path / "a.png", (8, 8))
+    Image.new("L", (20000, 10000), 77).save(tmp_path / "a.jpg")
+    assert (image.read(tmp_path / "a.jpg", (8, 8)) == 77).all()
 
 
 def test_psnr_is_decibels_of_the_mean_square():
