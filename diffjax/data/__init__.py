@@ -14,6 +14,7 @@ places them on the devices ahead of time. Fields of the configuration (`default_
     held_out     the split that is kept for `diffjax evaluate` to enlarge, such as "train[90%:]"; leave it out of `split`
     subset       openmoji: "all", "no_skin_tones", or so many, such as "200" (everyday things first)
     size         pixels a side of the square pictures; the shorter side is resized to it
+    channels     3, or 1 for grey; 0: 1 where all pictures are grey, else 3
     background   the CSS colour behind transparent pictures
     crop         "center", or "random": anywhere along the longer side
     flip         mirror every other picture

@@ -8,18 +8,20 @@ import dataclasses
 import functools
 import hashlib
 import io
+import itertools
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import tensorflow_datasets as tfds
 from PIL import Image
 
 from diffjax.data.captions import Captioned, label
-from diffjax.data.images import check_size, colour, flatten, open_picture, shrink
+from diffjax.data.images import check_size, colour, flatten, formats, frames, open_picture, shrink
 from diffjax.data.prepare import in_parallel, track
 from diffjax.data.skipped import Skipped
+from diffjax.data.walk import printable
 from diffjax.errors import UserError
 
 
@@ -34,7 +36,7 @@ class Source(Protocol):
         """Lines that are others when the pictures are."""
 
     def pictures(self) -> list[Captioned]:
-        """All of them, each by another name."""
+        """All of them, those that cannot be used too."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -48,23 +50,32 @@ class PicturesConfig(tfds.core.BuilderConfig):
 
     @functools.cached_property
     def pictures(self) -> list[Captioned]:
-        return self.source.pictures()
+        """Those of the source, each by another name."""
+        return _distinct(self.source.pictures())
 
     @property
     def classes(self) -> list[str]:
         """Their names, in order."""
         return sorted({picture.label for picture in self.pictures} - {""})
 
-    @property
-    def skipped(self) -> Skipped:
-        return Skipped(f"captioned_pictures/{self.name}/{CaptionedPictures.VERSION}")
+
+def _distinct(pictures: list[Captioned]) -> list[Captioned]:
+    """The pictures, those of the same name numbered."""
+    taken: set[str] = set()
+    found = []
+    for picture in pictures:
+        called = printable(picture.name)
+        name = next(name for name in itertools.chain([called], (f"{called}#{i}" for i in itertools.count(2))) if name not in taken)
+        taken.add(name)
+        found.append(dataclasses.replace(picture, name=name))
+    return found
 
 
 def config(source: Source, size: int, background: str, enlarge: bool) -> PicturesConfig:
     """The builder configuration of a source as it is now, named after its `stamp`."""
     stamp = hashlib.sha256(f"{type(source).__name__} {size} {colour(background)} {enlarge}".encode())
     for line in source.stamp():
-        stamp.update(f"{line}\n".encode())
+        stamp.update(os.fsencode(f"{line}\n"))
     return PicturesConfig(
         name=f"{label(source.path)}-{stamp.hexdigest()[:16]}",
         description=f"{source.path} at {size} pixels on {background}",
@@ -88,7 +99,7 @@ def _check_sizes(settings: PicturesConfig) -> None:
     small = []
     for picture in track(settings.pictures, "looking at the pictures", len(settings.pictures)):
         try:
-            with Image.open(picture.file) as opened:
+            with Image.open(picture.file, formats=formats()) as opened:
                 found = opened.size
         except Exception:  # noqa: BLE001  a broken file raises nearly anything; preparation counts and names it
             continue
@@ -99,28 +110,43 @@ def _check_sizes(settings: PicturesConfig) -> None:
         check_size(found, settings.size, False, f"{file} ({len(small)} of {len(settings.pictures)} pictures like it)")
 
 
-def _stored(picture: Captioned, settings: PicturesConfig) -> bytes | Exception:
-    """The file to keep of a picture: a JPEG stays a JPEG, anything else becomes PNG; or why it cannot be kept."""
+class Stored(NamedTuple):
+    """What is kept of a picture: the file's bytes, a digest of its pixels, whether it is grey, and how many its file held."""
+
+    data: bytes
+    pixels: bytes
+    grey: bool
+    frames: int
+
+
+def _stored(picture: Captioned, settings: PicturesConfig) -> Stored | str:
+    """A JPEG stays a JPEG, anything else becomes PNG; or why it cannot be kept."""
+    if picture.problem:
+        return picture.problem
     try:
         opened = open_picture(picture.read(), settings.size)
         check_size(opened.size, settings.size, settings.enlarge)
-        encoding = {"format": "JPEG", "quality": 95, "subsampling": 0} if opened.format == "JPEG" else {"format": "PNG"}
+        photo, held = opened.format in ("JPEG", "MPO"), frames(opened)
         flat = flatten(opened, colour(settings.background))
+        flat = shrink(flat, settings.size) if min(flat.size) > settings.size else flat
         buffer = io.BytesIO()
-        (shrink(flat, settings.size) if min(flat.size) > settings.size else flat).save(buffer, **encoding)
-        return buffer.getvalue()
+        flat.save(buffer, **({"format": "JPEG", "quality": 95, "subsampling": 0} if photo else {"format": "PNG"}))
+        pixels = hashlib.sha256(f"{flat.mode} {flat.size} {photo}".encode() + flat.tobytes()).digest()
+        return Stored(buffer.getvalue(), pixels, flat.mode == "L", held)
+    except UserError as error:
+        return str(error)
     except Exception as error:  # noqa: BLE001  a broken file raises nearly anything; each is counted and named
-        return error
+        return f"cannot be read: {error}"
 
 
 class CaptionedPictures(tfds.core.GeneratorBasedBuilder):
     """TFDS builder `captioned_pictures`: `image`, `file` and, where there are any, `captions` and `label`; split `train`.
 
-    Pictures that cannot be used, and those without a caption where others have one, are left out and named in
-    `config.skipped`.
+    Pictures that cannot be used, and those without a caption where others have one, are left out and named in `Skipped`.
+    The metadata say whether all are `grey`, and have a digest of the `content`: names, pixels, captions and classes.
     """
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.1.0")
 
     def _info(self) -> tfds.core.DatasetInfo:
         features = {"image": tfds.features.Image(), "file": tfds.features.Text()}
@@ -132,26 +158,51 @@ class CaptionedPictures(tfds.core.GeneratorBasedBuilder):
             builder=self,
             description="Pictures with captions.",
             features=tfds.features.FeaturesDict(features),
+            metadata=tfds.core.MetadataDict(),
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
         if self.builder_config.source.refuses_small and not self.builder_config.enlarge:
             _check_sizes(self.builder_config)
-        return {"train": self._generate_examples()}
+        return {"train": self._generate_examples(Skipped(Path(self.data_path)))}
 
-    def _generate_examples(self) -> Iterator[tuple[str, dict]]:
-        settings, captioned = self.builder_config, "captions" in self.info.features
-        stored = in_parallel(lambda picture: _stored(picture, settings), settings.pictures, os.cpu_count() or 1)
-        kept = 0
-        for picture, data in track(stored, "preparing the pictures", len(settings.pictures)):
-            if isinstance(data, Exception):
-                settings.skipped.add(picture.name, str(data) if isinstance(data, UserError) else f"cannot be read: {data}")
-            elif captioned and not picture.captions:
-                settings.skipped.add(picture.name, "has no caption")
-            else:
-                kept += 1
-                told = {"captions": list(picture.captions)} if captioned else {}
-                told |= {"label": picture.label} if picture.label else {}
-                yield picture.name, {"image": data, "file": picture.name} | told
-        if not kept:
-            raise UserError(f"none of the pictures in {settings.source.path} can be used; {settings.skipped.path} says why")
+    def _generate_examples(self, skipped: Skipped) -> Iterator[tuple[str, dict]]:
+        settings, left_out, grey, content = self.builder_config, [], True, 0
+        work = in_parallel(lambda picture: _stored(picture, settings), settings.pictures, os.cpu_count() or 1)
+        for picture, stored in track(work, "preparing the pictures", len(settings.pictures)):
+            if why := stored if isinstance(stored, str) else self._lacks(picture):
+                left_out.append((picture.name, why))
+                continue
+            if stored.frames > 1:
+                left_out.append((f"{picture.name} after its first", f"holds {stored.frames} pictures, of which the first is used"))
+            told = self._told(picture)
+            grey &= stored.grey
+            content += int.from_bytes(hashlib.sha256(repr((picture.name, told)).encode() + stored.pixels).digest())
+            yield picture.name, {"image": stored.data} | told
+        if not content:
+            raise self._nothing(left_out)
+        if left_out:
+            skipped.add(sorted(left_out))
+        self.info.metadata.update(grey=grey, content=f"{content % 2**256:064x}")
+
+    def _lacks(self, picture: Captioned) -> str:
+        """What a picture needs and has not."""
+        if "captions" in self.info.features and not picture.captions:
+            return "has no caption"
+        return "has no class" if "label" in self.info.features and not picture.label else ""
+
+    def _told(self, picture: Captioned) -> dict:
+        """What is kept of a picture besides itself."""
+        told = {"file": picture.name}
+        told |= {"captions": list(picture.captions)} if "captions" in self.info.features else {}
+        return told | ({"label": picture.label} if picture.label else {})
+
+    def _nothing(self, left_out: list[tuple[str, str]]) -> UserError:
+        """The error when no picture can be used."""
+        path = self.builder_config.source.path
+        if not left_out:
+            return UserError(f"{path} names no pictures; set data.path to something that does")
+        skipped = Skipped(Path(self.data_dir_root) / self.info.full_name)
+        skipped.add(left_out)
+        why = ": ".join(left_out[0])
+        return UserError(f"none of the pictures in {path} can be used; {skipped.path} says why, of the first: {why}")

@@ -34,6 +34,7 @@ def default_config() -> ml_collections.ConfigDict:
             "held_out": "",
             "subset": "no_skin_tones",
             "size": 32,
+            "channels": 0,
             "background": "white",
             "crop": "center",
             "flip": False,
@@ -58,10 +59,10 @@ def _complete(config: Any) -> ml_collections.ConfigDict:
         except TypeError as error:
             kind = type(complete[field]).__name__
             raise UserError(f"data.{field}={value!r} is of the wrong kind; write a value of type {kind}") from error
-    choices = {"crop": ("center", "random"), "caption": ("any", "first")}
+    choices = {"crop": ("center", "random"), "caption": ("any", "first"), "channels": (0, 1, 3)}
     for field, allowed in choices.items():
         if complete[field] not in allowed:
-            raise UserError(f'data.{field}="{complete[field]}" must be {" or ".join(allowed)}')
+            raise UserError(f'data.{field}="{complete[field]}" must be {" or ".join(map(str, allowed))}')
     for field, fine in {"size": complete.size > 0, "workers": complete.workers >= 0}.items():
         if not fine:
             raise UserError(f"data.{field}={complete[field]} is too small")
@@ -69,6 +70,10 @@ def _complete(config: Any) -> ml_collections.ConfigDict:
         raise UserError('data.templates must be texts with a {} for the caption, such as "a picture of {}"')
     colour(complete.background)
     return complete
+
+
+SHOWN = 3
+"""How many of the pictures that are left out are named on the screen."""
 
 
 @dataclass(frozen=True)
@@ -184,6 +189,23 @@ def fetch(config: ml_collections.ConfigDict, retry: bool = False) -> None:
         _source(config).fetch(retry)
 
 
+def _channels(config: ml_collections.ConfigDict, depth: int | None, metadata: Any) -> int:
+    """1 for data that are grey, else 3."""
+    if metadata is not None and dict(metadata.items()).get("grey"):
+        message = "all pictures of %s are grey and have one channel; data.channels=3 makes it three"
+        logging.getLogger("diffjax").warning(message, config.name)
+        return 1
+    return 1 if depth == 1 else 3
+
+
+def _say(skipped: Skipped, name: str) -> None:
+    """How many pictures are left out, and the first of them."""
+    if left_out := skipped.read():
+        shown = "".join(f"\n  {picture}: {why}" for picture, why in left_out[:SHOWN]) + "\n  ..." * (len(left_out) > SHOWN)
+        counted = f"1 picture of {name} is" if len(left_out) == 1 else f"{len(left_out)} pictures of {name} are"
+        logging.getLogger("diffjax").warning("%s left out; %s says which and why:%s", counted, skipped.path, shown)
+
+
 def load(config: ml_collections.ConfigDict) -> Dataset:
     """The data set that `config` describes (fields: see the package), prepared on first use.
 
@@ -197,10 +219,8 @@ def load(config: ml_collections.ConfigDict) -> Dataset:
     *shape, depth = builder.info.features[records.roles.image].shape
     if None not in shape:
         check_size(tuple(shape), config.size, config.enlarge, f"a picture of {config.name}")
-    channels = 1 if depth == 1 else 3
-    skipped = Skipped(builder.info.full_name)
-    if lines := skipped.lines():
-        message = "%d pictures of %s are left out; %s says which and why"
-        logging.getLogger("diffjax").warning(message, len(lines), config.name, skipped.path)
+    channels = config.channels or _channels(config, depth, builder.info.metadata)
+    skipped = Skipped(Path(builder.data_path))
+    _say(skipped, config.name)
     pictures = Pictures(records, config, channels, skipped)
     return Dataset(config.name, config, records, channels, skipped, pictures)

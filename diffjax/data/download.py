@@ -1,7 +1,7 @@
 """Pictures fetched from the web into the cache folder, many at once; nothing that comes back is trusted.
 
 Only http and https are spoken, whatever an answer leads to. An answer has to begin in time, to end in time, to stay
-within `MOST_BYTES`, and to open as a picture; it is kept only then. What may pass is tried `ATTEMPTS` times.
+within `MOST_BYTES`, and to decode as a picture to its end; it is kept only then. What may pass is tried `ATTEMPTS` times.
 """
 
 import hashlib
@@ -129,9 +129,22 @@ class _Fetcher:
 
 
 def _checked(data: bytes) -> bytes:
-    """The data, if they open as a picture."""
+    """The data, if all of them are a picture; one that is cut off may come whole the next time."""
     try:
-        open_picture(data, 1)
+        picture = open_picture(data, 1)
     except Exception as error:  # noqa: BLE001  a broken file raises nearly anything
         raise Refused(f"is no picture: {error}") from error
+    try:
+        picture.load()
+    except Exception as error:  # noqa: BLE001
+        raise OSError(f"is not all there: {error}") from error
     return data
+
+
+def broken(url: str) -> bool:
+    """Whether the file that was kept for a URL is no whole picture."""
+    try:
+        _checked(place(url).read_bytes())
+    except (Refused, OSError):
+        return True
+    return False

@@ -104,7 +104,7 @@ class Pictures:
             raise
         except Exception as error:  # noqa: BLE001  a broken file raises nearly anything; each is counted and named
             self._unreadable.add(index)
-            self._skipped.add(f"record {index}", f"cannot be read: {error}")
+            self._skipped.add([(f"record {index}", f"cannot be read: {error}")])
             logging.getLogger("diffjax").warning("record %d cannot be read; see %s", index, self._skipped.path)
             return None
 

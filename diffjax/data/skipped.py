@@ -1,29 +1,43 @@
-"""The log of the pictures that were left out of a data set."""
+"""The pictures that were left out of a data set, each with its reason."""
 
+import hashlib
+import json
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from diffjax import files
 
+NAME = "left_out.jsonl"
+
 
 @dataclass(frozen=True)
 class Skipped:
-    """What was left out of the data set `name` and why: a text file, a line each, that several processes may write."""
+    """What was left out of the data that are, or would be, prepared in `folder`: JSON lines, a `name` and a `reason` each.
 
-    name: str
+    They stand in `left_out.jsonl` there; in the cache folder where that cannot be written. Several processes may add lines.
+    """
+
+    folder: Path
 
     @property
     def path(self) -> Path:
-        return files.home() / "data" / "skipped" / f"{self.name.replace('/', '-')}.log"
+        beside = self.folder / NAME
+        if os.access(beside if beside.exists() else self.folder, os.W_OK):
+            return beside
+        digest = hashlib.sha256(os.fsencode(os.path.abspath(self.folder))).hexdigest()
+        return files.home() / "data" / "skipped" / f"{digest[:16]}.jsonl"
 
-    def add(self, what: str, why: str) -> None:
-        line = "\t".join(" ".join(part.split()) for part in (what, why)) + "\n"
+    def add(self, entries: Iterable[tuple[str, str]]) -> None:
+        """Add (name, reason) pairs."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as log:
-            log.write(line)
+        told = (json.dumps({"name": name, "reason": reason}, ensure_ascii=False) + "\n" for name, reason in entries)
+        with self.path.open("a", encoding="utf-8", errors="backslashreplace") as log:
+            log.write("".join(told))
 
-    def lines(self) -> list[str]:
-        """Each distinct line once, in order of arrival."""
-        if not self.path.exists():
-            return []
-        return list(dict.fromkeys(self.path.read_text(encoding="utf-8").splitlines()))
+    def read(self) -> list[tuple[str, str]]:
+        """Each distinct (name, reason) once, in order of arrival."""
+        paths = dict.fromkeys(path for path in (self.folder / NAME, self.path) if path.exists())
+        lines = (line for path in paths for line in path.read_text(encoding="utf-8").split("\n") if line)
+        return list(dict.fromkeys((entry["name"], entry["reason"]) for entry in map(json.loads, lines)))

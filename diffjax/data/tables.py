@@ -1,30 +1,41 @@
 """A table of paths or URLs with captions, in one file or many, as a source of captioned pictures.
 
-Pictures on the web are fetched by `Table.fetch`, which `diffjax prepare` calls, and never by training.
+Pictures on the web are fetched by `Table.fetch`, which `diffjax prepare` calls, and never by training. Parquet files may hold
+the pictures themselves.
 """
 
 import functools
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from diffjax import files
 from diffjax.data import download
-from diffjax.data.captions import TABLES, Captioned, gather, label, relative, rows, stamps, without_picture
+from diffjax.data.captions import Captioned, gather, label, stamps, without_picture
+from diffjax.data.prepare import in_parallel, track
+from diffjax.data.rows import TABLES, Inside, rows
+from diffjax.data.walk import ARCHIVES, relative
 from diffjax.errors import UserError
+
+HELD_GROUPS = 2
+_reading = threading.Lock()
 
 
 def parts(path: Path, suffixes: Iterable[str]) -> list[Path]:
-    """The files that a path means: itself, all in a folder, or those of a pattern such as `shards/*.tar`, in order.
+    """The files that a path means: itself, all in a folder or its subfolders, or those of a pattern such as `shards/*.tar`.
 
-    Raises `UserError` when there is none, or one has none of the suffixes.
+    Raises `UserError` when there is none, one has none of the suffixes, or a folder has some that are packed.
     """
     if path.is_dir():
-        found = sorted(file for file in path.iterdir() if file.suffix.lower() in suffixes)
+        every = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
+        found = [file for file in every if file.suffix.lower() in suffixes]
+        if packed := next((file for file in every if file.suffix.lower() in ARCHIVES - {*suffixes}), None):
+            raise UserError(f"{packed} is packed: unpack it beside the others, or take it away")
     else:
         found = [path] if path.is_file() else sorted(path.parent.glob(path.name))
     if not found or any(file.suffix.lower() not in suffixes for file in found):
@@ -34,10 +45,48 @@ def parts(path: Path, suffixes: Iterable[str]) -> list[Path]:
 
 
 @dataclass(frozen=True)
-class Table:
-    """The pictures that the rows of a table name, each once, with its captions from all rows.
+class Held(Captioned):
+    """A picture in a Parquet file: in row `row` of a column's row group, where `read` finds its bytes or the path to them."""
 
-    One that cannot be fetched or is too small is left out.
+    inside: Inside = Inside("", 0, 0, "")
+
+    def read(self) -> bytes:
+        value = _column(self.file, self.inside.column, self.inside.group)[self.inside.row].as_py()
+        data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+        if data is None and path:
+            return relative(self.file, path).read_bytes()
+        if data is None:
+            raise OSError("the table holds nothing there")
+        return data
+
+
+def _column(file: Path, column: str, group: int) -> Any:
+    """A column's row group; the last few are kept, for pictures are read in order, by several threads."""
+    with _reading:
+        return _read_column(file, column, group)
+
+
+@functools.lru_cache(maxsize=HELD_GROUPS)
+def _read_column(file: Path, column: str, group: int) -> Any:
+    import pyarrow.parquet
+
+    return pyarrow.parquet.ParquetFile(file).read_row_group(group, columns=[column]).column(0)
+
+
+@dataclass(frozen=True)
+class _Contents:
+    """What the rows of all tables say: captions by file or URL, pictures that the tables hold, and faulty rows."""
+
+    captions: dict[str | Path, list[str]] = field(default_factory=dict)
+    held: list[Captioned] = field(default_factory=list)
+    faulty: list[Captioned] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Table:
+    """The pictures that the rows of a table name, each once, with its captions from all rows, or that it holds.
+
+    One that is not there, cannot be fetched or is too small is left out, as is a faulty row.
     """
 
     path: Path
@@ -48,20 +97,28 @@ class Table:
         return parts(self.path, TABLES)
 
     @functools.cached_property
-    def captions(self) -> dict[str | Path, list[str]]:
-        """By URL, or by file. Raises `UserError` for a file that is missing."""
-        found: dict[str | Path, list[str]] = {}
+    def contents(self) -> _Contents:
+        """Raises `UserError` when none of the files is there."""
+        found = _Contents()
         for table in self.files:
-            for name, captions in rows(table):
-                gather(found.setdefault(name if download.is_link(name) else relative(table, name), []), captions)
-        missing = [str(place) for place in found if isinstance(place, Path) and not place.is_file()]
-        if missing:
-            raise without_picture(self.path, missing)
+            called = os.path.relpath(table, self.path.parent)
+            for row in rows(table):
+                if row.problem:
+                    found.faulty.append(Captioned(f"{called} {row.where}", table, problem=row.problem))
+                elif isinstance(row.picture, Inside):
+                    told = {"captions": tuple(row.captions), "label": row.picture.label, "inside": row.picture}
+                    found.held.append(Held(f"{called} {row.where}", table, **told))
+                else:
+                    place = row.picture if download.is_link(row.picture) else relative(table, row.picture)
+                    gather(found.captions.setdefault(place, []), row.captions)
+        named = [place for place in found.captions if isinstance(place, Path)]
+        if named and not any(map(os.path.lexists, named)):
+            raise without_picture(self.path, list(map(str, named)))
         return found
 
     @property
     def links(self) -> list[str]:
-        return [place for place in self.captions if isinstance(place, str)]
+        return [place for place in self.contents.captions if isinstance(place, str)]
 
     @functools.cached_property
     def log(self) -> Path:
@@ -85,32 +142,51 @@ class Table:
         return {failure["url"]: failure["reason"] for failure in failures}
 
     def fetch(self, retry: bool = False) -> None:
-        """Fetch what was neither fetched nor tried before; with `retry` also what failed."""
+        """Fetch what was neither fetched nor tried before; with `retry` also what failed, and what was kept broken."""
         if not self.links:
             return
         failed = self.failed() if self.log.exists() and not retry else {}
+        if retry:
+            self._drop_broken()
         absent = [url for url in self.links if url not in failed and not download.place(url).exists()]
         failed |= download.fetch(absent) if absent else {}
-        told = (json.dumps({"url": url, "reason": reason}, ensure_ascii=False) + "\n" for url, reason in failed.items())
+        told = (json.dumps({"url": url, "reason": reason}) + "\n" for url, reason in failed.items())
         files.write_atomic(self.log, "".join(told).encode())
         print(f"{len(self.links) - len(failed)} of {len(self.links)} pictures are fetched")
         if failed:
             print(f"why not the others: {self.log} (--retry tries them again)")
 
+    def _drop_broken(self) -> None:
+        """Remove what an earlier version kept though it was cut off."""
+        kept = [url for url in self.links if download.place(url).exists()]
+        checked = in_parallel(download.broken, kept, os.cpu_count() or 1)
+        for url, broken in track(checked, "checking what was fetched", len(kept)):
+            if broken:
+                download.place(url).unlink()
+
     def stamp(self) -> Iterator[str]:
-        """The table, what could not be fetched, and the sizes and times of change of the files."""
-        yield self.log.name
+        """The tables, what could not be fetched, the sizes of what was, and the sizes and times of change of the files."""
+        if self.contents.held:
+            yield from stamps(self.files, self.path.parent)
+        else:
+            yield self.log.name
         yield from self.failed()
-        yield from stamps((place for place in self.captions if isinstance(place, Path)), self.path.parent)
+        for url in self.links:
+            if (file := download.place(url)).exists():
+                yield f"{url} {file.stat().st_size}"
+        yield from stamps((place for place in self.contents.captions if isinstance(place, Path)), self.path.parent)
 
     def pictures(self) -> list[Captioned]:
-        failed = self.failed()
-        return [self._picture(place, tuple(captions), failed) for place, captions in self.captions.items()]
+        failed, told = self.failed(), self.contents
+        named = [self._picture(place, tuple(captions), failed) for place, captions in told.captions.items()]
+        return [*named, *told.held, *told.faulty]
 
     def _picture(self, place: str | Path, captions: tuple[str, ...], failed: dict[str, str]) -> Captioned:
         if isinstance(place, Path):
-            return Captioned(os.path.relpath(place, self.path.parent), place, captions)
+            problem = "" if os.path.isfile(place) else "is a link that leads nowhere" if place.is_symlink() else "is not there"
+            return Captioned(os.path.relpath(place, self.path.parent), place, captions, problem=problem)
         file = download.place(place)
         if place not in failed and not file.exists():
             raise UserError(f"{place} is in the cache no more: run `diffjax prepare` with the same --config again")
-        return Captioned(place, file, captions, problem=failed.get(place, ""))
+        problem = f"cannot be fetched: {failed[place]}" if place in failed else ""
+        return Captioned(place, file, captions, problem=problem)

@@ -179,7 +179,7 @@ def test_an_unreadable_record_is_named_once_and_replaced_by_the_next(load, crop,
     )
     (bad,) = set(whole) - set(broken)
     np.testing.assert_array_equal(broken, np.where(whole == bad, (bad + 1) % EXAMPLES, whole))
-    assert dataset.skipped.lines() == [f"record {bad}\tcannot be read: no picture in any known format"]
+    assert dataset.skipped.read() == [(f"record {bad}", "cannot be read: no picture in any known format")]
     assert caplog.text.count("cannot be read") == 1
     assert all(dataset.captions())
 

@@ -164,9 +164,9 @@ def test_files_and_links_of_every_kind_of_table(site, tmp_path, kind, server):
         ("near",): 200,
         ("far", "again"): 50,
     }
-    assert [line.partition(";")[0] for line in sorted(found.skipped.lines())] == [
-        f"{site}/gone\tcannot be read: 404 Not Found",
-        f"{site}/small\ta picture is 8 x 40 pixels, smaller than data.size=16",
+    assert [(name, why.partition(";")[0]) for name, why in found.skipped.read()] == [
+        (f"{site}/gone", "cannot be fetched: 404 Not Found"),
+        (f"{site}/small", "a picture is 8 x 40 pixels, smaller than data.size=16"),
     ]
     assert sorted(server.asked) == ["/gone", "/good-50", "/small"]
 
@@ -222,8 +222,8 @@ def test_the_command(site, tmp_path, capsys):
 
 WRONG = {
     "missing.csv": ("file,text\nnowhere.png,x\n", r"1 captions have no picture, the first is .*nowhere.png"),
-    "number.jsonl": ('{"url": 3, "text": "x"}\n', "row 1 has url, text and needs .* the first a path or URL"),
-    "list.jsonl": ("[1]\n", "row 1 is no object with names"),
+    "number.jsonl": ('{"url": 3, "text": "x"}\n', "line 1 has url, text and needs .* the first a path or URL"),
+    "list.jsonl": ("[1]\n", "line 1 is no object with names"),
     "not.parquet": ("nothing", "cannot read the captions in .*not.parquet"),
     "pictures.zip": ("", "is no .csv, .jsonl, .parquet, .tsv file, folder of them or pattern"),
 }
