@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -180,7 +181,7 @@ def test_an_unreadable_record_is_named_once_and_replaced_by_the_next(load, crop,
     (bad,) = set(whole) - set(broken)
     np.testing.assert_array_equal(broken, np.where(whole == bad, (bad + 1) % EXAMPLES, whole))
     assert dataset.skipped.read() == [(f"record {bad}", "cannot be read: no picture in any known format")]
-    assert caplog.text.count("cannot be read") == 1
+    assert caplog.text.count(f"record {bad} cannot be read; see {dataset.skipped.path}") == 1
     assert all(dataset.captions())
 
 
@@ -209,7 +210,7 @@ def test_random_crops_and_flips_vary_and_the_middle_does_not():
     def views(**fields):
         config = data.default_config()
         config.update(fields, size=8)
-        pictures = pipeline.Pictures(OneGradient(), config, 1, Skipped("gradient"))
+        pictures = pipeline.Pictures(OneGradient(), config, 1, Skipped(Path("gradient")))
         batches = pipeline.batches(pictures, config, 1, 0, None, (0, 1), {})
         return {tuple(batch["image"][0, 0, :, 0]) for batch in take(batches, 60)}
 
