@@ -144,11 +144,12 @@ def _prepare(subparsers) -> None:
     def run(args) -> None:
         if "data" not in args.config:
             raise UserError("this experiment reads no data: there is nothing to prepare")
-        from diffjax import data, embed
+        from diffjax import data, embed, mesh
 
         data.fetch(args.config.data, args.retry)
         found = data.load(args.config.data)
         if embed.is_frozen(args.config.get("text")):
+            mesh.find()
             embed.encoded(args.config.text, embed.captions(found, args.config.sample.prompts))
         print(f"ready: {counted(len(found), 'picture')} of {found.size} pixels")
 
@@ -350,8 +351,9 @@ def _plan(subparsers) -> None:
     parser.add_argument("--compile", action="store_true", help="compile, for the exact peak memory")
 
     def run(args) -> None:
-        from diffjax import plan
+        from diffjax import mesh, plan
 
+        mesh.find()
         names = ("steps", "num", "batch", "size", "guidance", "sampler", "dtype")
         asked = plan.Asked(**{name: getattr(args, name) for name in names})
         kind, subject = (plan.run, args.workdir) if args.workdir else (plan.model, args.model)
@@ -411,8 +413,10 @@ def _convert(subparsers) -> None:
     parser.add_argument("--to", type=one_of("format", "diffusers", "orbax"), default="diffusers", help="diffusers or orbax")
 
     def run(args) -> None:
+        from diffjax import mesh
         from diffjax.convert import convert
 
+        mesh.find()
         convert(args.model, args.out, args.to)
         print(f"{args.out} is written")
 

@@ -169,7 +169,7 @@ def gpu_does_not_start(facts: Facts) -> Problem | None:
 def no_accelerator(facts: Facts) -> Problem | None:
     if not (facts.driver or facts.nvidia_card or facts.tpu_chip or facts.platform in ("gpu", "tpu")):
         return Problem(
-            "no NVIDIA GPU and no TPU on this machine: jax uses the CPU",
+            "no NVIDIA GPU and no TPU on this machine" + (": jax uses the CPU" if facts.platform == "cpu" else ""),
             "nothing to mend if there is none; for a container to see the host's: docker run --gpus all",
         )
 

@@ -38,19 +38,27 @@ def start() -> None:
     """
     join_hosts()
     keep_compiled()
-    try:
-        announce()
-    except (RuntimeError, AssertionError) as error:
-        raise UserError("jax finds no device to run on: `diffjax doctor` says why") from error
+    find()
+    announce()
     if jax.default_backend() == "cpu":
         keep_memory()
+
+
+def find() -> None:
+    """Start jax's devices. Raises `UserError` when it has none of those that it was told to use."""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        asked = os.environ.get("JAX_PLATFORMS")
+        why = f" (JAX_PLATFORMS={asked} lets it use nothing else)" if asked else ""
+        raise UserError(f"jax finds no device to run on{why}: `diffjax doctor` says why") from error
 
 
 def join_hosts() -> None:
     """Join the other hosts of this job, when the environment says that there are any.
 
     Either `JAX_COORDINATOR_ADDRESS` (host:port of process 0), `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` are set, or
-    `DIFFJAX_MULTIHOST=1` lets jax ask Slurm, Open MPI, Kubernetes or the TPU pod.
+    `DIFFJAX_MULTIHOST=1` lets jax ask Slurm, Open MPI, Kubernetes or the TPU pod. Raises `UserError` when they are not found.
     """
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
     if address:
@@ -59,9 +67,17 @@ def join_hosts() -> None:
         except (KeyError, ValueError) as error:
             message = "JAX_COORDINATOR_ADDRESS is set: set JAX_NUM_PROCESSES and JAX_PROCESS_ID (whole numbers) too"
             raise UserError(message) from error
-        jax.distributed.initialize(address, count, index)
+        _join(f"the other hosts at JAX_COORDINATOR_ADDRESS={address}: start all of them", address, count, index)
     elif os.environ.get("DIFFJAX_MULTIHOST") == "1":
-        jax.distributed.initialize()
+        clusters = "a cluster (Slurm, Open MPI, Kubernetes, TPU pod)"
+        _join(f"{clusters}, which DIFFJAX_MULTIHOST=1 asks for: unset it, or set JAX_COORDINATOR_ADDRESS")
+
+
+def _join(sought: str, *where: Any) -> None:
+    try:
+        jax.distributed.initialize(*where)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"jax does not find {sought}") from error
 
 
 def keep_compiled() -> None:

@@ -170,4 +170,29 @@ except UserError as error:
     print(error)
 """
     out, _ = run_python(code, JAX_PLATFORMS="tpu", DIFFJAX_HOME=str(tmp_path)).communicate()
-    assert out == "jax finds no device to run on: `diffjax doctor` says why\n"
+    assert out == "jax finds no device to run on (JAX_PLATFORMS=tpu lets it use nothing else): `diffjax doctor` says why\n"
+
+
+@pytest.mark.parametrize("platform", ["cuda", "gpu"])
+def test_every_command_that_computes_says_in_one_line_that_there_is_no_gpu(platform, tmp_path):
+    emoji = Path(__file__).parents[1] / "experiments" / "emoji.py"
+    code = f"""
+from diffjax import cli
+for command in (["train", "--config", {str(emoji)!r}, "--workdir", "w"], ["plan", "--config", {str(emoji)!r}],
+                ["sample", "--model", ".", "--out", "o"], ["evaluate", "--run", "w"], ["convert", "w", "o"],
+                ["fit-grid", "--run", "w", "--steps", "2"]):
+    assert cli.main(command) == 2, command
+"""
+    process = run_python(code, JAX_PLATFORMS=platform, DIFFJAX_HOME=str(tmp_path))
+    out, err = process.communicate()
+    lines = err.splitlines()
+    assert process.returncode == 0 and out == "" and len(lines) == 6
+    assert set(lines) == {f"diffjax: jax finds no device to run on (JAX_PLATFORMS={platform} lets it use nothing else): `diffjax doctor` says why"}
+
+
+def test_a_cluster_that_is_not_there_is_said(monkeypatch):
+    for name in ("JAX_COORDINATOR_ADDRESS", "COORDINATOR_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DIFFJAX_MULTIHOST", "1")
+    with pytest.raises(UserError, match="jax does not find a cluster .*DIFFJAX_MULTIHOST=1 asks for: unset it, or set JAX_COORD"):
+        mesh.join_hosts()
