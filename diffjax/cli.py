@@ -70,7 +70,7 @@ class _Parser(argparse.ArgumentParser):
 def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     parser = _Parser(prog="diffjax", description="Diffusion models in JAX.", epilog=_EXAMPLES)
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for add in (_doctor, _prepare, _train, _sample, _words, _evaluate, _plan, _fit_grid, _convert):
+    for add in (_doctor, _init, _prepare, _train, _sample, _words, _evaluate, _plan, _fit_grid, _convert):
         add(subparsers)
     for command in (parser, *subparsers.choices.values()):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -79,6 +79,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
 
 _EXAMPLES = """examples:
   diffjax doctor                                   what jax finds on this machine, and what is wrong with it
+  diffjax init my_project                          the experiments that come with diffjax, to be changed
   diffjax train --config experiments/emoji.py --workdir runs/emoji
   diffjax sample --run runs/emoji --prompt "a red heart" --out pictures
   diffjax words --run runs/emoji                   what words its prompts can have
@@ -122,6 +123,23 @@ def _doctor(subparsers) -> None:
         from diffjax.doctor import main
 
         return main(require=args.require, as_json=args.json)
+
+    parser.set_defaults(run=run)
+
+
+def _init(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "init",
+        help="write the experiments that come with diffjax into a folder, to be changed",
+        description="Write experiments/*.py, and a .gitignore for what they make, into a folder. Nothing that is there is changed.",
+        epilog="examples:\n  diffjax init my_project && cd my_project\n",
+    )
+    parser.add_argument("folder", metavar="DIR", help="the folder, made if it is not there")
+
+    def run(args) -> None:
+        from diffjax import project
+
+        print(project.create(args.folder))
 
     parser.set_defaults(run=run)
 

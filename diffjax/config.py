@@ -9,6 +9,8 @@ from ml_collections import ConfigDict
 
 from diffjax.errors import UserError, unknown
 
+EXPERIMENTS = "experiments"
+
 
 def load(spec: str) -> ConfigDict:
     """The config of `FILE` or `FILE:argument`: what the file's `get_config()` or `get_config(argument)` returns.
@@ -16,8 +18,7 @@ def load(spec: str) -> ConfigDict:
     Raises `UserError` when there is no such file, it does not run, or it has no such function.
     """
     path, _, argument = spec.partition(":")
-    if not Path(path).is_file():
-        raise UserError(f"no config file {path}: give a Python file such as experiments/emoji.py")
+    path = str(found(path))
     try:
         get_config = runpy.run_path(path).get("get_config")
         if get_config is None:
@@ -27,6 +28,25 @@ def load(spec: str) -> ConfigDict:
         raise
     except Exception as error:
         raise UserError(f"{path} cannot be run ({type(error).__name__}: {error}): mend it") from error
+
+
+def experiments() -> Path:
+    """The folder of the experiments that come with diffjax: installed in the package, in a checkout beside it."""
+    installed = Path(__file__).parent / EXPERIMENTS
+    return installed if installed.is_dir() else Path(__file__).parents[1] / EXPERIMENTS
+
+
+def found(path: str) -> Path:
+    """The file of that path, or, where there is none, the experiment of that name that comes with diffjax.
+
+    Raises `UserError` when there is neither.
+    """
+    given, (first, *inner) = Path(path), Path(path).parts or ("",)
+    if given.is_file():
+        return given
+    if first == EXPERIMENTS and ".." not in inner and (ours := experiments().joinpath(*inner)).is_file():
+        return ours
+    raise UserError(f"no config file {path}: give a Python file such as experiments/emoji.py; `diffjax init DIR` writes some")
 
 
 def parse(spec: str, arguments: list[str]) -> tuple[ConfigDict, list[str]]:
