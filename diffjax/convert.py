@@ -49,7 +49,7 @@ def to_diffusers(name: str, model: Model, out: Path) -> None:
             "--to orbax keeps the parameters of any model"
         )
     module = module.clone(sample_size=module.sample_size or model.shape[0])
-    weights.save_pipeline(out, module, model.denoiser.params, _published(name) or scheduler(model))
+    weights.save_pipeline(out, module, model.denoiser.params, _published(name) or scheduler(model), named(model))
 
 
 def to_sd3(model: Model, out: Path) -> None:
@@ -71,6 +71,11 @@ def to_orbax(name: str, model: Model, out: Path) -> None:
         params["text"] = model.text.params
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(out.absolute(), params)
+
+
+def named(model: Model) -> tuple[str, ...]:
+    """The names of a model's classes; none where they are only counted."""
+    return () if model.classes == tuple(map(str, range(len(model.classes)))) and not model.has_null else model.classes
 
 
 FORMATS: dict[str, Callable[[str, Model, Path], None]] = {"diffusers": to_diffusers, "orbax": to_orbax}

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Key, PyTree, UInt8
+from jaxtyping import Array, Bool, Float, Key, PyTree, UInt8
 
 from diffjax import image, mesh, sample
+from diffjax.errors import UserError
 from diffjax.model import Inputs, Model, Recipe
 
 CHUNK = 8
@@ -30,6 +32,13 @@ class Picture(NamedTuple):
     number: int
     prompt: str | None = None
     label: str | None = None
+
+    @property
+    def called(self) -> str:
+        """The picture in words."""
+        words = ", ".join(filter(None, (self.prompt, self.label)))
+        shown = words if len(words) <= 60 else f"{words[:60]}..."
+        return f"image {self.number}" + (f" of {shown!r}" if shown else "")
 
 
 class Part(NamedTuple):
@@ -115,19 +124,37 @@ class Drawing:
         """What the groups pass, one after the other; with `every`, a stage after each so many steps is among it."""
         devices = None if _is_spread(self.recipe) else mesh.data_mesh(jax.local_devices()[: max(map(len, groups))])
         recipe = mesh.replicate(self.recipe, devices) if devices else self.recipe
-        pace = Pace()
+        pace, chunk = Pace(), lambda done, rows: recipe.replace(grid=_filled(self.recipe.grid[done : done + rows]))
         for group in groups:
             inputs = _placed([_plain(self.inputs(part)) for part in group], devices)
             state = _placed([part.state for part in group], devices) if group[0].state else None
             done = group[0].done
+            advance = lambda done, rows, state, inputs=inputs: _advance(devices, chunk(done, rows), inputs, state)
             while done < self.steps:
                 rows = min(pace.steps(), self.steps - done, every - done % every if every else CHUNK)
-                chunk = recipe.replace(grid=_filled(self.recipe.grid[done : done + rows]))
                 with pace.measured(rows):
-                    state = _begin(devices, chunk, inputs) if state is None else state
-                    state = jax.block_until_ready(_advance(devices, chunk, inputs, state))
+                    before = _begin(devices, chunk(done, rows), inputs) if state is None else state
+                    state = jax.block_until_ready(advance(done, rows, before))
+                if not _finite(state).all():
+                    raise self._broken(group, advance, before, state, range(done, done + rows))
                 done += rows
                 yield Stage(group, state, done, rows, done == self.steps)
+
+    def _broken(
+        self, group: Group, advance: Callable[..., sample.State], before: sample.State, after: sample.State, steps: range
+    ) -> UserError:
+        """The error of `steps` that left numbers which are not finite: made again, one at a time, they show which was the first."""
+        (lane, row), state = np.argwhere(~_finite(after))[0], before
+        for step in steps:
+            state = advance(step, 1, state)
+            if not _finite(state)[lane, row]:
+                break
+        part = group[min(lane, len(group) - 1)]
+        picture = part.pictures[min(row, len(part.pictures) - 1)]
+        return UserError(
+            f"{picture.called} is not finite after step {step + 1} of {self.steps}: compute in float32 (--dtype), take another"
+            " sampler or a smaller guidance scale, or look at the model's weights"
+        )
 
     def images(self, stage: Stage) -> UInt8[np.ndarray, "n h w c"]:
         """The pictures of a stage."""
@@ -206,6 +233,11 @@ def _on_devices(function: Callable[..., sample.State]) -> Callable[..., sample.S
 
 _begin = _on_devices(lambda recipe, inputs: recipe.begin(_typed(inputs)))
 _advance = _on_devices(lambda recipe, inputs, state: recipe.advance_part(_typed(inputs), state))
+
+
+def _finite(state: sample.State) -> Bool[np.ndarray, "devices b"]:
+    """Which images have no NaN and nothing infinite."""
+    return np.asarray(jnp.isfinite(state.x).all(axis=tuple(range(2, state.x.ndim))))
 
 
 def _plain(inputs: Inputs) -> Inputs:

@@ -20,7 +20,7 @@ from jaxtyping import Float, UInt8
 from ml_collections import ConfigDict
 
 import diffjax.data
-from diffjax import cascade, files, image
+from diffjax import cascade, files, image, seeds
 from diffjax.draw import Drawing, Picture, shown
 from diffjax.errors import UserError
 from diffjax.loading import load
@@ -83,7 +83,7 @@ def recall(model: Model, recipe: Recipe, config: ConfigDict, num: int, seed: int
     """The measures of pictures of training prompts, and a sheet of them, drawn above, true below."""
     data = diffjax.data.load(config)
     chosen, prompts = training_prompts(data, num, seed)
-    drawn, seconds = draw(Drawing(model.with_encoded(prompts), recipe, jax.random.key(seed), model.defaults.batch, {}), prompts)
+    drawn, seconds = draw(Drawing(model.with_encoded(prompts), recipe, seeds.key(seed), model.defaults.batch, {}), prompts)
     truth = data.examples(chosen)["image"]
     each = zip(prompts, image.psnr(drawn, truth).tolist(), strict=True)
     found = measures(drawn, truth, data) | {"seconds_per_image": seconds}
@@ -105,7 +105,7 @@ def enlargements(model: Model, recipe: Recipe, config: ConfigDict, num: int, see
     truth, prompts = examples["image"], [captions[0] if captions else "" for captions in examples["captions"]]
     small = cascade.shrink(image.from_uint8(truth), model.low_res)
     told = {"low_res": lambda rows: small[np.asarray([row.number for row in rows])], "level": 0.0}
-    drawing = Drawing(model.with_encoded(prompts), recipe, jax.random.key(seed), model.defaults.batch, told)
+    drawing = Drawing(model.with_encoded(prompts), recipe, seeds.key(seed), model.defaults.batch, told)
     drawn, seconds = draw(drawing, prompts)
     bicubic = image.to_uint8(cascade.enlarge(small, data.size))
     found = {

@@ -20,7 +20,7 @@ from flax import traverse_util
 from jaxtyping import Array, Key, PyTree
 from ml_collections import ConfigDict
 
-from diffjax import build, embed, files, image, lora, sd3
+from diffjax import build, embed, files, image, lora, sd3, seeds
 from diffjax.data import dataset
 from diffjax.data.dataset import Dataset
 from diffjax.data.pipeline import MIDDLE, Batch, Batches, Example, Tokenize
@@ -109,7 +109,7 @@ class Plan:
     def preview(self, params: PyTree) -> Preview:
         """Pictures of the config's prompts, the same noise every time."""
         prompts, data = list(self.config.sample.prompts), self.config.data
-        key = jax.random.key(self.config.seed)
+        key = seeds.key(self.config.seed)
         images = self.model(params).sample(key, num=len(prompts), prompt=prompts, size=data.size)
         return Preview(np.asarray(images), math.isqrt(len(prompts) - 1) + 1, [])
 

@@ -12,8 +12,8 @@ import io
 import json
 import logging
 import math
-import re
 import shutil
+import unicodedata
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -242,8 +242,15 @@ def file_name(place: int, subject: Subject, number: int) -> str:
     words = "-".join(word for word in subject if word)
     if not words:
         return f"{number:04d}.png"
-    slug = re.sub(r"\W+", "-", words.lower())[:40].strip("-")
+    slug = "".join(character if _in_names(character) else " " for character in words.lower())
+    slug = "-".join(slug.split())[:40].strip("-")
     return f"{place:03d}_{slug}_{number:04d}.png"
+
+
+def _in_names(character: str) -> bool:
+    """Letters, digits, their marks, and pictographs: what every file system takes and no shell reads otherwise."""
+    kind = unicodedata.category(character)
+    return character in "_\u200d" or kind[0] in "LNM" or (kind in ("So", "Sk") and not character.isascii())
 
 
 def sheet_columns(subjects: int, num: int) -> int:

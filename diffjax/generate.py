@@ -21,7 +21,7 @@ from jax.experimental.multihost_utils import sync_global_devices
 from jaxtyping import Float, UInt8
 from ml_collections import ConfigDict
 
-from diffjax import build, image
+from diffjax import build, image, seeds
 from diffjax.draw import Drawing, Part, Picture, Stage, shown
 from diffjax.errors import UserError, unknown
 from diffjax.gallery import Background, Gallery, file_name, read_manifest, sha256
@@ -236,7 +236,7 @@ def prepared(request: Request, model: Model) -> Drawing:
     recipe = model.recipe(**{name: getattr(request, name) for name in how}, guidance=guided(request))
     model = encoded(model, request.texts)
     common = conditions(request, model, recipe.shape)
-    drawing = Drawing(model, recipe, jax.random.key(request.seed), request.batch, common)
+    drawing = Drawing(model, recipe, seeds.key(request.seed), request.batch, common)
     for subject in request.subjects:
         drawing.inputs(Part((Picture(0, *subject),)))
     return drawing

@@ -3,8 +3,10 @@
 A picture is uint8 (h, w, c), c 1 or 3; a network's images are float NHWC in [-1, 1].
 """
 
+import functools
 import io
-from collections.abc import Mapping, Sequence
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +20,22 @@ from diffjax.errors import UserError
 Pictures = UInt8[np.ndarray, "n h w c"]
 
 GAP = 2
-READABLE = 112
+VISIBLE = 112
 LARGEST = 6000
 TEXT_SIZE, LINE, LINES = 12, 15, 2
 BACKGROUND, INK = 255, (40, 40, 40)
+SYSTEM_FONTS = ("NotoSansCJK-Regular.ttc", "wqy-zenhei.ttc", "PingFang.ttc", "msyh.ttc", "msgothic.ttc", "Arial Unicode.ttf")
+NO_CHARACTER = "\U0010ffff"
 
 
 def to_uint8(images: Float[Array, "... h w c"]) -> UInt8[np.ndarray, "... h w c"]:
-    """round(255 clip(x / 2 + 1/2, 0, 1)), halves to even, as the published pipelines round."""
+    """round(255 clip(x / 2 + 1/2, 0, 1)), halves to even, as the published pipelines round.
+
+    Raises `UserError` where a value is not finite, since a byte for it would be a wrong picture.
+    """
     scaled = np.asarray(images, np.float32) / 2 + np.float32(0.5)
+    if not np.isfinite(scaled).all():
+        raise UserError("a picture has values that are not finite (NaN or infinite): nothing can be shown of it")
     return np.round(scaled.clip(0, 1) * np.float32(255)).astype(np.uint8)
 
 
@@ -88,11 +97,10 @@ def read(path: str | Path, size: tuple[int, int], channels: int = 3) -> UInt8[np
 def sheet(pictures: Pictures, columns: int, captions: Sequence[str] = ()) -> UInt8[np.ndarray, "h w 3"]:
     """All pictures row by row with thin white gaps, each above its caption, if there are captions.
 
-    Small pictures are enlarged by whole numbers until their captions can be read; the sheet's longer side stays under 6,000
-    pixels.
+    Small pictures are enlarged by whole numbers, pixels staying squares, until they and their captions can be seen; the
+    sheet's longer side stays under 6,000 pixels.
     """
-    pictures = _readable(pictures, columns) if captions else pictures
-    pictures = _bounded(pictures, columns)
+    pictures = _bounded(_visible(pictures), columns)
     n, height, width = pictures.shape[:3]
     below = LINE * LINES if captions else 0
     down, right = height + below + GAP, width + GAP
@@ -114,8 +122,8 @@ def stack(pictures: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> UInt8[np.ndarray, "
     return np.concatenate([np.pad(p, side, constant_values=BACKGROUND) for p, side in zip(pictures, sides)])
 
 
-def _readable(pictures: Pictures, columns: int) -> Pictures:
-    factor = max(1, -(-READABLE // pictures.shape[2]))
+def _visible(pictures: Pictures) -> Pictures:
+    factor = max(1, -(-VISIBLE // pictures.shape[2]))
     return pictures.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
@@ -131,10 +139,49 @@ def _bounded(pictures: Pictures, columns: int) -> Pictures:
 
 def _write(draw: ImageDraw.ImageDraw, caption: str, x: int, y: int, width: int) -> None:
     """The caption in the middle under a picture, broken into lines, what does not fit left out."""
-    font = ImageFont.load_default(TEXT_SIZE)
+    caption, font = _legible(caption)
     for number, line in enumerate(_lines(caption, lambda text: font.getlength(text) <= width)):
         left = x + (width - font.getlength(line)) / 2
         draw.text((round(left), y + number * LINE), line, INK, font)
+
+
+def _legible(text: str) -> tuple[str, ImageFont.FreeTypeFont]:
+    """The text and a font that shows it; characters that no font here shows are replaced by their names."""
+    for font in _fonts():
+        if all(_shows(font, character) for character in text):
+            return text, font
+    said = "".join(c if _shows(font, c) and unicodedata.category(c) != "Cf" else f" {_name(c)} " for c in text)
+    return " ".join(said.split()), font
+
+
+def _fonts() -> Iterator[ImageFont.FreeTypeFont]:
+    """Pillow's own font, which is Latin, Greek and Cyrillic; what this machine may have; matplotlib's, which has many signs."""
+    yield _font("")
+    yield from filter(None, map(_font, SYSTEM_FONTS))
+    import matplotlib
+
+    yield _font(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf")
+
+
+@functools.cache
+def _font(name: str) -> ImageFont.FreeTypeFont | None:
+    try:
+        return ImageFont.truetype(name, TEXT_SIZE) if name else ImageFont.load_default(TEXT_SIZE)
+    except OSError:
+        return None
+
+
+@functools.cache
+def _shows(font: ImageFont.FreeTypeFont, character: str) -> bool:
+    return bytes(font.getmask(character)) != bytes(font.getmask(NO_CHARACTER))
+
+
+def _name(character: str) -> str:
+    """`dog face` for a pictograph, nothing for what only changes its neighbour, else the number, U+732B."""
+    kind = unicodedata.category(character)
+    if kind in ("Cf", "Mn", "Me"):
+        return ""
+    return unicodedata.name(character, "").lower() if kind == "So" else f"U+{ord(character):04X}"
 
 
 def _lines(text: str, fits) -> list[str]:

@@ -22,6 +22,9 @@ Guide = float | Callable[[Denoiser], guide.Denoise]
 FIRST = 0xFFFFFFFF
 """The number folded into an image's key for the noise it starts from; steps fold in 0, 1, 2, ..."""
 
+NAMED = 20
+"""How many classes an error lists."""
+
 LOW_RES = 0xFFFFFFFE
 """The same for the noise in its low-res picture."""
 
@@ -97,7 +100,8 @@ class Model:
     `text(prompts) -> cond` encodes prompts. `shape` is that of one state x; for latent models `encode(images) -> x` and
     `decode(x) -> images` lead to and from it, `factor` pixels to one of its cells, and `preview(x)` are small pictures
     that cost little; sizes are multiples of `multiple` pixels, at most `largest` (0: any). A model that enlarges pictures
-    reads `low_res` pixels a side. `name` and `revision` (a run's step, a hub's commit) say where it was loaded from.
+    reads `low_res` pixels a side. `has_null`: it was trained without its text or class now and then, so that it can draw
+    without. `name` and `revision` (a run's step, a hub's commit) say where it was loaded from.
     """
 
     denoiser: Denoiser
@@ -112,6 +116,7 @@ class Model:
     factor: int = struct.field(pytree_node=False, default=1)
     low_res: int = struct.field(pytree_node=False, default=0)
     classes: tuple[str, ...] = struct.field(pytree_node=False, default=())
+    has_null: bool = struct.field(pytree_node=False, default=True)
     name: str = struct.field(pytree_node=False, default="")
     revision: str = struct.field(pytree_node=False, default="")
 
@@ -176,11 +181,13 @@ class Model:
         """What the denoiser is told about each of `num` images; with `guided` as the two branches of a guide."""
         cond: dict[str, Array] = {}
         if self.text is not None:
+            if prompt is None and not self.has_null:
+                raise UserError(f"{self._called} was never trained without a text: give a prompt")
             cond = self._encoded(_repeat("" if prompt is None else prompt, num))
         elif prompt is not None or negative_prompt is not None:
             raise UserError(f"{self._called} was trained without text: leave the prompt out")
         if self.classes:
-            labels = [self._class(name) for name in _repeat(-1 if label is None else label, num)]
+            labels = [self._class(name) for name in _repeat(label, num)]
             cond["label"] = np.asarray(labels, np.int32)
         elif label is not None:
             raise UserError(f"{self._called} was trained without classes: leave the label out")
@@ -188,6 +195,8 @@ class Model:
             raise UserError("a negative prompt acts through guidance: give a guidance scale above 1, or leave it out")
         if not guided:
             return cond
+        if not self.has_null and (self.classes or negative_prompt is None):
+            raise UserError(f"{self._called} always knew its text or class in training, so guidance has nothing to lead away from: leave it out")
         null = guide.null(cond)
         instead = self.defaults.null_prompt if negative_prompt is None else negative_prompt
         if instead is not None:
@@ -216,14 +225,30 @@ class Model:
             return self
         return self.replace(text=remembered(self.text, ["", *prompts], self.defaults.batch))
 
-    def _class(self, label: int | str) -> int:
-        if isinstance(label, str) and not label.lstrip("-").isdigit():
-            if label not in self.classes:
-                raise UserError(f"no class {label!r}: the classes are {', '.join(self.classes)}")
-            return self.classes.index(label)
-        if not -1 <= int(label) < len(self.classes):
-            raise UserError(f"no class {label}: the classes are 0 to {len(self.classes) - 1}")
+    def _class(self, label: int | str | None) -> int:
+        """A class's place: of a name, spelled with spaces or underscores; of a number, itself; -1 of None or -1: no class.
+
+        A number in a string is a place only where no class is called by a number.
+        """
+        if label is None or str(label) == "-1":
+            if self.has_null:
+                return -1
+            raise UserError(f"{self._called} was never trained without a class: give a label, {self._choices}")
+        if isinstance(label, str):
+            spelled = [label, label.replace("_", " "), label.replace(" ", "_")]
+            if found := next((name for name in spelled if name in self.classes), None):
+                return self.classes.index(found)
+            if not label.isdecimal() or any(name.isdecimal() for name in self.classes):
+                raise UserError(f"no class {label!r}: give {self._choices}")
+        if not 0 <= int(label) < len(self.classes):
+            raise UserError(f"no class {label}: give {self._choices}")
         return int(label)
+
+    @property
+    def _choices(self) -> str:
+        """The classes in words, the first of them where they are many."""
+        named = f"{', '.join(self.classes[:NAMED])}{', ...' if len(self.classes) > NAMED else ''}"
+        return f"one of {named} or a number from 0 to {len(self.classes) - 1}"
 
     def inputs(
         self,
@@ -286,6 +311,8 @@ class Model:
         Raises `UserError` for a size that the model has not.
         """
         height, width = (size, size) if isinstance(size, int) else size
+        if self.low_res and (height, width) != self.shape[:2]:
+            raise UserError(f"{self._called} enlarges to {self.shape[1]} x {self.shape[0]} pixels and to no other size: leave the size out")
         largest = self.largest or max(height, width)
         if min(height, width) < 1 or height % self.multiple or width % self.multiple or max(height, width) > largest:
             most = f" up to {self.largest}" if self.largest else ""
@@ -323,6 +350,8 @@ class Model:
         `init` is the state at the grid's first time, `noise` that of each step: with them another run is replayed, in
         one batch. `max_sequence_length` is how many tokens T5 reads (SD3: 256 by default).
         """
+        if num < 1:
+            raise UserError(f"num is {num}: draw at least 1 image")
         if max_sequence_length is not None:
             self = self.reading(max_sequence_length)
         recipe = self.recipe(

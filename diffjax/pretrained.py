@@ -9,6 +9,7 @@ from jaxtyping import Float
 
 from diffjax import grid, predict, process, sample, weights
 from diffjax.denoise import Apply, Denoiser, table_step
+from diffjax.errors import UserError
 from diffjax.model import Defaults, Model
 from diffjax.nets.unet import UNet
 from diffjax.refine import Clip, Refine, Threshold
@@ -27,14 +28,47 @@ DEVIATIONS = {
 
 
 def ddpm(folder: str | Path, dtype: Any = None) -> Model:
-    """The model of a DDPMPipeline or DDIMPipeline folder: `unet/` and `scheduler/`, or all files at the root."""
+    """The model of a DDPMPipeline or DDIMPipeline folder: `unet/` and `scheduler/`, or all files at the root.
+
+    Raises `UserError` naming the field of the network's configuration with which nothing can be drawn.
+    """
     scheduler = read_scheduler(folder)
-    module, params = weights.load(component(folder, "unet"), dtype)
+    unet = component(folder, "unet")
+    check(weights.describe(unet), scheduler, unet / "config.json")
+    module, params = weights.load(unet, dtype)
     denoiser = Denoiser(
         process.discrete(scheduler.betas()), PREDICTIONS[scheduler.prediction_type], params, Apply(module), table_step
     )
-    classes = tuple(str(i) for i in range(module.num_class_embeds or 0))
-    return Model(denoiser, shape(module), defaults(scheduler, module), classes=classes, name=Path(folder).name)
+    rows, names = module.num_class_embeds or 0, weights.class_names(folder)
+    if names and len(names) not in (rows, rows - 1):
+        raise UserError(f"{folder}: id2label names {len(names)} classes, and the network has {rows}, the null class among them: mend it")
+    classes = names or tuple(map(str, range(rows)))
+    return Model(
+        denoiser,
+        shape(module),
+        defaults(scheduler, module),
+        multiple=module.multiple,
+        classes=classes,
+        has_null=len(classes) < rows,
+        name=Path(folder).name,
+    )
+
+
+def check(module: UNet, scheduler: Scheduler, path: Path) -> None:
+    """Raises `UserError` for a network that says nothing of its pictures' size, or of which `sample` cannot be told a label,
+    or whose output is neither x's size nor twice that, for a learned variance."""
+    channels, out = module.in_channels, module.out_channels
+    learned = scheduler.variance_type in ("learned", "learned_range")
+    if module.sample_size is None:
+        raise UserError(f"{path}: sample_size is null, so nothing says how large its pictures are: write their size there")
+    if module.class_embed_type:
+        raise UserError(
+            f"{path}: class_embed_type = {module.class_embed_type} reads labels that are no classes, which sampling cannot"
+            " give: call the network itself, diffjax.weights.load(folder)"
+        )
+    if out not in (channels, 2 * channels) or (learned and out == channels):
+        wanted = f"{2 * channels}, for the variance" if learned else f"{channels}, or {2 * channels} with a variance"
+        raise UserError(f"{path}: out_channels = {out} beside in_channels = {channels}; a network that draws has {wanted}")
 
 
 def shape(module: UNet) -> tuple[int, int, int]:

@@ -16,7 +16,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 from ml_collections import ConfigDict
 
-from diffjax import build, cascade, embed, files, image, struct
+from diffjax import build, cascade, embed, files, image, seeds, struct
 from diffjax.cascade import LowRes
 from diffjax.data.pipeline import Tokenize
 from diffjax.denoise import Apply, Denoiser
@@ -137,7 +137,7 @@ class Plan:
             config.steps,
             config.sampler,
             config.grid,
-            config.guidance if self.conditions else None,
+            config.guidance if self.conditions and self.config.loss.drop else None,
             bound=_bound(config),
             unit_start=isinstance(self.process, Discrete),
             level=config.get("level", 0.0),
@@ -149,6 +149,7 @@ class Plan:
         text = Prompts(params["text"], self.text, self.tokenize) if self.text else text
         denoiser = Denoiser(self.process, self.prediction, params["network"], Apply(self.network))
         told = {"classes": self.classes, "name": self.config.name, "low_res": self.low_res.size if self.low_res else 0}
+        told |= {"multiple": self.network.multiple, "has_null": self.config.loss.drop > 0}
         return Model(denoiser, self.shape, self.defaults(), text=text, **told)
 
     def prompts(self) -> list[str]:
@@ -162,7 +163,7 @@ class Plan:
         Of a stage of a cascade, `panel` of the pictures it has seen.
         """
         if self.low_res:
-            return panel(self.model(params), self.seen, jax.random.key(self.config.seed))
+            return panel(self.model(params), self.seen, seeds.key(self.config.seed))
         config = self.config.sample
         told: dict[str, Any] = {}
         if self.config.text:
@@ -170,7 +171,7 @@ class Plan:
         elif self.classes:
             told["label"] = [i % len(self.classes) for i in range(config.num)]
         num = len(told["prompt"]) if self.config.text else config.num
-        images = self.model(params).sample(jax.random.key(self.config.seed), num=num, **told)
+        images = self.model(params).sample(seeds.key(self.config.seed), num=num, **told)
         return Preview(np.asarray(images), math.isqrt(num - 1) + 1, [])
 
 
@@ -332,11 +333,15 @@ def planned(
     if low_res and shape[0] % low_res.size:
         raise UserError(f"low_res.size={low_res.size} does not divide data.size={shape[0]}: choose one that does")
     widths = {"context_width": width, "pooled_width": width} if width else {}
+    network = build.network(config, **widths, **({"low_res": True} if low_res else {}))
+    if shape[0] % network.multiple:
+        fields = f"the fields of {config.network}"
+        raise UserError(f"data.size={shape[0]}: this {config.network} reads multiples of {network.multiple} pixels; change it, or {fields}")
     return Plan(
         config,
         build.process(config.process),
         build.prediction(config.prediction),
-        build.network(config, **widths, **({"low_res": True} if low_res else {})),
+        network,
         text,
         tokenize,
         shape,

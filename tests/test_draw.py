@@ -1,11 +1,15 @@
+import dataclasses
 import itertools
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
 import toys
 
 from diffjax import draw, image
 from diffjax.draw import Drawing, Picture
+from diffjax.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("optimized")
 
@@ -65,6 +69,31 @@ def test_one_device_and_several_draw_the_same(model, everything, monkeypatch):
 def test_the_facade_draws_the_same(model, everything):
     images = image.to_uint8(model.sample(KEY, num=7, prompt="bee"))
     assert all((images[number] == everything[Picture(number, "bee")]).all() for number in range(7))
+
+
+@dataclasses.dataclass(frozen=True)
+class Breaks:
+    """A network whose output is not a number for bright x of prompts that begin with many e, below a time."""
+
+    apply: Any
+    below: float
+
+    def __call__(self, params, x, t, **cond):
+        bad = (cond["mask"].any(1) & (t < self.below) & (jnp.abs(cond["context"]).sum((1, 2)) > 1e3))[:, None, None, None]
+        return jnp.where(bad, jnp.nan, self.apply(params, x, t, **cond))
+
+
+@pytest.mark.parametrize(("below", "step"), [(2000.0, 1), (460.0, 7), (95.0, 11)])
+def test_a_picture_that_is_not_finite_is_an_error_that_names_step_and_image(below, step):
+    model = toys.model(text=True, steps=11, grid="uniform", guidance=None)
+    model = model.replace(denoiser=model.denoiser.replace(apply=Breaks(model.denoiser.apply, below)))
+    job = drawing(model)
+    many = "e" * 100_000
+    named = f"image 2 of '{'e' * 60}...' is not finite after step {step} of 11"
+    for every in (0, 3):
+        with pytest.raises(UserError) as error:
+            drawn(job, job.parts([Picture(0, "a"), Picture(1, "bee"), Picture(2, many), Picture(3, "a")]), every)
+        assert str(error.value).startswith(named)
 
 
 def test_how_many_steps_a_call_makes_does_not_matter(model, everything):

@@ -277,7 +277,8 @@ def test_a_picture_is_changed_where_the_mask_is_white(models, tmp_path):
         ({"model": "plain", "sampler": "unipcc"}, "did you mean unipc"),
         ({"model": "plain", "grid": "kerras"}, "did you mean karras"),
         ({"model": "plain", "sampler": "unipc", "eta": 1.0}, "deterministic"),
-        ({"model": "classes", "labels": ("cow",)}, "the classes are cat, dog"),
+        ({"model": "classes", "labels": ("cow",)}, "give one of cat, dog"),
+        ({"model": "plain", "seed": 2**64}, "from 0 to 2\\^64 - 1"),
         ({"model": "texts", "labels": ("3",)}, "without classes"),
     ],
 )
@@ -330,7 +331,7 @@ def test_the_sheet_of_many_pictures_shows_the_first(models, tmp_path, monkeypatc
     monkeypatch.setattr(gallery, "ON_SHEET", 4)
     generate.generate(Request("plain", num=7), tmp_path)
     sheet, _ = image.read_png(tmp_path / "grid.png")
-    assert sheet.shape == (2 * 8 + image.GAP, 2 * 8 + image.GAP, 3)
+    assert sheet.shape == (2 * image.VISIBLE + image.GAP, 2 * image.VISIBLE + image.GAP, 3)
 
 
 def test_a_gallery_reads_only_its_own_states(models, tmp_path):

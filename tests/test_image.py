@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import diffjax
 from diffjax import image
 from diffjax.errors import UserError
 
@@ -69,13 +70,41 @@ def test_psnr_is_decibels_of_the_mean_square():
 
 
 def test_a_sheet_without_captions_holds_the_pictures_and_gaps():
-    pictures = random_pictures(5)
+    pictures, side = random_pictures(5, size=image.VISIBLE), image.VISIBLE
     sheet = image.sheet(pictures, 3)
-    assert sheet.shape == (2 * 8 + image.GAP, 3 * 8 + 2 * image.GAP, 3)
+    assert sheet.shape == (2 * side + image.GAP, 3 * side + 2 * image.GAP, 3)
     for i, picture in enumerate(pictures):
-        y, x = i // 3 * (8 + image.GAP), i % 3 * (8 + image.GAP)
-        assert (sheet[y : y + 8, x : x + 8] == picture).all()
-    assert (sheet[8 : 8 + image.GAP] == 255).all() and (sheet[-8:, -8:] == 255).all()
+        y, x = i // 3 * (side + image.GAP), i % 3 * (side + image.GAP)
+        assert (sheet[y : y + side, x : x + side] == picture).all()
+    assert (sheet[side : side + image.GAP] == 255).all() and (sheet[-side:, -side:] == 255).all()
+
+
+@pytest.mark.parametrize("captions", [(), ("one", "two")])
+def test_a_sheet_enlarges_small_pictures_to_squares(captions):
+    pictures = random_pictures(2, size=32)
+    sheet = image.sheet(pictures, 2, captions)
+    assert sheet.shape[1] == 2 * 4 * 32 + image.GAP
+    assert (sheet[:128, :128][::4, ::4] == pictures[0]).all() and (sheet[3:128:4, 3:128:4] == pictures[0]).all()
+
+
+def test_captions_in_any_script_are_legible():
+    assert image._legible("red heart 2")[0] == "red heart 2"
+    for caption in ("привет", "ψ"):
+        said, font = image._legible(caption)
+        assert said == caption and all(image._shows(font, character) for character in caption)
+    assert image._legible("\U0001f436")[0] in ("\U0001f436", "dog face")
+    assert image._legible("\U0001f469\u200d\U0001f680")[0] in ("\U0001f469\u200d\U0001f680", "woman rocket")
+    absent = "\U00013000"  # a hieroglyph
+    assert image._legible(absent)[0] in (absent, "U+13000")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_becomes_no_picture(bad):
+    assert image.to_uint8 is diffjax.to_uint8
+    images = np.zeros((2, 4, 4, 3), np.float32)
+    images[1, 2, 0, 1] = bad
+    with pytest.raises(UserError, match="not finite"):
+        diffjax.to_uint8(images)
 
 
 def test_captions_are_written_under_enlarged_pictures():

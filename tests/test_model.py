@@ -68,6 +68,46 @@ def test_labels_are_names_or_numbers(classes):
     assert (classes.sample(KEY, label="dog") == classes.sample(KEY, label=1)).all()
     assert (classes.sample(KEY, label="1") == classes.sample(KEY, label=1)).all()
     assert not jnp.allclose(classes.sample(KEY, label="dog"), classes.sample(KEY))
+    assert (classes.sample(KEY) == classes.sample(KEY, label=-1)).all() and (classes.sample(KEY) == classes.sample(KEY, label="-1")).all()
+
+
+def labels(model, *given):
+    return model.condition(len(given), label=list(given))["label"].tolist()
+
+
+def test_a_label_that_is_a_class_s_name_is_that_class():
+    numbered = toys.model(classes=("1", "10", "2"))
+    assert labels(numbered, "2", "10", "1", 2, 0) == [2, 1, 0, 2, 0]
+    with pytest.raises(UserError, match="no class '0': give one of 1, 10, 2 or a number from 0 to 2"):
+        labels(numbered, "0")
+    spelled = toys.model(classes=("hot dog", "ice_cream", "tea"))
+    assert labels(spelled, "hot_dog", "hot dog", "ice cream", "ice_cream", "2") == [0, 0, 1, 1, 2]
+    both = toys.model(classes=("hot dog", "hot_dog"))
+    assert labels(both, "hot_dog", "hot dog") == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({}, "never trained without a class: give a label, one of cat, dog"),
+        ({"label": -1}, "never trained without a class"),
+        ({"label": "-1"}, "never trained without a class"),
+        ({"label": "dog", "guidance": 2.0}, "nothing to lead away from"),
+    ],
+)
+def test_a_null_class_exists_only_where_one_was_trained(how, said):
+    model = toys.model(classes=("cat", "dog"), guidance=None).replace(has_null=False)
+    assert (model.sample(KEY, label="dog") == toys.model(classes=("cat", "dog"), guidance=None).sample(KEY, label=1)).all()
+    with pytest.raises(UserError, match=said):
+        model.sample(KEY, **how)
+
+
+def test_without_a_trained_null_text_guidance_needs_a_negative_prompt():
+    model = toys.model(text=True, guidance=None).replace(has_null=False)
+    assert jnp.isfinite(model.sample(KEY, prompt="a", negative_prompt="b", guidance=2.0)).all()
+    for how, said in (({}, "give a prompt"), ({"prompt": "a", "guidance": 2.0}, "nothing to lead away from")):
+        with pytest.raises(UserError, match=said):
+            model.sample(KEY, **how)
 
 
 def test_a_run_can_be_replayed_from_its_start_and_noise(unconditional):
@@ -108,8 +148,12 @@ def test_a_weak_strength_starts_late_from_the_noised_picture(unconditional):
         ("unconditional", {"guidance": 3.0}, "without text and classes: leave the guidance out"),
         ("unconditional", {"strength": 0.0}, "above 0"),
         ("unconditional", {"sampler": "eular"}, "did you mean euler"),
-        ("classes", {"label": "cow"}, "the classes are cat, dog"),
-        ("classes", {"label": 2}, "the classes are 0 to 1"),
+        ("unconditional", {"num": 0}, "num is 0: draw at least 1 image"),
+        ("unconditional", {"num": -3}, "num is -3"),
+        ("classes", {"label": "cow"}, "no class 'cow': give one of cat, dog or a number from 0 to 1"),
+        ("classes", {"label": 2}, "no class 2: give one of cat, dog"),
+        ("classes", {"label": -2}, "no class -2"),
+        ("classes", {"label": "1.5"}, "no class '1.5'"),
         ("classes", {"negative_prompt": "no"}, "without text"),
         ("texts", {"num": 3, "prompt": ["a", "b"]}, "2 prompts or labels for 3 images"),
     ],

@@ -66,7 +66,8 @@ class Records:
         wanted = {self.roles.image, self.roles.captions, self.roles.label} - {None}
         self._features = tfds.features.FeaturesDict({name: builder.info.features[name] for name in wanted})
         names = builder.info.features[self.roles.label].names if self.roles.label else ()
-        self.class_names = tuple(name.replace("_", " ") for name in names)
+        spaced = tuple(name.replace("_", " ") for name in names)
+        self.class_names = spaced if len({*spaced}) == len(names) else tuple(names)
         self._decoders = {self.roles.image: tfds.decode.SkipDecoding()}
         try:
             raw = tfds.decode.DeserializeMethod.RAW_BYTES

@@ -104,6 +104,11 @@ class DiT(nn.Module):
         y = RMSNorm(use_scale=False)(y) * (1 + scale) + shift
         return self._join(self._zero(self.patch**2 * x.shape[-1], name="patch_out")(y), x.shape)
 
+    @property
+    def multiple(self) -> int:
+        """Of what number of pixels each side of a picture is a multiple."""
+        return self.patch
+
     def _dense(self, features: int, **fields: Any) -> Dense:
         return Dense(features, dtype=self.dtype, param_dtype=self.param_dtype, **fields)
 

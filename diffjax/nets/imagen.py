@@ -225,6 +225,11 @@ class ImagenUNet(nn.Module):
         y = self._conv(self.patch**2 * x.shape[-1], 3, kernel_init=zeros, name="conv_out")(y)
         return unfold(y.astype(jnp.float32), self.patch)
 
+    @property
+    def multiple(self) -> int:
+        """Of what number of pixels each side of a picture is a multiple."""
+        return self.patch * 2 ** (len(self.mults) - (0 if self.efficient else 1))
+
     def _down(self, x: Array, emb: Array, tokens: Tokens) -> list[list[Array]]:
         """What the blocks of every level give, and at last the middle."""
         levels, widths = [], [self.dim, *(self.dim * m for m in self.mults)]
@@ -305,9 +310,7 @@ class ImagenUNet(nn.Module):
         return states, jnp.pad(seen, ((0, 0), (1, 0)), constant_values=True)
 
     def _check(self, x: Array, low_res: Array | None, level: Array | None) -> None:
-        halvings = len(self.mults) - (0 if self.efficient else 1)
-        unit = self.patch * 2**halvings
-        if x.shape[1] % unit or x.shape[2] % unit:
-            raise UserError(f"images of {x.shape[1]} x {x.shape[2]} pixels: this network reads multiples of {unit}")
+        if x.shape[1] % self.multiple or x.shape[2] % self.multiple:
+            raise UserError(f"images of {x.shape[1]} x {x.shape[2]} pixels: this network reads multiples of {self.multiple}")
         if self.low_res and (low_res is None or level is None):
             raise UserError("this model enlarges pictures: give `low_res` and `level`")

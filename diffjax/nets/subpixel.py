@@ -56,6 +56,11 @@ class SubPixel(nn.Module):
         y = conv(self.patch**2 * x.shape[-1], kernel_init=nn.initializers.zeros, name="conv_out")(nn.silu(y))
         return low_res + unfold(y.astype(jnp.float32), self.patch)
 
+    @property
+    def multiple(self) -> int:
+        """Of what number of pixels each side of a picture is a multiple."""
+        return self.patch
+
     def _embedding(self, t: Float[Array, " b"], name: str) -> Float[Array, "b c"]:
         dense = functools.partial(Dense, self.width, dtype=self.dtype, param_dtype=self.param_dtype)
         return dense(name=f"{name}_2")(nn.silu(dense(name=f"{name}_1")(timestep_embedding(t, self.width))))

@@ -230,8 +230,8 @@ class UNet(nn.Module):
     ) -> Float[Array, "b h w out"]:
         """The network's output. Raises `UserError` when the size does not halve evenly or a condition is missing."""
         levels = len(self.block_out_channels)
-        if x.shape[1] % 2 ** (levels - 1) or x.shape[2] % 2 ** (levels - 1):
-            raise UserError(f"images of {x.shape[1]} x {x.shape[2]} pixels: give multiples of {2 ** (levels - 1)}")
+        if x.shape[1] % self.multiple or x.shape[2] % self.multiple:
+            raise UserError(f"images of {x.shape[1]} x {x.shape[2]} pixels: give multiples of {self.multiple}")
         told = None if mask is None else jnp.any(mask, axis=1)
         emb = self._embed_time(t) + self._embed_label(label) + self._embed_pooled(pooled, told)
         tokens = self._tokens(context, mask, told)
@@ -248,6 +248,11 @@ class UNet(nn.Module):
             y = self._up_stage(i)(y, emb, tokens, [skips.pop() for _ in range(self.layers_per_block + 1)])[-1]
         y = nn.silu(GroupNorm(self.norm_num_groups, self.norm_eps, **self._policy(), name="conv_norm_out")(y))
         return conv(self.out_channels, kernel_init=zeros, name="conv_out")(y).astype(self.out_dtype)
+
+    @property
+    def multiple(self) -> int:
+        """Of what number of pixels each side of a picture is a multiple."""
+        return 2 ** (len(self.block_out_channels) - 1)
 
     def _policy(self) -> dict[str, Dtype]:
         return {"dtype": self.dtype, "param_dtype": self.param_dtype}

@@ -13,7 +13,7 @@ import optax
 from ml_collections import ConfigDict
 
 import diffjax.data
-from diffjax import build, files, finetune, mesh, trained
+from diffjax import build, files, finetune, mesh, seeds, trained
 from diffjax.data.pipeline import Prefetch
 from diffjax.errors import UserError
 from diffjax.interrupt import Stop, stop_on_signal
@@ -141,11 +141,14 @@ class Training:
         self.checkpoints.last()
 
     def show(self, stop: Stop) -> None:
-        """Draw the preview and the sanity panel."""
+        """Draw the preview and the sanity panel; what cannot be shown is said and does not end the training."""
         ema = self.parallel.gather(self.state).ema
-        self.log.preview(self.done, self.plan.preview(ema))
-        if self.plan.seen and not stop.is_set():  # pictures, not latents
-            self.log.sanity(self.done, sanity.look(self.plan, ema))
+        try:
+            self.log.preview(self.done, self.plan.preview(ema))
+            if self.plan.seen and not stop.is_set():  # pictures, not latents
+                self.log.sanity(self.done, sanity.look(self.plan, ema))
+        except UserError as error:
+            self.log.terminal.say(f"step {self.done}: no preview: {error}")
 
 
 def check(config: ConfigDict) -> None:
@@ -179,7 +182,7 @@ def first_state(
     batches: Prefetch,
 ) -> State:
     """The state to start from, new or restored; a restored one moves `batches` to where it was."""
-    init_key, key = jax.random.split(jax.random.key(config.seed))
+    init_key, key = jax.random.split(seeds.key(config.seed))
     new = lambda params: create(params, optimizer, key)
     restored = checkpoints.restore(jax.eval_shape(lambda: new(plan.init(init_key))))
     if restored is None:

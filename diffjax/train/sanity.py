@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, PyTree, UInt8
 
-from diffjax import cascade, image
+from diffjax import cascade, image, seeds
 from diffjax.denoise import Cond, Denoiser
 from diffjax.process import Discrete, Process, Time, perturb
 from diffjax.trained import Plan
@@ -78,7 +78,7 @@ def look(plan: Plan, params: PyTree) -> Panel:
     """The panel of parameters on the pictures that the plan has seen; the same noise every time."""
     seen, model = plan.seen, plan.model(params)
     truth = image.from_uint8(seen.image)
-    keys = jax.random.split(jax.random.key(plan.config.seed), len(truth))
+    keys = jax.random.split(seeds.key(plan.config.seed), len(truth))
     trivial, parts = {"mean picture": _square(seen.mean - truth)}, {}
     if plan.config.text:
         parts["text"] = model.condition(len(truth), prompt=seen.caption)

@@ -6,7 +6,7 @@ which network of ours.
 
 import functools
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +99,13 @@ def save(path: str | Path, module: nn.Module, params: Params) -> None:
     files.write_json(folder / "config.json", config)
 
 
-def save_pipeline(path: str | Path, module: nn.Module, params: Params, scheduler: Scheduler) -> None:
-    """Write a model folder that `diffusers.DDPMPipeline.from_pretrained` (DDIMPipeline, for its scheduler) loads."""
+def save_pipeline(
+    path: str | Path, module: nn.Module, params: Params, scheduler: Scheduler, classes: Sequence[str] = ()
+) -> None:
+    """Write a model folder that `diffusers.DDPMPipeline.from_pretrained` (DDIMPipeline, for its scheduler) loads.
+
+    The names of the classes go where DiTPipeline keeps them, in `id2label` of `model_index.json`.
+    """
     folder = Path(path)
     save(folder / "unet", module, params)
     write_scheduler(folder, scheduler)
@@ -109,7 +114,22 @@ def save_pipeline(path: str | Path, module: nn.Module, params: Params, scheduler
         "scheduler": ["diffusers", scheduler.class_name],
         "unet": ["diffusers", "UNet2DModel"],
     }
-    files.write_json(folder / "model_index.json", index)
+    named = {"id2label": dict(enumerate(classes))} if classes else {}
+    files.write_json(folder / "model_index.json", index | named)
+
+
+def class_names(path: str | Path) -> tuple[str, ...]:
+    """The names of the classes in a model folder, by `id2label` of its `model_index.json`; none where it says nothing of them.
+
+    Raises `UserError` where they are not numbered from 0.
+    """
+    index = Path(path) / "model_index.json"
+    named = read_json(index).get("id2label") if index.exists() else None
+    if not named:
+        return ()
+    if not isinstance(named, dict) or sorted(named) != sorted(map(str, range(len(named)))):
+        raise UserError(f"{index}: id2label must name the classes of the numbers from 0; mend or remove it")
+    return tuple(str(named[str(i)]) for i in range(len(named)))
 
 
 def shapes(module: nn.Module) -> Params:
