@@ -149,7 +149,7 @@ class Plan:
         text = Prompts(params["text"], self.text, self.tokenize) if self.text else text
         denoiser = Denoiser(self.process, self.prediction, params["network"], Apply(self.network))
         told = {"classes": self.classes, "name": self.config.name, "low_res": self.low_res.size if self.low_res else 0}
-        told |= {"multiple": self.network.multiple, "has_null": self.config.loss.drop > 0}
+        told |= {"multiple": multiple(self.network), "has_null": self.config.loss.drop > 0}
         return Model(denoiser, self.shape, self.defaults(), text=text, **told)
 
     def prompts(self) -> list[str]:
@@ -175,6 +175,7 @@ class Plan:
         return Preview(np.asarray(images), math.isqrt(num - 1) + 1, [])
 
 
+<<<<<<< HEAD
 def _refused(tokenize: CaptionTokenizer, prompt: str) -> UserError | None:
     """Why a prompt cannot be read."""
     try:
@@ -182,6 +183,11 @@ def _refused(tokenize: CaptionTokenizer, prompt: str) -> UserError | None:
     except UserError as error:
         return error
     return None
+=======
+def multiple(network: nn.Module) -> int:
+    """Of what number of pixels a network's pictures are a multiple on each side; 1 of one that does not say."""
+    return getattr(network, "multiple", 1)
+>>>>>>> 27b344d (Published class models need a label, converted ones keep their classes' names, sizes are refused before anything is drawn)
 
 
 def _bound(config: ConfigDict) -> Refine | None:
@@ -334,9 +340,9 @@ def planned(
         raise UserError(f"low_res.size={low_res.size} does not divide data.size={shape[0]}: choose one that does")
     widths = {"context_width": width, "pooled_width": width} if width else {}
     network = build.network(config, **widths, **({"low_res": True} if low_res else {}))
-    if shape[0] % network.multiple:
-        fields = f"the fields of {config.network}"
-        raise UserError(f"data.size={shape[0]}: this {config.network} reads multiples of {network.multiple} pixels; change it, or {fields}")
+    if shape[0] % multiple(network):
+        said = f"data.size={shape[0]}: this {config.network} reads multiples of {multiple(network)} pixels"
+        raise UserError(f"{said}; change data.size, or the fields of {config.network}")
     return Plan(
         config,
         build.process(config.process),

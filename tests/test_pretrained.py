@@ -1,6 +1,7 @@
 """Published DDPM pipelines: sampled step for step as diffusers samples them."""
 
 import functools
+import json
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent / "nets"))
 import reference
 
 from diffjax import grid, pretrained, weights
+from diffjax.errors import UserError
 from diffjax.nets.unet import UNet
 from diffjax.weights.scheduler import Scheduler
 from diffjax.weights.unet2d import FORMAT
@@ -112,3 +114,51 @@ def test_as_published(name, tmp_path):
 def test_as_published_live(name, tmp_path):
     theirs = outputs(name)
     assert np.abs(np.asarray(ours(name, theirs["times"], tmp_path)) - theirs["x"]).max() < 1e-4 * max(1, np.abs(theirs["x"]).max())
+
+
+def published(folder, index=None, scheduler=None, **fields):
+    """A folder of a small network with such fields and random weights."""
+    module = UNet(**UNET | fields)
+    params = reference.params(FORMAT, module, reference.checkpoint(FORMAT, module))
+    weights.save_pipeline(folder, module, params, Scheduler(**scheduler or {}))
+    path = folder / "model_index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | (index or {})))
+    return folder
+
+
+def test_a_class_model_needs_a_label_unless_a_null_class_was_trained(tmp_path):
+    key, rows = jax.random.key(0), 3
+    bare = pretrained.ddpm(published(tmp_path / "bare", num_class_embeds=rows))
+    assert bare.classes == ("0", "1", "2") and not bare.has_null
+    for how, said in (({}, "give a label, one of 0, 1, 2"), ({"label": 2, "guidance": 2.0}, "nothing to lead away from")):
+        with pytest.raises(UserError, match=said):
+            bare.sample(key, steps=1, **how)
+    named = {"id2label": {"0": "cat", "1": "dog"}}
+    model = pretrained.ddpm(published(tmp_path / "named", named, num_class_embeds=rows))
+    assert model.classes == ("cat", "dog") and model.has_null
+    same = model.sample(key, steps=1) == pretrained.ddpm(published(tmp_path / "all", num_class_embeds=rows)).sample(key, steps=1, label=2)
+    assert same.all()
+
+
+@pytest.mark.parametrize(
+    ("index", "scheduler", "fields", "said"),
+    [
+        (None, None, {"sample_size": None}, "config.json: sample_size is null"),
+        (None, None, {"out_channels": 4}, "out_channels = 4 beside in_channels = 3; a network that draws has 3, or 6 with a variance"),
+        (None, {"variance_type": "learned"}, {}, "out_channels = 3 beside in_channels = 3; a network that draws has 6, for the variance"),
+        (None, None, {"class_embed_type": "timestep"}, "class_embed_type = timestep reads labels that are no classes"),
+        (None, None, {"class_embed_type": "identity"}, "class_embed_type = identity reads labels that are no classes"),
+        ({"id2label": {"0": "cat"}}, None, {"num_class_embeds": 3}, "id2label names 1 classes, and the network has 3"),
+        ({"id2label": {"1": "cat"}}, None, {"num_class_embeds": 3}, "id2label must name the classes of the numbers from 0"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_by_its_field(tmp_path, index, scheduler, fields, said):
+    with pytest.raises(UserError, match=said):
+        pretrained.ddpm(published(tmp_path, index, scheduler, **fields))
+
+
+def test_a_size_that_does_not_halve_is_refused_first(tmp_path):
+    model = pretrained.ddpm(published(tmp_path))
+    assert model.recipe(steps=1, size=12).shape == (12, 12, 3)
+    with pytest.raises(UserError, match="draws no picture 15 pixels wide and 15 high: give multiples of 2"):
+        model.recipe(steps=1, size=15)
