@@ -175,7 +175,6 @@ class Plan:
         return Preview(np.asarray(images), math.isqrt(num - 1) + 1, [])
 
 
-<<<<<<< HEAD
 def _refused(tokenize: CaptionTokenizer, prompt: str) -> UserError | None:
     """Why a prompt cannot be read."""
     try:
@@ -183,11 +182,11 @@ def _refused(tokenize: CaptionTokenizer, prompt: str) -> UserError | None:
     except UserError as error:
         return error
     return None
-=======
+
+
 def multiple(network: nn.Module) -> int:
     """Of what number of pixels a network's pictures are a multiple on each side; 1 of one that does not say."""
     return getattr(network, "multiple", 1)
->>>>>>> 27b344d (Published class models need a label, converted ones keep their classes' names, sizes are refused before anything is drawn)
 
 
 def _bound(config: ConfigDict) -> Refine | None:

@@ -8,13 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-<<<<<<< HEAD
 from diffjax import build, cli, config, mesh, trained
-from diffjax.train import record
-=======
-from diffjax import build, config, mesh, trained
 from diffjax.errors import UserError
->>>>>>> 27b344d (Published class models need a label, converted ones keep their classes' names, sizes are refused before anything is drawn)
+from diffjax.train import record
 from diffjax.train.parallel import by_jit, by_pmap
 from diffjax.train.state import create
 from diffjax.train.step import make_step
@@ -144,7 +140,6 @@ def test_one_device_and_eight_train_alike(tmp_path):
         np.testing.assert_allclose(again, losses, rtol=1e-6)
 
 
-<<<<<<< HEAD
 def test_previews_leave_out_what_no_caption_says(tmp_path):
     settings = experiment("emoji", "dit", small=True)
     settings.sample.prompts = ("zebra", "a pizza")
@@ -174,7 +169,8 @@ def test_words_of_templates_are_known(monkeypatch):
     monkeypatch.setattr(Data, "config", config.ConfigDict({"templates": ("{}", "an icon of {}")}))
     words = trained.tokenizer(experiment("emoji", "dit"), Data(16, 0)).words
     assert (words.counts["icon"], words.counts["pizza"]) == (3, 2) and words.read("icon of a pizza").text == "an icon of pizza"
-=======
+
+
 @pytest.mark.parametrize(
     ("name", "size"), [("emoji", 20), ("cifar10", 27), ("ddpm_train", 20), ("minimagen/base64", 20), ("minimagen/emoji_super128", 66)]
 )
@@ -185,4 +181,3 @@ def test_a_size_that_the_network_cannot_cut_is_refused_before_training(name, siz
         settings.low_res.size = 33
     with pytest.raises(UserError, match=rf"data.size={size}: this {settings.network} reads multiples of \d+ pixels; change data.size"):
         trained.planned(settings, (size, size, 3), tuple(map(str, range(settings.classes))), None)
->>>>>>> 27b344d (Published class models need a label, converted ones keep their classes' names, sizes are refused before anything is drawn)
