@@ -97,7 +97,8 @@ def builder(settings: PicturesConfig, data_dir: Path) -> tfds.core.DatasetBuilde
 def _check_sizes(settings: PicturesConfig) -> None:
     """Raises `UserError` naming how many pictures are smaller than the size; unreadable ones are left for later."""
     small = []
-    for picture in track(settings.pictures, "looking at the pictures", len(settings.pictures)):
+    usable = [picture for picture in settings.pictures if not picture.problem]
+    for picture in track(usable, "looking at the pictures", len(usable)):
         try:
             with Image.open(picture.file, formats=formats()) as opened:
                 found = opened.size

@@ -15,7 +15,7 @@ from urllib.parse import urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from diffjax import files
-from diffjax.data.images import open_picture
+from diffjax.data.images import looks_like_picture, open_picture
 from diffjax.data.prepare import in_parallel, track
 
 THREADS = 32
@@ -132,12 +132,11 @@ def _checked(data: bytes) -> bytes:
     """The data, if all of them are a picture; one that is cut off may come whole the next time."""
     try:
         picture = open_picture(data, 1)
-    except Exception as error:  # noqa: BLE001  a broken file raises nearly anything
-        raise Refused(f"is no picture: {error}") from error
-    try:
         picture.load()
-    except Exception as error:  # noqa: BLE001
-        raise OSError(f"is not all there: {error}") from error
+    except Exception as error:  # noqa: BLE001  a broken file raises nearly anything
+        if looks_like_picture(data[:12]):
+            raise OSError(f"is not all there: {error}") from error
+        raise Refused(f"is no picture: {error}") from error
     return data
 
 

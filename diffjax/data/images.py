@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import io
+import re
 import warnings
 from typing import Any
 
@@ -54,9 +55,12 @@ def formats() -> tuple[str, ...]:
 
 
 def looks_like_picture(head: bytes) -> bool:
-    """Whether the first 12 bytes of a file are those of a PNG, JPEG, GIF, WebP, TIFF, AVIF or HEIF picture."""
-    begins = head.startswith((PNG, b"\xff\xd8\xff", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*"))
-    return begins or (head[:4] == b"RIFF" and head[8:12] == b"WEBP") or head[4:12] in (b"ftypavif", *(b"ftyp" + kind for kind in HEIF))
+    """Whether the first 12 bytes of a file are those of a picture in one of `FORMATS`, or HEIF."""
+    if head.startswith((PNG, b"\xff\xd8\xff", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*", b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  ")):
+        return True
+    boxed = head[4:12] in (b"ftypavif", b"ftypavis", *(b"ftyp" + kind for kind in HEIF))
+    named = (head[:4] == b"RIFF" and head[8:12] == b"WEBP") or (head[:2] == b"BM" and head[6:10] == bytes(4))
+    return boxed or named or re.match(rb"P[1-6f]\s+[\d#]", head, re.IGNORECASE) is not None
 
 
 def _without_text(data: bytes) -> bytes:

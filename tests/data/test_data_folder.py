@@ -1,5 +1,7 @@
 import errno
+import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -132,3 +134,76 @@ def test_subfolders_are_classes(tmp_path):
     Image.new("RGB", (20, 20)).save(tmp_path / "pictures" / "stray.png")
     with pytest.raises(UserError, match="stray.png has no class"):
         load(tmp_path / "pictures", name="class_folder")
+
+
+def test_linked_folders_are_classes_and_loops_end(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "set" / "dogs").mkdir(parents=True)
+    for place in ("real/1.jfif", "set/dogs/2.JPE"):
+        Image.new("RGB", (20, 20), (200, 0, 0)).save(tmp_path / place, "JPEG")
+    (tmp_path / "set" / "cats").symlink_to(tmp_path / "real")
+    (tmp_path / "set" / "dogs" / "up").symlink_to(tmp_path / "set")
+    (tmp_path / "set" / "gone").symlink_to(tmp_path / "nowhere")
+    found = load(tmp_path / "set", name="class_folder")
+    assert found.class_names == ("cats", "dogs") and len(found) == 2
+    assert found.skipped.read() == [("dogs/up", "is a link that leads back to a folder around it"), ("gone", "is a link that leads nowhere")]
+
+
+def test_train_and_test_are_no_classes(tmp_path):
+    for split in ("train", "Test"):
+        (tmp_path / split / "cats").mkdir(parents=True)
+        Image.new("RGB", (20, 20)).save(tmp_path / split / "cats" / "1.png")
+    with pytest.raises(UserError, match="has the folders Test, train: set data.path to the one"):
+        load(tmp_path, name="class_folder")
+
+
+def test_a_folder_of_grey_pictures_has_one_channel(tmp_path, caplog):
+    folder = tmp_path / "grey"
+    folder.mkdir()
+    for number, mode in enumerate(("L", "1", "LA", "I;16")):
+        Image.new(mode, (20, 20), 0).save(folder / f"{number}.png")
+    found = load(folder)
+    assert found.channels == 1 and found.examples([0])["image"].shape == (1, 16, 16, 1)
+    assert "all pictures of captioned_folder are grey and have one channel; data.channels=3" in caplog.text
+    assert load(folder, channels=3).examples([0])["image"].shape == (1, 16, 16, 3)
+    Image.new("RGB", (20, 20), (9, 9, 200)).save(folder / "colour.png")
+    assert load(folder).channels == 3 and load(folder, channels=1).channels == 1
+    with pytest.raises(UserError, match='data.channels="2" must be 0 or 1 or 3'):
+        load(folder, channels=2)
+
+
+def content(found):
+    return json.loads((found.skipped.folder / "metadata.json").read_text())["content"]
+
+
+def test_the_same_pictures_are_known_wherever_they_lie(folder, tmp_path):
+    first = content(load(folder))
+    shutil.copytree(folder, tmp_path / "elsewhere" / "copy")
+    (tmp_path / "elsewhere" / "copy" / "notes.md").write_text("another file")
+    assert content(load(tmp_path / "elsewhere" / "copy")) == first
+    text = (folder / "metadata.csv").read_text()
+    (folder / "metadata.csv").write_text(text.replace("number 0", "number 1", 1))
+    exchanged = content(load(folder))
+    (folder / "metadata.csv").write_text(text)
+    Image.new("RGB", (24, 40), (1, 0, 255)).save(folder / "0.png")
+    assert len({first, exchanged, content(load(folder))}) == 3
+
+
+def test_several_pictures_in_one_file_are_said(tmp_path):
+    folder = tmp_path / "pages"
+    folder.mkdir()
+    pages = [Image.new("RGB", (20, 20), (shade, 0, 0)) for shade in (10, 90, 200)]
+    pages[0].save(folder / "a.gif", save_all=True, append_images=pages[1:])
+    pages[0].save(folder / "b.png")
+    found = load(folder)
+    assert len(found) == 2
+    assert found.skipped.read() == [("a.gif after its first", "holds 3 pictures, of which the first is used")]
+
+
+def test_what_was_left_out_is_remembered_beside_the_data(folder, tmp_path, monkeypatch):
+    (folder / "broken.png").write_bytes(b"nothing")
+    load(folder, data_dir=str(tmp_path / "shared"))
+    monkeypatch.setenv("DIFFJAX_HOME", str(tmp_path / "other home"))
+    found = load(folder, data_dir=str(tmp_path / "shared"))
+    assert found.skipped.read() == [("broken.png", "cannot be read: no picture in any known format")]
+    assert found.skipped.path.name == "left_out.jsonl" and found.skipped.path.is_relative_to(tmp_path / "shared")

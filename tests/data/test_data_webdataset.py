@@ -124,3 +124,105 @@ def test_damaged_and_compressed_shards_are_named(tmp_path):
             load(tmp_path / "0.tar")
     with pytest.raises(UserError, match="is no .tar file, folder of them or pattern"):
         load(tmp_path / "1.tar")
+
+
+def named(found):
+    return dict(found.skipped.read())
+
+
+def test_dots_in_keys_hide_no_picture(tmp_path):
+    shard = write(
+        tmp_path / "0.tar",
+        [
+            ("v1.0/2020.01.02.png", encoded(10, "PNG")),
+            ("v1.0/2020.01.02.txt", b"a date"),
+            ("v1.0/2020.01.03.png", encoded(20, "PNG")),
+            ("v1.0/2020.01.03.txt", b"another"),
+            ("pair.left.png", encoded(30, "PNG")),
+            ("pair.right.png", encoded(40, "PNG")),
+            ("pair.txt", b"both"),
+            ("scene.jpg", encoded(50, "JPEG")),
+            ("scene.depth.png", encoded(60, "PNG")),
+            ("scene.txt", b"a scene"),
+            ("whole.png.txt", b"by its whole name"),
+            ("whole.png", encoded(70, "PNG")),
+        ],
+    )
+    found = load(shard)
+    assert len(found) == 6
+    shown = found.examples(range(6))
+    told = sorted((captions[0], round(int(image[0, 0, 0]), -1)) for captions, image in zip(shown["captions"], shown["image"]))
+    assert told == [("a date", 10), ("a scene", 50), ("another", 20), ("both", 30), ("both", 40), ("by its whole name", 70)]
+    assert named(found) == {"0.tar/scene.depth.png": "is another picture of its key, without captions of its own"}
+
+
+def test_the_same_key_again_is_another_sample(tmp_path):
+    once = [("1.png", encoded(10, "PNG")), ("1.txt", b"one"), ("2.png", encoded(20, "PNG")), ("2.jpg", encoded(30, "JPEG")), ("2.txt", b"two")]
+    again = [("1.webp", encoded(40, "WEBP")), ("1.txt", b"three"), ("2.txt", b"four"), ("2.png", encoded(50, "PNG"))]
+    found = load(write(tmp_path / "0.tar", once + again))
+    shown = found.examples(range(len(found)))
+    told = sorted((captions[0], round(int(image[0, 0, 0]), -1)) for captions, image in zip(shown["captions"], shown["image"]))
+    assert told == [("four", 50), ("one", 10), ("three", 40), ("two", 20), ("two", 30)]
+
+
+def test_links_within_a_shard_are_what_they_lead_to(tmp_path):
+    shard = write(
+        tmp_path / "0.tar",
+        [
+            link("early.png", "a/1.png"),
+            ("early.txt", b"early"),
+            ("a/1.png", encoded(10, "PNG")),
+            ("a/1.txt", b"one"),
+            link("hard.png", "a/1.png", tarfile.LNKTYPE),
+            link("hard.txt", "a/1.txt", tarfile.LNKTYPE),
+            link("b/up.png", "../a/1.png"),
+            ("b/up.txt", b"up"),
+            link("round.png", "round.png"),
+            link("thing.cls", "/etc/hostname"),
+        ],
+    )
+    found = load(shard)
+    shown = found.examples(range(len(found)))
+    assert sorted(captions[0] for captions in shown["captions"]) == ["early", "one", "one", "up"]
+    assert {int(image[0, 0, 0]) // 10 for image in shown["image"]} == {1}
+    assert named(found) == {"0.tar/round.png": "is a link that leads to itself"}
+
+
+def test_what_might_be_a_picture_is_named(tmp_path):
+    shard = write(
+        tmp_path / "0.tar",
+        [
+            ("good.JPE", encoded(10, "JPEG")),
+            ("good.txt", b"good"),
+            ("phone.heic", b"\0\0\0\x18ftypheic" + bytes(20)),
+            ("phone.txt", b"phone"),
+            (".hidden.png", encoded(20, "PNG")),
+            ("._good.JPE", b"\0\5\x16\7"),
+            ("bare", encoded(30, "PNG")),
+            ("cafe\u0301.png", encoded(40, "PNG")),
+            ("caf\u00e9.txt", "caf\u00e9".encode()),
+            ("bytes\udcff.png", encoded(50, "PNG")),
+            ("bytes\udcff.txt", b"bytes"),
+            ("good.npy", b"numbers"),
+        ],
+    )
+    found = load(shard)
+    assert reds(found) == {("good",): 10, ("caf\u00e9",): 40, ("bytes",): 50}
+    assert {name: why[:20] for name, why in named(found).items()} == {
+        "0.tar/phone.heic": "cannot be read: HEIF",
+        "0.tar/.hidden.png": "is hidden: its name ",
+        "0.tar/bare": "is a picture whose n",
+    }
+
+
+def test_shards_that_were_joined_or_packed_are_refused(tmp_path):
+    (tmp_path / "s" / "deep").mkdir(parents=True)
+    one = write(tmp_path / "s" / "0.tar", [("0.png", encoded(0, "PNG"))])
+    two = write(tmp_path / "s" / "deep" / "0.tar", [("0.png", encoded(10, "PNG"))])
+    assert len(load(tmp_path / "s")) == 2
+    (tmp_path / "joined.tar").write_bytes(one.read_bytes() + two.read_bytes())
+    with pytest.raises(UserError, match="another tar file follows its end: join them with tar --concatenate"):
+        load(tmp_path / "joined.tar")
+    (tmp_path / "s" / "1.tar.gz").write_bytes(gzip.compress(one.read_bytes()))
+    with pytest.raises(UserError, match="1.tar.gz is packed: unpack it"):
+        load(tmp_path / "s")
