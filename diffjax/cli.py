@@ -162,8 +162,9 @@ def _prepare(subparsers) -> None:
     def run(args) -> None:
         if "data" not in args.config:
             raise UserError("this experiment reads no data: there is nothing to prepare")
-        from diffjax import data, embed, mesh
+        from diffjax import data, embed, mesh, trained
 
+        trained.check_conditions(args.config)
         data.fetch(args.config.data, args.retry)
         found = data.load(args.config.data)
         if embed.is_frozen(args.config.get("text")):

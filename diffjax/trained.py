@@ -237,6 +237,15 @@ def _encode(text: nn.Module, params: PyTree, tokens: Array, mask: Array) -> dict
     return text.apply({"params": params}, tokens, mask)
 
 
+def check_conditions(config: ConfigDict) -> None:
+    """Raises `UserError` for an experiment of both text and classes, which no network here is trained for."""
+    if config.get("text") and config.get("classes"):
+        raise UserError(
+            f"classes={config.classes} and text={config.text.name} are both set, and a run is told one of them: set text to None "
+            "to train by class, or classes to 0 to train by text (a picture without captions is captioned by its class)"
+        )
+
+
 def plan(config: ConfigDict, workdir: Path, data: Any) -> Plan:
     """The plan of a run on a data set; what it takes from the data is kept in `workdir`, where `load` finds it.
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from diffjax import cli
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -29,3 +31,33 @@ def test_the_commands_of_the_page(tmp_path):
     for folder, size in (("drawn", 128), ("drawn/stage_1", 32)):
         with Image.open(tmp_path / folder / "001_pizza_0001.png") as picture:
             assert picture.size == (size, size)
+
+
+SMALL = """
+    settings.data.size = 16
+    settings.dit.update({"width": 32, "depth": 1, "heads": 2, "hidden": 64, "rank": 8})
+    settings.train.update({"steps": 1, "batch": 8})
+    settings.sample.update({"num": 2, "steps": 1})
+"""
+
+
+def test_a_folder_of_classes_as_the_page_says_and_both_at_once_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DIFFJAX_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    for shade, name in ((30, "cats"), (200, "dogs")):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for number in range(2):
+            Image.new("L", (20, 20), shade + number).save(tmp_path / "pictures" / name / f"{number}.png")
+    (own,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "your_pictures.md").read_text(), re.DOTALL)
+    start = f"from diffjax import config\ndef get_config():\n    settings = config.load({str(ROOT / 'experiments' / 'emoji.py')!r})\n"
+    (tmp_path / "both.py").write_text(start + own.replace("settings.text = None", "pass") + "    return settings\n")
+    for command in (["prepare"], ["train", "--workdir", "runs/both"]):
+        assert cli.main([*command, "--config", "both.py"]) == 2
+        assert "classes=2 and text=words are both set" in capsys.readouterr().err
+    assert not (tmp_path / "home").exists() and not (tmp_path / "runs").exists()
+    (tmp_path / "mine.py").write_text(start + own + SMALL + "    return settings\n")
+    assert cli.main(["train", "--config", "mine.py", "--workdir", "runs/mine"]) == 0
+    assert cli.main(["sample", "--run", "runs/mine", "--label", "dogs", "--num", "1", "--out", "drawn"]) == 0
+    (drawn,) = (tmp_path / "drawn").glob("*dogs*.png")
+    with Image.open(drawn) as picture:
+        assert picture.mode == "L" and picture.size == (16, 16)

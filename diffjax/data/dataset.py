@@ -21,6 +21,7 @@ from diffjax.data.skipped import Skipped
 from diffjax.data.tables import Table
 from diffjax.data.webdataset import Shards
 from diffjax.errors import UserError
+from diffjax.say import counted
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -202,8 +203,9 @@ def _say(skipped: Skipped, name: str) -> None:
     """How many pictures are left out, and the first of them."""
     if left_out := skipped.read():
         shown = "".join(f"\n  {picture}: {why}" for picture, why in left_out[:SHOWN]) + "\n  ..." * (len(left_out) > SHOWN)
-        counted = f"1 picture of {name} is" if len(left_out) == 1 else f"{len(left_out)} pictures of {name} are"
-        logging.getLogger("diffjax").warning("%s left out; %s says which and why:%s", counted, skipped.path, shown)
+        verb = "is" if len(left_out) == 1 else "are"
+        message = f"%s of {name} {verb} left out; %s says which and why:%s"
+        logging.getLogger("diffjax").warning(message, counted(len(left_out), "picture"), skipped.path, shown)
 
 
 def load(config: ml_collections.ConfigDict) -> Dataset:

@@ -159,6 +159,7 @@ def check(config: ConfigDict) -> None:
         if config.train[name] < 1:
             raise UserError(f"train.{name} is {config.train[name]}: it must be at least 1")
     build.named("train.parallel", WAYS, config.train.parallel)
+    trained.check_conditions(config)
     parts = config.train.accumulate * jax.device_count()
     if config.train.batch % parts:
         raise UserError(
