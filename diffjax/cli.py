@@ -248,6 +248,14 @@ def _refuse_beside(flag: str, whence: str, args: argparse.Namespace, parser: arg
         raise UserError(f"{flag} takes {', '.join(sorted(given))} {whence}: leave them out")
 
 
+def _add_which(parser: argparse.ArgumentParser) -> None:
+    """Which of the forms in which a model is published."""
+    parser.add_argument("--revision", default="", help="the step of a run's checkpoint; a branch, tag or commit of the hub")
+    parser.add_argument(
+        "--variant", metavar="NAME", help="which of several forms of the weights: fp16, ema or the like, or a file's name"
+    )
+
+
 def _add_subject(parser: argparse.ArgumentParser) -> None:
     """Which model, and what it is told."""
     model = parser.add_mutually_exclusive_group(required=True)
@@ -256,7 +264,7 @@ def _add_subject(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--cascade", nargs="+", metavar="DIR", help="trainings whose pictures each enlarges those before")
     model.add_argument("--config", metavar="FILE", help="a sampling experiment; fields are overridden by --config.NAME=value")
     model.add_argument("--replay", metavar="FILE", help="the manifest.json of an earlier job: the same again")
-    parser.add_argument("--revision", default="", help="the step of a run's checkpoint, or a commit of the hub")
+    _add_which(parser)
     parser.add_argument("--dtype", type=one_of("dtype", "float32", "bfloat16"), help="what to compute in")
     parser.add_argument("--quantize", type=one_of("kind", "int8", "int4"), help="keep large weights in fewer bits (SD3.5)")
     parser.add_argument(
@@ -337,9 +345,11 @@ def _evaluate(subparsers) -> None:
     def run(args) -> None:
         from diffjax import mesh
         from diffjax.evaluate import evaluate
+        from diffjax.loading import run_folder
 
+        workdir = run_folder(args.workdir)
         mesh.start()
-        evaluate(args.workdir, args.num, args.steps, args.guidance, args.sampler, args.seed, args.step)
+        evaluate(workdir, args.num, args.steps, args.guidance, args.sampler, args.seed, args.step)
 
     parser.set_defaults(run=run)
 
@@ -361,6 +371,7 @@ def _plan(subparsers) -> None:
     what.add_argument("--run", dest="workdir", metavar="DIR", help="the --workdir of a training")
     what.add_argument("--model", metavar="ID", help="a hub id, or a folder in the layout of diffusers")
     what.add_argument("--config", metavar="FILE", help="an experiment; any field can be overridden: --config.a.b=value")
+    _add_which(parser)
     for name, meaning in (("steps", "of sampling"), ("num", "pictures in all"), ("batch", "pictures at once"), ("size", "pixels")):
         parser.add_argument(f"--{name}", type=int, metavar="N", help=meaning, default=1 if name == "num" else None)
     parser.add_argument("--sampler", metavar="NAME", help="the solver (heun calls the network twice a step)")
@@ -371,12 +382,17 @@ def _plan(subparsers) -> None:
 
     def run(args) -> None:
         from diffjax import mesh, plan
+        from diffjax.loading import run_folder
 
         mesh.find()
         names = ("steps", "num", "batch", "size", "guidance", "sampler", "dtype")
         asked = plan.Asked(**{name: getattr(args, name) for name in names})
-        kind, subject = (plan.run, args.workdir) if args.workdir else (plan.model, args.model)
-        jobs = plan.config(args.config, asked) if args.config else kind(subject, asked)
+        if args.model:
+            jobs = plan.model(args.model, asked, args.revision or None, args.variant)
+        elif args.revision or args.variant:
+            raise UserError("--revision and --variant are of --model: leave them out")
+        else:
+            jobs = plan.config(args.config, asked) if args.config else plan.run(run_folder(args.workdir), asked)
         print("\n\n".join(plan.report(job, args.device, args.compile) for job in jobs))
 
     parser.set_defaults(run=run)
@@ -394,8 +410,9 @@ def _fit_grid(subparsers) -> None:
         "  diffjax fit-grid --run runs/emoji --steps 8 --sampler dpmpp_2m --prompt pizza --prompt rocket\n",
     )
     model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--run", dest="name", metavar="DIR", help="the --workdir of a training")
-    model.add_argument("--model", dest="name", metavar="ID", help="a hub id, or a folder in the layout of diffusers")
+    model.add_argument("--run", dest="workdir", metavar="DIR", help="the --workdir of a training")
+    model.add_argument("--model", metavar="ID", help="a hub id, or a folder in the layout of diffusers")
+    _add_which(parser)
     parser.add_argument("--steps", type=int, required=True, metavar="N", help="steps of the grid")
     parser.add_argument("--sampler", default="unipc", metavar="NAME", help="a sampler without noise (default unipc)")
     parser.add_argument("--guidance", type=float, metavar="W", help="guidance scale (default: the model's own)")
@@ -405,11 +422,12 @@ def _fit_grid(subparsers) -> None:
 
     def run(args) -> None:
         from diffjax import fit, mesh
-        from diffjax.loading import load
+        from diffjax.loading import load, run_folder
 
+        name = run_folder(args.workdir) if args.workdir else args.model
         mesh.start()
         told = {name: getattr(args, name) for name in ("guidance", "prompt", "seeds", "iterations")}
-        loaded = load(args.name)
+        loaded = load(name, revision=args.revision or None, variant=args.variant)
         found = fit.fit(loaded, args.steps, args.sampler, shown=fit.progress, **told)
         print(fit.report(found))
         print(f"kept in {fit.keep(loaded.name, args.sampler, found)}: sample with")
@@ -429,6 +447,7 @@ def _convert(subparsers) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help="a run's folder, one in the layout of diffusers, or a hub id")
     parser.add_argument("out", metavar="OUT", help="the folder to write")
+    _add_which(parser)
     parser.add_argument("--to", type=one_of("format", "diffusers", "orbax"), default="diffusers", help="diffusers or orbax")
 
     def run(args) -> None:
@@ -436,7 +455,7 @@ def _convert(subparsers) -> None:
         from diffjax.convert import convert
 
         mesh.find()
-        convert(args.model, args.out, args.to)
+        convert(args.model, args.out, args.to, args.revision or None, args.variant)
         print(f"{args.out} is written")
 
     parser.set_defaults(run=run)

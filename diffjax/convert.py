@@ -12,7 +12,7 @@ from flax import traverse_util
 from diffjax import predict, weights
 from diffjax.errors import UserError
 from diffjax.lora import LowRank
-from diffjax.loading import load
+from diffjax.loading import is_run, load
 from diffjax.model import Model
 from diffjax.nets.mmdit import MMDiT
 from diffjax.nets.unet import UNet
@@ -27,15 +27,17 @@ SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 SPACINGS = ("leading", "linspace", "trailing")
 
 
-def convert(name: str, out: str | Path, to: str = "diffusers") -> None:
+def convert(
+    name: str, out: str | Path, to: str = "diffusers", revision: str | None = None, variant: str | None = None
+) -> None:
     """Write the model of a run (its averaged parameters), a folder or a hub id as `to`, one of `FORMATS`.
 
-    Raises `UserError` when `out` is not empty, and for a model that the format has no place for.
+    `revision` and `variant` are those of `diffjax.load`. Raises `UserError` when `out` is not empty, and for a model that the format has no place for.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is there already: name a new folder")
-    FORMATS[to](name, load(name), out)
+    FORMATS[to](name, load(name, revision=revision, variant=variant), out)
 
 
 def to_diffusers(name: str, model: Model, out: Path) -> None:
@@ -49,7 +51,7 @@ def to_diffusers(name: str, model: Model, out: Path) -> None:
             "--to orbax keeps the parameters of any model"
         )
     module = module.clone(sample_size=module.sample_size or model.shape[0])
-    weights.save_pipeline(out, module, model.denoiser.params, _published(name) or scheduler(model), named(model))
+    weights.save_pipeline(out, module, model.denoiser.params, _published(model) or scheduler(model), named(model))
 
 
 def to_sd3(model: Model, out: Path) -> None:
@@ -120,9 +122,9 @@ def _ends(schedule: str) -> dict[str, float]:
     return {"beta_start": 0.00085, "beta_end": 0.012} if schedule == "scaled_linear" else {}
 
 
-def _published(name: str) -> Scheduler | None:
+def _published(model: Model) -> Scheduler | None:
     """The scheduler that a published model comes with."""
-    if (Path(name) / "run.json").exists():
+    if is_run(Path(model.name)):
         return None
-    folder = hub.fetch(name).folder
+    folder = hub.fetch(model.name, model.revision or None, [f"*{FILE}"]).folder
     return read_scheduler(folder) if (component(folder, "scheduler") / FILE).exists() else None

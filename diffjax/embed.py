@@ -44,21 +44,21 @@ def is_frozen(choice: Mapping[str, Any] | None) -> bool:
     return choice is not None and choice["name"] in HUB
 
 
-def folder(choice: Mapping[str, Any], patterns: Sequence[str] = hub.PATTERNS) -> Path:
+def folder(choice: Mapping[str, Any], find: Callable[[str], Path] = lambda name: hub.fetch(name).folder) -> Path:
     """The encoder's folder: of `path`, a folder or hub id; else MiniLM's pip package, if installed, or the usual hub id.
 
-    From the hub come the files that match `patterns`.
+    `find` says what a hub id's folder is: by default that of all its files, downloaded.
     """
     path = choice.get("path", "")
     found = importlib.util.find_spec(PACKAGE) if choice["name"] == "minilm" and not path else None
     if found is not None:
         return Path(found.submodule_search_locations[0]) / "model"
-    return hub.fetch(path or HUB[choice["name"]], patterns=patterns).folder
+    return find(path or HUB[choice["name"]])
 
 
 def width(choice: Mapping[str, Any]) -> int:
-    """Numbers in a state; of the encoder's files, only its configuration is fetched."""
-    config = read_json(folder(choice, ("config.json",)) / "config.json")
+    """Numbers in a state; of the encoder's files, only its configuration is fetched, if it does not come with the package."""
+    config = read_json(folder(choice, functools.partial(hub.configs, patterns=("config.json",))) / "config.json")
     return next(config[name] for name in WIDTHS if name in config)
 
 

@@ -27,7 +27,7 @@ from diffjax.errors import UserError, unknown
 from diffjax.gallery import Background, Gallery, file_name, read_manifest, sha256
 from diffjax.guide import Guidance
 from diffjax.interrupt import stop_on_signal
-from diffjax.loading import load
+from diffjax.loading import load, run_folder
 from diffjax.model import Encoded, Guide, Model
 from diffjax.say import counted
 from diffjax.sd3 import SkipLayers
@@ -49,11 +49,12 @@ class Request:
     `mask` is white where it is drawn anew.
     A model that enlarges does so with the picture `low_res`, or with those of an earlier job in that folder, `level` the
     noise in them. `two_passes` evaluates the branches of guidance one after the other, in less memory. `skip_layers` is SD3.5's
-    skip-layer guidance, `quantize`, `shard` and `lora` are those of `diffjax.load`.
+    skip-layer guidance, `quantize`, `shard`, `lora` and `variant` are those of `diffjax.load`.
     """
 
     model: str
     revision: str = ""
+    variant: str | None = None
     dtype: str | None = None
     prompts: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
@@ -123,12 +124,10 @@ def requested(args: Namespace) -> Request:
     """
     if args.config:
         return configured(args.config)
-    if args.workdir and not Path(args.workdir).is_dir():
-        raise UserError(f"there is no run {args.workdir}: train one with `diffjax train --workdir {args.workdir}`")
     if args.preview is not None and args.preview < 0:
         raise UserError(f"--preview is {args.preview}: give a number of steps, or 0 for none")
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Request)}
-    given["model"] = str(Path(args.workdir).resolve()) if args.workdir else args.model
+    given["model"] = run_folder(args.workdir) if args.workdir else args.model
     chosen = build.QUALITIES[args.quality] if args.quality else {}
     given |= {name: value for name, value in chosen.items() if given[name] is None}
     read = read_prompts(args.prompt_file) if args.prompt_file else []
@@ -173,7 +172,7 @@ def generate(
     after Ctrl-C.
     """
     kept = request.quantize, request.shard, request.lora
-    model = load(request.model, request.dtype, request.revision or None, request.texts, *kept)
+    model = load(request.model, request.dtype, request.revision or None, request.texts, *kept, request.variant)
     request = completed(request, model)
     drawing = prepared(request, model)
     recipe = recipe_of(request, model)

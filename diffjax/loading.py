@@ -11,7 +11,7 @@ from diffjax import finetune, pretrained, sd3, trained
 from diffjax.denoise import Apply
 from diffjax.errors import UserError
 from diffjax.model import Model
-from diffjax.weights import hub
+from diffjax.weights import foreign, hub
 
 
 def load(
@@ -22,36 +22,53 @@ def load(
     quantize: str | None = None,
     shard: str | None = None,
     lora: str | Path | None = None,
+    variant: str | None = None,
 ) -> Model:
     """The model of one of our runs, of a folder in a published layout, of a hub id, or of a single file of SD3.5.
 
     A path that exists or is absolute never asks the hub. With `dtype=None` parameters keep the file's dtype and the
     network computes as it was trained; else both are `dtype`. `revision` is the step of a run's checkpoint (None: the
-    newest) or a commit of the hub. With `prompts`, a published text-to-image model encodes these while it loads and can
+    newest) or a branch, tag or commit of the hub. `variant`, as "fp16" or "ema", says which of several forms of the weights is
+    read, where a published model has more than one. With `prompts`, a published text-to-image model encodes these while it loads and can
     draw no others: its text encoders and its denoiser are never in memory together. Of such a model, `quantize` ("int8",
     "int4") keeps the transformer and T5 in fewer bits, and `shard` ("fsdp", "tensor", "both") splits the transformer over
     all devices; `lora` is a file of adapters that are added to the transformer. Raises `UserError` for what is not there,
     cannot be read or is not implemented.
     """
     folder = Path(name).expanduser()
-    if (folder / "run.json").exists() or (folder / "checkpoints").is_dir():
+    if is_run(folder):
         if revision is not None and not revision.isdigit():
             raise UserError(f"revision {revision} of a run: give the step of one of its checkpoints")
         _refuse_kept(str(folder), quantize, shard, lora)
+        if variant:
+            raise UserError(f"{folder} is a run, which has no variant {variant}: leave it out, or give a step as revision")
         step = None if revision is None else int(revision)
         model = finetune.load(folder, step, prompts) if finetune.is_one(folder) else trained.load(folder, step)
         return _cast(model, dtype).replace(name=str(folder.resolve()))
-    folder, commit = hub.fetch(name, revision)
+    folder, commit = hub.fetch(name, revision, variant=variant)
     called = str(name) if commit else str(folder.resolve())
     if sd3.is_one(folder):
-        model = sd3.load(folder, sd3.Kept(dtype, quantize, shard), called, prompts)
+        model = sd3.load(folder, sd3.Kept(dtype, quantize, shard), called, prompts, variant)
         model = sd3.adapted(model, lora) if lora else model
     elif any((folder / part).exists() for part in ("config.json", "model_index.json", "unet")):
         _refuse_kept(called, quantize, shard, lora)
-        model = pretrained.ddpm(folder, dtype)
+        model = pretrained.ddpm(folder, dtype, variant)
     else:
-        raise UserError(f"{folder} holds no model: give a run's folder, one in the layout of diffusers, or a hub id")
+        raise UserError(f"{folder} {foreign.no_model(path.name for path in folder.iterdir())}")
     return model.replace(name=called, revision=commit or "")
+
+
+def is_run(folder: Path) -> bool:
+    """Whether it is the folder of a run."""
+    return (folder / "run.json").exists() or (folder / "checkpoints").is_dir()
+
+
+def run_folder(name: str | Path) -> str:
+    """The whole path of a run's folder. Raises `UserError` when there is none, naming the runs beside it."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        raise hub.no_run(folder)
+    return str(folder.resolve())
 
 
 def _refuse_kept(name: str, *given: Any) -> None:

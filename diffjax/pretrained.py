@@ -27,15 +27,16 @@ DEVIATIONS = {
 }
 
 
-def ddpm(folder: str | Path, dtype: Any = None) -> Model:
+def ddpm(folder: str | Path, dtype: Any = None, variant: str | None = None) -> Model:
     """The model of a DDPMPipeline or DDIMPipeline folder: `unet/` and `scheduler/`, or all files at the root.
 
-    Raises `UserError` naming the field of the network's configuration with which nothing can be drawn.
+    `variant` is which of several forms of the weights is read, as of `weights.load`. Raises `UserError` naming the field of the
+    network's configuration with which nothing can be drawn.
     """
     scheduler = read_scheduler(folder)
     unet = component(folder, "unet")
     check(weights.describe(unet), scheduler, unet / "config.json")
-    module, params = weights.load(unet, dtype)
+    module, params = weights.load(unet, dtype, variant=variant)
     denoiser = Denoiser(
         process.discrete(scheduler.betas()), PREDICTIONS[scheduler.prediction_type], params, Apply(module), table_step
     )

@@ -139,16 +139,21 @@ def is_one(path: Path) -> bool:
     return path.is_file() or (index.exists() and class_name(read_json(index)) == PIPELINE)
 
 
-def load(path: Path, kept: Kept = Kept(), name: str = "", prompts: Iterable[str] | None = None) -> Model:
+def load(
+    path: Path, kept: Kept = Kept(), name: str = "", prompts: Iterable[str] | None = None, variant: str | None = None
+) -> Model:
     """The model of a StableDiffusion3Pipeline folder or of a single file; `name`, as of a hub id, tells its kind.
 
     With `prompts` the model knows these by heart, and the text encoders are let go before the transformer is loaded.
+    `variant` is which of several forms of the weights is read, in each component that has it.
     What a single file lacks comes from the folder it lies in, if that is a pipeline's, else from the hub. Raises one
     `UserError` that lists what is wrong with the components.
     """
     name = name or str(path)
     if path.is_dir():
-        return assemble(components(path), path, read_flow_scheduler(path), kept, name, prompts)
+        return assemble(components(path, variant=variant), path, read_flow_scheduler(path), kept, name, prompts)
+    if variant:
+        raise UserError(f"{path} is one file, of which there are no variants: leave --variant out")
     parts, folder = single_file.read(path), path.parent
     if not (folder / "model_index.json").exists():
         folder = hub.fetch(home(name, parts), patterns=REST).folder
@@ -172,7 +177,9 @@ def home(name: str, parts: Mapping[str, Component]) -> str:
     return f"stabilityai/stable-diffusion-3.5-{kind(name, module).replace('turbo', 'large-turbo')}"
 
 
-def components(folder: Path, given: Mapping[str, Component] = MappingProxyType({})) -> dict[str, Component]:
+def components(
+    folder: Path, given: Mapping[str, Component] = MappingProxyType({}), variant: str | None = None
+) -> dict[str, Component]:
     """The components that a folder's index names, weights as views of their files, but for those that are given.
 
     Raises `UserError` where one is missing; T5 can be.
@@ -181,7 +188,7 @@ def components(folder: Path, given: Mapping[str, Component] = MappingProxyType({
     listed = [name for name in (*NEEDED, T5) if name in given or index.get(name) not in (None, [None, None])]
     if absent := [name for name in NEEDED if name not in listed]:
         raise UserError(f"{folder / 'model_index.json'} has no {', '.join(absent)}: only {T5} can be left out")
-    read = lambda part: Component(read_json(part / "config.json"), read_tensors(part))
+    read = lambda part: Component(read_json(part / "config.json"), read_tensors(part, variant))
     return {name: given[name] if name in given else read(folder / name) for name in listed}
 
 

@@ -113,7 +113,7 @@ def test_orbax(converted, tmp_path):
 def test_what_cannot_be_converted(converted, monkeypatch, capsys, tmp_path):
     assert cli.main(["convert", str(converted[0]), str(converted[1])]) == 2
     assert "is there already" in capsys.readouterr().err
-    monkeypatch.setattr(convert, "load", lambda name: toys.model())
+    monkeypatch.setattr(convert, "load", lambda name, **_: toys.model())
     assert cli.main(["convert", "toy", str(tmp_path / "out")]) == 2
     assert "--to orbax keeps the parameters" in capsys.readouterr().err
 

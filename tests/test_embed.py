@@ -125,13 +125,14 @@ def test_other_weights_and_another_length_have_tables_of_their_own(choice, tmp_p
 def test_the_width_needs_no_weights(choice, monkeypatch):
     fetched = []
 
-    def fetch(name, patterns):
+    def fetch(name, revision, patterns, variant):
         fetched.append((name, *patterns))
         return hub.Fetched(Path(choice["path"]), "main")
 
     monkeypatch.setattr(hub, "fetch", fetch)
-    assert embed.width({"name": "t5", "path": "google/t5-v1_1-base", "tokens": 64}) == 16
-    assert fetched == [("google/t5-v1_1-base", "config.json")]
+    assert embed.width({"name": "t5", "path": "google/t5-v1_1-small", "tokens": 64}) == 16
+    assert fetched == [("google/t5-v1_1-small", "config.json")]
+    assert embed.width({"name": "t5", "path": "", "tokens": 64}) == 768 and len(fetched) == 1
 
 
 def test_a_caption_that_was_never_encoded_is_named(choice):

@@ -12,6 +12,7 @@ from diffjax import cli, config, files, plan, rates
 from diffjax.errors import UserError
 from diffjax.nets import Cost
 from diffjax.nets.unet import UNet
+from diffjax.weights import hub, published
 from diffjax.weights.scheduler import Scheduler, write_scheduler
 from diffjax.weights.unet2d import FORMAT
 
@@ -65,6 +66,28 @@ def test_compiled_memory_of_what_replaces_what_was_held():
 def test_estimated_memory_is_near_the_compiled_one(folder):
     part = plan.published(folder, ASKED, "toy").parts[0]
     assert 0.3 < plan.live_bytes(jax.make_jaxpr(part.call)(part.held, *part.given).jaxpr) / plan.compiled_bytes(part) < 3
+
+
+PARAMETERS = {
+    "ddpm_256": {"network": 113_673_219},
+    "ddpm_cifar10_32": {"network": 35_746_307},
+    "sd35_large": {"transformer": 8_146_280_768, "text_encoder_3": 4_762_310_656, "vae": 83_819_683},
+    "sd35_medium": {"transformer": 2_469_663_936},
+}
+
+
+@pytest.mark.parametrize("name", published.FOLDERS)
+def test_packaged_models_need_no_network(name, monkeypatch):
+    monkeypatch.setattr(hub, "fetch", None)
+    expected = PARAMETERS.get(published.FOLDERS[name])
+    if expected is None:
+        with pytest.raises(UserError, match="draws nothing by itself"):
+            plan.model(name, ASKED)
+        return
+    (job,) = plan.model(name, ASKED)
+    found = {part.name: part.parameters for part in job.parts}
+    assert found | expected == found
+    assert job.steps == {"google": 1000, "stabilityai": 4 if "turbo" in name else 50 if "medium" in name else 40}[name.split("/")[0]]
 
 
 def test_a_published_model(folder):
@@ -128,6 +151,10 @@ def test_the_command(folder, calibrated, capsys):
     assert "training emoji: 10 steps of 64 images" in said and "images/s" in said
     assert cli.main(["plan", "--run", str(folder)]) == 2
     assert "holds no run" in capsys.readouterr().err
+    assert cli.main(["plan", "--run", str(folder), "--variant", "ema"]) == 2
+    assert "--revision and --variant are of --model" in capsys.readouterr().err
+    assert cli.main(["plan", "--model", str(folder), "--variant", "fp16"]) == 2
+    assert "holds no weights" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,12 @@ configurations are read, and nothing is computed.
 """
 
 import dataclasses
+from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from diffjax.errors import UserError
+from diffjax.loading import is_run
 from diffjax.plan import latent
 from diffjax.plan.figures import Part, compiled_bytes, estimate, live_bytes, tree_bytes, tree_size
 from diffjax.plan.jobs import Asked, Job, experiment, published, run
@@ -15,12 +18,16 @@ from diffjax.plan.report import duration, peak, report
 from diffjax.weights import hub
 
 
-def model(name: str, asked: Asked) -> list[Job]:
+def model(name: str, asked: Asked, revision: str | None = None, variant: str | None = None) -> list[Job]:
     """The job of drawing with a published model: a folder, or a hub id, of which only JSON files are fetched.
 
-    Raises `UserError` as `diffjax.load` does.
+    The configurations of well-known models come with the package, and need no network. Raises `UserError` as `diffjax.load` does.
     """
-    folder = hub.fetch(name, patterns=("*.json",)).folder
+    if is_run(Path(name)):
+        return run(name, asked)
+    folder = hub.configs(name, revision, variant=variant)
+    if folder.is_file():
+        raise UserError(f"{name} is one file without configurations: plan the hub id or the folder of the same model")
     return [latent.drawing(folder, asked, name) if (folder / "transformer").is_dir() else published(folder, asked, name)]
 
 
@@ -29,4 +36,5 @@ def config(settings: ConfigDict, asked: Asked) -> list[Job]:
     if "train" in settings:
         return experiment(settings, asked)
     own = [field.name for field in dataclasses.fields(Asked) if getattr(asked, field.name) == field.default]
-    return model(settings.model, dataclasses.replace(asked, **{name: settings[name] for name in own if name in settings}))
+    asked = dataclasses.replace(asked, **{name: settings[name] for name in own if name in settings})
+    return model(settings.model, asked, settings.get("revision"), settings.get("variant"))

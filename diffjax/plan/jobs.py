@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from diffjax import build, pretrained, trained, weights
 from diffjax.errors import UserError
+from diffjax.nets.unet import UNet
 from diffjax.plan.figures import Part, tree_size
 from diffjax.refine import Heun
 from diffjax.train.state import create
@@ -88,9 +89,11 @@ def experiment(config: ConfigDict, asked: Asked) -> list[Job]:
 
 
 def published(folder: Path, asked: Asked, name: str) -> Job:
-    """Drawing with a published pixel model."""
+    """Drawing with a published pixel model. Raises `UserError` for what draws nothing by itself, as a text encoder."""
     dtype = build.named("dtype", build.DTYPES, asked.dtype or "float32")
     module = weights.describe(component(folder, "unet")).clone(dtype=dtype, param_dtype=dtype)
+    if not isinstance(module, UNet):
+        raise UserError(f"{name} is a {type(module).__name__}, which draws nothing by itself: plan the model that it serves")
     defaults = pretrained.defaults(read_scheduler(folder), module)
     shape = _sized(pretrained.shape(module), asked.size)
     label = {"label": jnp.zeros(1, jnp.int32)} if module.num_class_embeds else {}

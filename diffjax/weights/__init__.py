@@ -40,17 +40,23 @@ FORMATS = {
 
 
 def load(
-    path: str | Path, dtype: Any = None, sharding: Placement | None = None, scheme: Scheme | None = None
+    path: str | Path,
+    dtype: Any = None,
+    sharding: Placement | None = None,
+    scheme: Scheme | None = None,
+    variant: str | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The network of a component folder and its parameters.
 
     With `dtype=None` parameters keep the file's dtype, and the network computes in it; else both are `dtype`. Tensors
     go from the file to their devices one at a time; `sharding(path, shape)` says where (the default device without it),
-    and `scheme` quantises large kernels on the way. Raises `UserError` for a class or a field that is not implemented
-    (naming it), and for weights that are damaged or do not fit.
+    and `scheme` quantises large kernels on the way. `variant`, as "fp16" or "ema", is which of several forms of the weights is
+    read (`folder.choose`). Raises `UserError` for a class or a field that is not implemented (naming it), for weights that are
+    damaged or do not fit, and for several forms of which none can be said to be meant.
     """
     folder = Path(path)
-    return assemble(read_json(folder / "config.json"), read_tensors(folder), str(folder), dtype, sharding, scheme)
+    config = read_json(folder / "config.json")
+    return assemble(config, read_tensors(folder, variant), str(folder), dtype, sharding, scheme)
 
 
 def describe(path: str | Path) -> nn.Module:

@@ -17,6 +17,7 @@ import numpy as np
 
 from diffjax import files
 from diffjax.errors import UserError
+from diffjax.weights import foreign
 
 DTYPES = {
     "BOOL": np.dtype(np.bool_),
@@ -66,6 +67,8 @@ def _sound(path: str | Path) -> Iterator[None]:
     try:
         yield
     except _Malformed as error:
+        if known := foreign.recognised(Path(path)):
+            raise UserError(f"{path} {known}") from error
         raise UserError(f"{path} is not a sound safetensors file: {error}; download or write it again") from error
 
 

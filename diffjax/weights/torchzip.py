@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from diffjax.errors import UserError
+from diffjax.weights import foreign
 from diffjax.weights.safetensors import map_bytes
 
 STORAGES = {
@@ -55,6 +56,8 @@ def read(path: str | Path) -> Any:
     except _Malformed as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, EOFError, OverflowError, struct.error) as error:
+        if known := foreign.recognised(path, but=foreign.PICKLE):
+            raise UserError(f"{path} {known}") from error
         raise UserError(f"{path} is no sound file of torch.save: {error}; download it again") from error
 
 
