@@ -78,7 +78,7 @@ def config(source: Source, size: int, background: str, enlarge: bool) -> Picture
         stamp.update(os.fsencode(f"{line}\n"))
     return PicturesConfig(
         name=f"{label(source.path)}-{stamp.hexdigest()[:16]}",
-        description=f"{source.path} at {size} pixels on {background}",
+        description=f"{printable(str(source.path))} at {size} pixels on {background}",
         source=source,
         size=size,
         background=background,

@@ -109,7 +109,7 @@ class Table:
                     told = {"captions": tuple(row.captions), "label": row.picture.label, "inside": row.picture}
                     found.held.append(Held(f"{called} {row.where}", table, **told))
                 else:
-                    place = row.picture if download.is_link(row.picture) else relative(table, row.picture)
+                    place = row.picture if download.is_link(row.picture) else relative(Path(os.path.abspath(table)), row.picture)
                     gather(found.captions.setdefault(place, []), row.captions)
         named = [place for place in found.captions if isinstance(place, Path)]
         if named and not any(map(os.path.lexists, named)):

@@ -45,8 +45,10 @@ def walk(folder: Path) -> Found:
                 left_out[Path(path)] = "is a link that leads back to a folder around it"
                 folders.remove(name)
             around[path] = around[parent] | {identity}
-        for file in (Path(parent, name) for name in names):
-            why = unused(file, any(part.startswith(".") for part in file.relative_to(folder).parts))
+        within = any(part.startswith(".") for part in Path(parent).relative_to(folder).parts)
+        for name in names:
+            file = Path(parent, name)
+            why = unused(file, within or name.startswith("."))
             if why:
                 left_out[file] = why
             elif why is None:

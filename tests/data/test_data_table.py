@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -255,6 +256,20 @@ def test_files_are_found_as_people_write_them(site, tmp_path):
         (f"number {i}",): 20 * i for i in range(4)
     }
     assert found.skipped.read() == [("gone.png", "is a link that leads nowhere"), ("missing.png", "is not there")]
+
+
+def test_a_picture_is_one_by_whichever_path(site, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.png").write_bytes(picture(40))
+    (tmp_path / "sub").mkdir()
+    write(tmp_path, [{"file": name, "text": name[-9:]} for name in ("a.png", "./a.png", f"{tmp_path}/a.png", "sub/../a.png")], ".csv")
+    for path in ("links.csv", "./sub/../links.csv", str(tmp_path / "links.csv")):
+        assert len(data.load(settings(path))) == 1
+    for name in (b"\xff\xe9", "🐶".encode(), b"[a] *%s"):
+        folder = tmp_path / os.fsdecode(name)
+        folder.mkdir()
+        (folder / "a.png").write_bytes(picture(40))
+        assert len(data.load(settings(write(folder, [{"file": "a.png", "text": "x"}], ".csv")))) == 1
 
 
 def test_interrupted_it_goes_on(site, tmp_path, server, monkeypatch):
