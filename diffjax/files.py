@@ -1,14 +1,19 @@
 """Where diffjax keeps things, and how it writes them so that nothing is ever half there."""
 
 import contextlib
+import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from diffjax.errors import UserError
+
+AWKWARD = re.compile(r"[][*?\\]|:/|[\udc80-\udcff]")
+"""What libraries take for a pattern, an escape or a protocol, and what is no UTF-8."""
 
 
 def home() -> Path:
@@ -55,3 +60,34 @@ def write_atomic(path: str | Path, data: bytes) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     """`write_atomic` of indented JSON."""
     write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: str | Path) -> Any:
+    """What `write_json` wrote. Raises `UserError` when it cannot be read."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; put it back from a copy") from error
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: put it back from a copy") from error
+
+
+def plain(folder: Path) -> Path:
+    """The absolute `folder`, or a link to it in the cache folder where its own path is `AWKWARD`.
+
+    Raises `UserError` where the cache folder's is too, or it cannot be written.
+    """
+    if not AWKWARD.search(str(folder)):
+        return folder
+    link = home().absolute() / "links" / hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
+    if AWKWARD.search(str(link)):
+        raise UserError(f"neither {folder} nor the cache folder {home()} can be used by the library that writes checkpoints: "
+                        "choose a --workdir without any of []*?\\ in its path, or set DIFFJAX_HOME to a folder without")
+    try:
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(folder, target_is_directory=True)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise UserError(f"cannot write to {link.parent}: {error.strerror}; set DIFFJAX_HOME to another folder") from error
+    return link

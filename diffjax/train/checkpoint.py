@@ -1,20 +1,28 @@
 """Checkpoints: written in the background, committed whole or not at all, verified when read.
 
-`WORKDIR/checkpoints/STEP/` holds four items: `params`, `ema`, `optimizer` (arrays) and `progress` (JSON: step, key, the
-state of the data iterator, and a checksum of each of the others).
+`WORKDIR/checkpoints/STEP/` holds four items: `params`, `ema`, `optimizer` (arrays) and `progress` (JSON: key, loss, the state of
+the data iterator, and a checksum of each of the others).
 """
 
 import contextlib
+import functools
 import json
 import logging
+import math
+import re
+import shutil
+import sys
 import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from diffjax import files
 from diffjax.errors import UserError
 from diffjax.train.state import State
 
@@ -33,16 +41,17 @@ class Run(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of one run: the last `keep_last`, and the `keep_best` of lowest loss."""
+    """The checkpoints of one run: the last `keep_last`, and the `keep_best` of lowest loss, over any number of restarts."""
 
     def __init__(self, workdir: str | Path, keep_last: int = 2, keep_best: int = 1):
         self.folder = Path(workdir).absolute() / "checkpoints"
         self.manager = _manager(self.folder, keep_last, keep_best)
+        self.proved = False
 
     def save(self, state: State, data: Any, loss: float) -> None:
         """Start to write `state` and `data`, the JSON state of the data iterator; returns once the devices are read.
 
-        Raises `UserError` when this or the save before it could not be written.
+        The first one is read back before. Raises `UserError` when this or the save before it could not be written.
         """
         from orbax.checkpoint import args
 
@@ -50,14 +59,28 @@ class Checkpoints:
         progress = {
             "key": np.asarray(jax.random.key_data(state.key)).tolist(),
             "data": data,
+            "loss": float(loss),
             "checksums": {name: checksum(item) for name, item in items.items()},
         }
+        progress["checksum"] = _checksum_of_json(progress)
         saved = {name: args.PyTreeSave(item) for name, item in items.items()}
         with self._writing():
             step = int(state.step)
-            self.manager.save(
-                step, args=args.Composite(**saved, progress=args.JsonSave(progress)), metrics={"loss": float(loss)}
-            )
+            self.manager.save(step, args=args.Composite(**saved, progress=args.JsonSave(progress)))
+        if not self.proved:
+            self.last()
+            if why := self.damage(step):
+                raise UserError(f"checkpoint {step} in {self.folder} cannot be read back ({why}): choose another --workdir")
+            self.proved = True
+
+    def damage(self, step: int) -> str | None:
+        """Why that checkpoint cannot be read; None where it is as it was written."""
+        try:
+            shapes = self.manager.item_metadata(step)
+            _restore(self.manager, step, {name: _as_numpy(shapes[name].tree) for name in ARRAYS})
+        except Exception as error:  # whatever the reader of a damaged file stumbles over
+            return self._why(error)
+        return None
 
     def restore(self, state: State) -> tuple[State, Any] | None:
         """The newest readable checkpoint as a state like `state` (numpy leaves, typed key) and its `data`; None if there is none.
@@ -69,7 +92,7 @@ class Checkpoints:
             try:
                 restored = self._read(step, state)
             except Exception as error:  # whatever the reader of a damaged file stumbles over
-                failed[step] = str(error).partition("\n")[0][:200]
+                failed[step] = self._why(error)
                 continue
             self._set_aside(failed, step)
             return restored
@@ -109,10 +132,29 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # background writers raise whatever the file system did
-            why = str(error).partition("\n")[0][:200]
+            why = self._why(error)
             raise UserError(
                 f"cannot write a checkpoint to {self.folder}: {why}; make room there and run the same command again"
             ) from error
+
+    def _why(self, error: Exception) -> str:
+        """An error in one line: what the system says, where it says anything."""
+        text = str(error).replace(str(self.manager.directory), str(self.folder))
+        if said := re.search(r"([^:\n]+) \[os_error_code", text):
+            return said[1].strip()
+        return text.partition("\n")[0][:200] or type(error).__name__
+
+
+def check_place(workdir: str | Path) -> None:
+    """Write a small checkpoint in `workdir` and read it back. Raises `UserError` where that cannot be done."""
+    place = Path(workdir) / ".check"
+    shutil.rmtree(place, ignore_errors=True)
+    try:
+        with contextlib.closing(Checkpoints(place)) as checkpoints:
+            array = np.arange(3, dtype=np.float32)
+            checkpoints.save(State(np.int32(0), {"x": array}, {"x": array}, {"x": array}, jax.random.key(0)), "", 0.0)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def load_run(workdir: str | Path, step: int | None = None, ema: bool = True) -> Run:
@@ -122,7 +164,7 @@ def load_run(workdir: str | Path, step: int | None = None, ema: bool = True) -> 
     """
     from ml_collections import ConfigDict
 
-    workdir = Path(workdir)
+    workdir = Path(workdir).expanduser()
     if not (workdir / "config.json").is_file():
         raise UserError(f"{workdir} holds no run (no config.json); train one with: diffjax train --workdir {workdir}")
     folder = workdir.absolute() / "checkpoints"
@@ -142,7 +184,7 @@ def load_run(workdir: str | Path, step: int | None = None, ema: bool = True) -> 
         raise UserError(f"checkpoint {step} in {folder} cannot be read ({why}); choose another of {steps}") from error
     finally:
         manager.close()
-    return Run(ConfigDict(json.loads((workdir / "config.json").read_text())), items[name], step, workdir)
+    return Run(ConfigDict(files.read_json(workdir / "config.json")), items[name], step, workdir)
 
 
 def checksum(tree: PyTree) -> int:
@@ -157,16 +199,54 @@ def _manager(folder: Path, keep_last: int = 1, keep_best: int = 0, clean: bool =
     """Orbax's manager of a folder; `clean` removes what a killed process left half written."""
     import orbax.checkpoint as ocp
 
-    policies = ocp.checkpoint_managers
-    keep = [policies.LatestN(keep_last), policies.BestN(get_metric_fn=lambda metrics: -metrics["loss"], n=keep_best)]
+    _quiet()
+    if clean:
+        folder.mkdir(parents=True, exist_ok=True)
+    folder = files.plain(folder.parent) / folder.name
     options = ocp.CheckpointManagerOptions(
-        preservation_policy=policies.AnyPreservationPolicy(keep),
+        preservation_policy=Keep(folder, keep_last, keep_best),
         enable_async_checkpointing=True,
         cleanup_tmp_directories=clean,
         create=clean,
     )
     handlers = {name: ocp.PyTreeCheckpointHandler() for name in ARRAYS} | {"progress": ocp.JsonCheckpointHandler()}
     return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
+
+
+@dataclass
+class Keep:
+    """Which checkpoints of a folder are kept: the last, and those of lowest loss, as an Orbax `PreservationPolicy`."""
+
+    folder: Path
+    last: int
+    best: int
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """For each checkpoint, the oldest first, whether it is kept."""
+        steps = [info.step for info in checkpoints]
+        best = sorted(steps, key=self.loss)[: self.best]
+        return [step in best or step in steps[len(steps) - self.last :] for step in steps]
+
+    def loss(self, step: int) -> float:
+        """The loss that a checkpoint was saved with; infinite where that is not known."""
+        try:
+            return json.loads((self.folder / str(step) / "progress" / "metadata").read_text())["loss"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return math.inf
+
+
+@functools.cache
+def _quiet() -> None:
+    """Silence the tracebacks of Orbax's and TensorStore's threads: `Checkpoints` raises their errors, in one line."""
+    logging.getLogger("absl").addFilter(lambda record: "orbax" not in Path(record.pathname).parts)
+    logging.getLogger("asyncio").addFilter(lambda record: "tensorstore" not in record.getMessage())
+    before = sys.unraisablehook
+
+    def hook(raised: "sys.UnraisableHookArgs") -> None:
+        if str(raised.exc_value) != "Event loop is closed":
+            before(raised)
+
+    sys.unraisablehook = hook
 
 
 def _as_numpy(tree: PyTree) -> PyTree:
@@ -184,7 +264,15 @@ def _restore(manager: Any, step: int, shapes: dict[str, PyTree]) -> tuple[dict[s
     for name, item in items.items():
         if checksum(item) != found["progress"]["checksums"][name]:
             raise ValueError(f"the checksum of {name} differs")
-    return items, found["progress"]
+    progress = found["progress"]
+    told = progress.pop("checksum", None)
+    if (told is not None or "loss" in progress) and told != _checksum_of_json(progress):  # early checkpoints have neither
+        raise ValueError("the checksum of its progress differs")
+    return items, progress
+
+
+def _checksum_of_json(value: Any) -> int:
+    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
 
 
 def _unused(path: Path) -> Path:

@@ -18,7 +18,7 @@ from diffjax.data.pipeline import Prefetch
 from diffjax.errors import UserError
 from diffjax.interrupt import Stop, stop_on_signal
 from diffjax.train import record, sanity
-from diffjax.train.checkpoint import Checkpoints
+from diffjax.train.checkpoint import Checkpoints, check_place
 from diffjax.train.metrics import Log, Pending
 from diffjax.train.parallel import Parallel, by_jit, by_pmap
 from diffjax.train.state import State, create
@@ -36,12 +36,15 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
 
     Raises `UserError` for a config that cannot be, a workdir that holds another run, and a loss that is not finite.
     """
-    workdir = Path(workdir)
+    workdir = Path(workdir).expanduser()
     check(config)
     with record.claim(workdir, config), contextlib.ExitStack() as stack:
         checkpoints = Checkpoints(workdir, config.train.keep_last, config.train.keep_best)
         stack.callback(checkpoints.close)
-        if (done := checkpoints.last() or 0) >= config.train.steps:
+        done = checkpoints.last() or 0
+        if not done:
+            check_place(workdir)
+        if done >= config.train.steps and not checkpoints.damage(done):
             print(f"{workdir} is finished: {done} of {config.train.steps} steps are done; raise train.steps to go on")
             return
         data = diffjax.data.load(config.data)

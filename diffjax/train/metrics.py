@@ -114,7 +114,7 @@ class JsonLines:
     def __init__(self, path: Path, step: int):
         self.path = path
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step(line) <= step]
+            kept = [line for line in path.read_text(errors="replace").splitlines() if _step(line) <= step]
             files.write_atomic(path, "".join(line + "\n" for line in kept).encode())
         self.file = path.open("a")
 
@@ -155,7 +155,7 @@ class Wandb:
         import wandb
 
         path = workdir / "wandb.json"
-        name = json.loads(path.read_text()) if path.exists() else None
+        name = files.read_json(path) if path.exists() else None
         self.run = wandb.init(
             project=config.log.wandb, id=name, resume="allow", dir=str(workdir), config=json.loads(config.to_json_best_effort())
         )
@@ -292,6 +292,6 @@ def flat(row: Row) -> dict[str, float]:
 
 def _step(line: str) -> float:
     try:
-        return json.loads(line)["step"]
+        return float(json.loads(line)["step"])
     except (ValueError, TypeError, KeyError):
         return float("inf")

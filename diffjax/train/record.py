@@ -39,10 +39,9 @@ def claim(workdir: str | Path, config: ConfigDict) -> Iterator[None]:
         wanted = json.loads(config.to_json_best_effort())
         path, before = workdir / "config.json", set(workdir.iterdir())
         if path.exists():
-            _refuse_another(workdir, json.loads(path.read_text()), wanted)
+            _refuse_another(workdir, files.read_json(path), wanted)
         files.write_json(path, wanted)
-        starts = json.loads((workdir / "run.json").read_text()) if (workdir / "run.json").exists() else []
-        files.write_json(workdir / "run.json", [*starts, description()])
+        files.write_json(workdir / "run.json", [*_starts(workdir / "run.json"), description()])
         try:
             yield
         except UserError:
@@ -90,6 +89,15 @@ def differences(there: dict, here: dict, prefix: str = "") -> list[str]:
 def _refuse_another(workdir: Path, there: dict, here: dict) -> None:
     if lines := differences(there, here):
         raise UserError(f"{workdir} holds a run of another config: {'; '.join(lines)}; choose another --workdir")
+
+
+def _starts(path: Path) -> list[dict[str, Any]]:
+    """The earlier descriptions; none where the file is damaged, as no number of the run depends on them."""
+    try:
+        return files.read_json(path) if path.exists() else []
+    except UserError as error:
+        print(f"{error}; it is begun anew")
+        return []
 
 
 def _remove(paths: set[Path]) -> None:

@@ -212,16 +212,37 @@ def test_more_steps_go_on_and_another_config_does_not(pictures, tmp_path, capsys
     assert digest(tmp_path)[0] == 10 and [row["step"] for row in rows(tmp_path)] == [2, 3, 4, 6, 8, 9, 10]
 
 
+def damage(workdir, step):
+    for path in (workdir / "checkpoints" / str(step) / "params").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
 def test_a_corrupt_checkpoint_is_named_and_passed_over(pictures, tmp_path, monkeypatch, caplog, capsys):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_at(5, patch)
         train(pictures, tmp_path)
-    for path in (tmp_path / "checkpoints" / "5" / "params").rglob("*"):
-        if path.is_file():
-            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    damage(tmp_path, 5)
     train(pictures, tmp_path)
     assert "checkpoint 5 cannot be read" in caplog.text
     assert "going on from step 3 of 8" in capsys.readouterr().out and digest(tmp_path)[0] == 8
+    learned = digest(tmp_path)
+    damage(tmp_path, 8)  # of a run that is finished
+    train(pictures, tmp_path)
+    assert "checkpoint 8 cannot be read" in caplog.text
+    assert "going on from step 6 of 8" in capsys.readouterr().out and digest(tmp_path) == learned
+    for kind, content in (("config.json", b""), ("run.json", b"[{"), ("metrics.jsonl", b"\xff\n5\n" + b'{"step": "a"}')):
+        path = tmp_path / kind
+        whole = path.read_bytes()
+        path.write_bytes(content)
+        if kind == "config.json":
+            with pytest.raises(UserError, match="config.json is damaged: put it back from a copy"):
+                train(pictures, tmp_path)
+            with pytest.raises(UserError, match="config.json is damaged: put it back from a copy"):
+                load_run(tmp_path)
+            path.write_bytes(whole)
+    train(pictures, tmp_path, **{"train.steps": 9})
+    assert len(json.loads((tmp_path / "run.json").read_text())) == 1 and rows(tmp_path)[-1]["step"] == 9
 
 
 @pytest.mark.parametrize(

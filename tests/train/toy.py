@@ -8,7 +8,7 @@ EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
 def get_config():
     config = runpy.run_path(EXPERIMENTS / "emoji.py")["get_config"]()
-    config.data.update(name="captioned_folder", size=16)
+    config.data.update(name="captioned_folder", size=16, crop="center", workers=0)
     config.text = None
     config.dit.update(patch=8, width=32, depth=1, heads=2, hidden=32, rank=4, dtype="float32")
     for field in ("adam_learning_rate", "schedule"):
