@@ -8,10 +8,13 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from diffjax import interrupt
 from diffjax.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 from diffjax.say import counted
 
 
@@ -182,11 +185,21 @@ def _train(subparsers) -> None:
         description="Train, or go on where an interrupted run of the same command stopped.",
         epilog="examples:\n"
         "  diffjax train --config experiments/emoji.py --workdir runs/emoji\n"
-        "  diffjax train --config experiments/emoji.py --workdir runs/short --config.train.steps=100\n\n"
+        "  diffjax train --config experiments/emoji.py --workdir runs/short --config.train.steps=100\n"
+        "  diffjax train --config experiments/emoji.py --workdir runs/emoji --config.optimizer.learning_rate=1e-4 --allow-change\n"
+        "  diffjax train --config experiments/emoji.py --workdir runs/second --init-from runs/emoji\n\n"
         "Any field of the config can be overridden: --config.a.b=value, --noconfig.flag.\n",
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="a Python file with get_config()")
     parser.add_argument("--workdir", required=True, metavar="DIR", help="where checkpoints, metrics and samples go")
+    parser.add_argument(
+        "--allow-change", action="store_true", help="go on with another config or other data; changes.json says what has changed"
+    )
+    parser.add_argument("--init-from", metavar="DIR", help="begin with the weights of another run, as far as they fit")
+    parser.add_argument("--init-step", type=int, metavar="N", help="those of this checkpoint (default: the newest)")
+    parser.add_argument(
+        "--init-weights", type=one_of("weights", "ema", "raw"), metavar="ema|raw", help="the averaged ones (default) or the raw ones"
+    )
 
     def run(args) -> None:
         from diffjax import mesh
@@ -194,9 +207,24 @@ def _train(subparsers) -> None:
         mesh.start()
         from diffjax.train.loop import train
 
-        train(args.config, args.workdir)
+        train(_with_init(args), args.workdir, args.allow_change)
 
     parser.set_defaults(run=run)
+
+
+def _with_init(args: argparse.Namespace) -> "ConfigDict":
+    """The config with what it begins from. Raises `UserError` for a step or weights of no run."""
+    from ml_collections import ConfigDict
+
+    if not args.init_from:
+        if args.init_step is not None or args.init_weights:
+            raise UserError("--init-step and --init-weights are of the run that --init-from names: give it too")
+        return args.config
+    with args.config.unlocked():
+        args.config.init_from = ConfigDict(
+            {"run": args.init_from, "step": args.init_step or 0, "weights": args.init_weights or "ema"}
+        )
+    return args.config
 
 
 def _sample(subparsers) -> None:

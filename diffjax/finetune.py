@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from diffjax import build, embed, files, image, lora, sd3, seeds
 from diffjax.data import dataset
 from diffjax.data.dataset import Dataset
-from diffjax.data.pipeline import MIDDLE, Batch, Batches, Example, Tokenize
+from diffjax.data.pipeline import MIDDLE, Batch, Batches, Changes, Example, Tokenize
 from diffjax.data.prepare import track
 from diffjax.denoise import Apply
 from diffjax.errors import UserError
@@ -157,10 +157,13 @@ class Paired:
         """As `Batches.get_state`."""
         return json.dumps([batches.get_state().decode() for batches in self._both]).encode()
 
-    def set_state(self, state: bytes) -> None:
+    def set_state(self, state: bytes, allow_change: bool = False) -> Changes:
         """As `Batches.set_state`."""
-        for batches, own in zip(self._both, json.loads(state)):
-            batches.set_state(own.encode())
+        found = {}
+        for kind, batches, own in zip(("data", "prior"), self._both, json.loads(state)):
+            changed = batches.set_state(own.encode(), allow_change)
+            found |= {f"{kind}.{name}": pair for name, pair in changed.items()}
+        return found
 
     def close(self) -> None:
         """As `Batches.close`."""

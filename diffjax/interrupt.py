@@ -22,16 +22,21 @@ DEAF = 3.0
 """Seconds after which a main thread that has not heard a signal is taken to be inside a library, a compiler for example."""
 
 
+SOON = 0.1
+"""Seconds after which an interrupt that was lost comes again."""
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM, raised where Ctrl-C raises `KeyboardInterrupt`."""
 
 
 class Stop:
-    """Whether a signal has asked to stop."""
+    """Whether a signal has asked to stop: its `number`, the time of the `latest` one, whether what it raised was `dropped`."""
 
     def __init__(self) -> None:
         self.number: int | None = None
         self.latest = 0.0
+        self.dropped = False
 
     def is_set(self) -> bool:
         """Whether one has."""
@@ -91,11 +96,12 @@ def command() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    heard = Stop()
+    heard, seen = Stop(), Stop()
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        if not heard.is_set():
+        if not heard.is_set() or heard.dropped:
             heard.take(number)
+            heard.dropped = False
             raise _error(number)
 
     receive, send = os.pipe()
@@ -103,17 +109,45 @@ def command() -> Iterator[None]:
         os.set_blocking(end, False)
     _Heard.command, outer = heard, _Heard.command
     before = signal.set_wakeup_fd(send, warn_on_full_buffer=False)
-    watcher = threading.Thread(target=_watch, args=(receive, heard), daemon=True, name="signals")
+    watcher = threading.Thread(target=_watch, args=(receive, heard, seen), daemon=True, name="signals")
     watcher.start()
     try:
-        with _handling(interrupt):
+        with _handling(interrupt), _raising_again(heard, seen):
             yield
+    except Exception as error:
+        if heard.is_set():  # what a library has made of a KeyboardInterrupt
+            raise heard.error() from error
+        raise
     finally:
         signal.set_wakeup_fd(before)
         os.close(send)
         watcher.join()
         os.close(receive)
         _Heard.command = outer
+
+
+@contextlib.contextmanager
+def _raising_again(heard: Stop, seen: Stop) -> Iterator[None]:
+    """Where a library prints and drops a `KeyboardInterrupt`, in callbacks for example, neither: it comes again soon."""
+    before, timers = (sys.unraisablehook, sys.excepthook), []
+
+    def again(error: BaseException | None) -> bool:
+        if not isinstance(error, KeyboardInterrupt) or not heard.is_set():
+            return False
+        heard.dropped, seen.latest = True, time.monotonic()
+        timers.append(threading.Timer(SOON, os.kill, (os.getpid(), heard.number)))
+        timers[-1].start()
+        return True
+
+    sys.unraisablehook = lambda raised: None if again(raised.exc_value) else before[0](raised)
+    sys.excepthook = lambda kind, error, trace: None if again(error) else before[1](kind, error, trace)
+    try:
+        yield
+    finally:
+        for timer in timers:
+            timer.cancel()
+            timer.join()
+        sys.unraisablehook, sys.excepthook = before
 
 
 @contextlib.contextmanager
@@ -132,9 +166,8 @@ def _handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None
             signal.signal(number, old)
 
 
-def _watch(receive: int, heard: Stop) -> None:
+def _watch(receive: int, heard: Stop, seen: Stop) -> None:
     """Read the numbers of signals as they arrive; the main thread hears of them only when it is back in Python."""
-    seen = Stop()
     while True:
         deaf = seen.is_set() and not heard.is_set() and _Heard.job is None
         ready, _, _ = select.select([receive], [], [], max(0.0, seen.latest + DEAF - time.monotonic()) if deaf else None)

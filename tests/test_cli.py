@@ -28,7 +28,7 @@ def trained(monkeypatch):
     """What the training loop was called with, in place of training."""
     calls = []
     loop = types.ModuleType("diffjax.train.loop")
-    loop.train = lambda config, workdir: calls.append((config, workdir))
+    loop.train = lambda config, workdir, allow_change: calls.append((config, workdir, allow_change))
     monkeypatch.setitem(sys.modules, "diffjax.train.loop", loop)
     monkeypatch.setattr(mesh, "start", lambda: None)
     return calls
@@ -90,9 +90,19 @@ def test_train_gets_config_and_workdir(config_file, trained):
     overrides = ["--config.train.steps=7", "--config.train.rate", "2", "--noconfig.train.ema"]
     status = cli.main(["train", "--config", f"{config_file}:large", "--workdir", "w", *overrides])
     assert status == 0
-    [(config, workdir)] = trained
+    [(config, workdir, allow_change)] = trained
     expected = {"steps": 7, "rate": 2.0, "ema": False, "betas": (0.9, 0.99)}
     assert config.to_dict() == {"size": "large", "train": expected} and workdir == "w"
+    assert not allow_change
+
+
+def test_train_is_told_what_may_change_and_what_to_begin_from(config_file, trained, capsys):
+    flags = ["train", "--config", f"{config_file}:large", "--workdir", "w"]
+    assert cli.main([*flags, "--allow-change", "--init-from", "runs/a", "--init-step", "7", "--init-weights", "raw"]) == 0
+    [(config, _, allow_change)] = trained
+    assert allow_change and config.init_from.to_dict() == {"run": "runs/a", "step": 7, "weights": "raw"}
+    assert cli.main([*flags, "--init-step", "7"]) == 2 and "--init-from" in capsys.readouterr().err
+    assert cli.main([*flags, "--init-from", "a", "--init-weights", "emma"]) == 2 and "did you mean ema" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,3 @@
-import gc
 import signal
 import subprocess
 import sys
@@ -82,19 +81,44 @@ def test_other_threads_are_left_alone():
     assert seen == [(False, signal.getsignal(signal.SIGINT))]
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_signal_whose_interrupt_python_has_ignored_is_not_lost():
-    class Thing:
-        pass
+class Thing:
+    pass
 
+
+def drop_one(number):
+    """What a callback raises is printed and dropped by Python."""
     thing = Thing()
-    watched = weakref.ref(thing, lambda _: signal.raise_signal(signal.SIGINT))
+    watched = weakref.ref(thing, lambda _: signal.raise_signal(number))
+    del thing
+    assert watched() is None
+
+
+@BOTH
+def test_an_interrupt_that_python_drops_comes_again(number, error, status, capsys):
+    hooks = sys.unraisablehook, sys.excepthook
+    begin = time.monotonic()
+    with pytest.raises(error), interrupt.command():
+        drop_one(number)
+        time.sleep(30)
+    assert time.monotonic() - begin < 10 and capsys.readouterr().err == ""
+    assert (sys.unraisablehook, sys.excepthook) == hooks
+
+
+def test_an_interrupt_that_python_drops_reaches_the_job_that_begins(monkeypatch):
     with pytest.raises(KeyboardInterrupt), interrupt.command():
-        del thing  # what a callback raises is printed and ignored
-        gc.collect()
-        assert watched() is None
+        drop_one(signal.SIGINT)
         with stop_on_signal() as stop:
-            assert stop.is_set()
+            while not stop.is_set():
+                time.sleep(0.01)
+
+
+@BOTH
+def test_an_interrupt_that_a_library_has_turned_into_another_error_is_one(number, error, status):
+    with pytest.raises(error), interrupt.command():
+        try:
+            signal.raise_signal(number)
+        except KeyboardInterrupt as interrupted:
+            raise ImportError("cannot import") from interrupted
 
 
 @BOTH

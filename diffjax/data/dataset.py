@@ -136,7 +136,7 @@ class Dataset:
         """
         if tokenize is not None and not self.has_captions:
             raise UserError(f"{self.name} has no captions to condition on; add some, or train without text")
-        identity = {"name": self.name, "split": self.config.split, "examples": len(self)}
+        identity = {"split": self.config.split, "examples": len(self), "content": self.records.digest()}
         return batches(self.pictures, self.config, batch_size, seed, tokenize, shard, identity)
 
 

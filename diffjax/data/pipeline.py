@@ -30,6 +30,7 @@ from diffjax.errors import UserError
 Batch = dict[str, Any]
 Read = TypeVar("Read")
 Tokenize = Callable[[list[str]], dict[str, np.ndarray]]
+Changes = dict[str, tuple[Any, Any]]
 
 CACHE_BYTES = 512 * 2**20
 MOST_UNREADABLE_IN_A_ROW = 100
@@ -235,17 +236,25 @@ class Batches:
         """JSON: the number of the next batch, and what it depends on."""
         return json.dumps(self._identity | {"batch": self._number}).encode()
 
-    def set_state(self, state: bytes) -> None:
-        """Go on where `get_state` was. Raises `UserError` when data, seed or batch size are others than they were."""
-        state = json.loads(state)
-        number = state.pop("batch")
-        if state != self._identity:
+    def set_state(self, state: bytes, allow_change: bool = False) -> Changes:
+        """Go on where `get_state` was: at that batch, or of another batch size at about as many examples.
+
+        Returns what differs, by name, as it was and as it is. Raises `UserError` when data, seed or batch size differ and that
+        is not allowed.
+        """
+        there = json.loads(state)
+        number = there.pop("batch")
+        both = sorted(there.keys() & self._identity.keys())
+        found = {name: (there[name], self._identity[name]) for name in both if there[name] != self._identity[name]}
+        if found and not allow_change:
+            told = "; ".join(f"{name} was {old} and is {new}" for name, (old, new) in found.items())
             raise UserError(
-                f"the checkpoint was written while reading {state} and the data are now {self._identity}; "
-                "put them back or train in a new --workdir"
+                f"these are not the data that the checkpoint was trained on: {told}; "
+                "put them back, train in a new --workdir, or go on with these by --allow-change"
             )
         self.close()
-        self._number = number
+        self._number = number * there["batch_size"] // self._identity["batch_size"]
+        return found
 
     def close(self) -> None:
         """Stop the threads and worker processes; the next batch starts them again."""
@@ -353,11 +362,12 @@ class Prefetch:
         """As `Batches.get_state`, for the next batch that `next` will give."""
         return self._state
 
-    def set_state(self, state: bytes) -> None:
+    def set_state(self, state: bytes, allow_change: bool = False) -> Changes:
         """As `Batches.set_state`; batches made ahead are dropped."""
         self._join()
-        self._batches.set_state(state)
-        self._state = state
+        found = self._batches.set_state(state, allow_change)
+        self._state = self._batches.get_state()
+        return found
 
     def close(self) -> None:
         """Stop the thread, then the batches; batches made ahead are made again when asked for.

@@ -1,12 +1,18 @@
 """Random access to the examples of a prepared TFDS dataset, their pictures still encoded."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from diffjax.errors import UserError
 
 CAPTION_FEATURES = ("captions", "caption", "text", "description", "sentence", "prompt", "title")
+
+
+SAMPLED = 1000
 
 
 class Record(NamedTuple):
@@ -69,6 +75,7 @@ class Records:
         spaced = tuple(name.replace("_", " ") for name in names)
         self.class_names = spaced if len({*spaced}) == len(names) else tuple(names)
         self._decoders = {self.roles.image: tfds.decode.SkipDecoding()}
+        self._content = (builder.info.metadata or {}).get("content")
         try:
             raw = tfds.decode.DeserializeMethod.RAW_BYTES
             self._source = builder.as_data_source(split=split, deserialize_method=raw).data_source
@@ -86,6 +93,18 @@ class Records:
     @property
     def has_captions(self) -> bool:
         return self.roles.captions is not None or self.roles.label is not None
+
+    def digest(self) -> str:
+        """A hash of what the records hold and of their order, the same wherever the data were prepared from.
+
+        Of our own builders, by the digest of all pictures, captions and classes that they keep; of others, by `SAMPLED` whole
+        records, evenly spaced. The order is that of as many captions.
+        """
+        total = hashlib.sha256(repr((self._content, len(self), self.class_names)).encode())
+        for index in np.linspace(0, len(self) - 1, min(SAMPLED, len(self))).astype(int):
+            record = self[int(index)]
+            total.update(repr((record.captions, record.label, None if self._content else record.picture)).encode())
+        return total.hexdigest()[:32]
 
     def __getitem__(self, index: int) -> Record:
         example = self._features.deserialize_example_np(self._source[index], decoders=self._decoders)

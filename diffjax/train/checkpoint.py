@@ -85,10 +85,12 @@ class Checkpoints:
     def restore(self, state: State) -> tuple[State, Any] | None:
         """The newest readable checkpoint as a state like `state` (numpy leaves, typed key) and its `data`; None if there is none.
 
-        Unreadable ones are named in a warning and moved to `WORKDIR/unreadable`; raises `UserError` when all are.
+        Unreadable ones are named in a warning and moved to `WORKDIR/unreadable`; raises `UserError` when all are, and when one
+        is of another network or optimizer.
         """
         failed = {}
         for step in sorted(self.manager.all_steps(), reverse=True):
+            self._refuse_another(step, state)
             try:
                 restored = self._read(step, state)
             except Exception as error:  # whatever the reader of a damaged file stumbles over
@@ -117,6 +119,23 @@ class Checkpoints:
         items, progress = _restore(self.manager, step, items)
         key = jax.random.wrap_key_data(np.asarray(progress["key"], np.uint32))
         return state.replace(step=np.int32(step), key=key, **items), progress["data"]
+
+    def _refuse_another(self, step: int, state: State) -> None:
+        """Raises `UserError` where a checkpoint's arrays are others than the state's; one that cannot be read passes."""
+        try:
+            found = self.manager.item_metadata(step)
+            there = {name: _shapes(found[name].tree) for name in ARRAYS}
+        except Exception:  # whatever the reader of a damaged file stumbles over; reading it will say what
+            return
+        for name in ARRAYS:
+            here = _shapes(getattr(state, name))
+            if lines := [path for path in sorted(there[name].keys() | here.keys()) if there[name].get(path) != here.get(path)]:
+                first = f"{lines[0]} has {there[name].get(lines[0], 'none')} there and {here.get(lines[0], 'none')} here"
+                raise UserError(
+                    f"checkpoint {step} in {self.folder} does not fit this config: of {name}, {first}"
+                    f"{f', and {len(lines) - 1} more differ' if lines[1:] else ''}; put the config back, or begin a new run"
+                    " from its weights by --init-from"
+                )
 
     def _set_aside(self, failed: dict[int, str], good: int) -> None:
         for step, why in failed.items():
@@ -247,6 +266,12 @@ def _quiet() -> None:
             before(raised)
 
     sys.unraisablehook = hook
+
+
+def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
+    """The shape of each array by its path; what holds none has no path."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {re.sub(r"[^\w]+", "/", jax.tree_util.keystr(path)).strip("/"): tuple(leaf.shape) for path, leaf in leaves}
 
 
 def _as_numpy(tree: PyTree) -> PyTree:

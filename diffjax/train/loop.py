@@ -17,7 +17,7 @@ from diffjax import build, files, finetune, mesh, seeds, trained
 from diffjax.data.pipeline import Prefetch
 from diffjax.errors import UserError
 from diffjax.interrupt import Stop, stop_on_signal
-from diffjax.train import record, sanity
+from diffjax.train import record, sanity, transfer
 from diffjax.train.checkpoint import Checkpoints, check_place
 from diffjax.train.metrics import Log, Pending
 from diffjax.train.parallel import Parallel, by_jit, by_pmap
@@ -27,23 +27,25 @@ from diffjax.train.step import make_step
 WAYS = {"jit": by_jit, "pmap": by_pmap}
 
 
-def train(config: ConfigDict, workdir: str | Path) -> None:
+def train(config: ConfigDict, workdir: str | Path, allow_change: bool = False) -> None:
     """Train `config` in `workdir` up to `config.train.steps`, from the last checkpoint there if there is one.
 
     Stopped at any moment, even by `kill -9`, the same call goes on with the same numbers, bit for bit. Ctrl-C and SIGTERM
     save and then raise `KeyboardInterrupt`. With more steps than before a finished run goes on; its learning rates follow
-    the new length.
+    the new length. With `allow_change` a run goes on with another config or other data, as far as its state fits them; what
+    has changed is printed and kept in `WORKDIR/changes.json`. A new run with `config.init_from` begins as `transfer.start` says.
 
     Raises `UserError` for a config that cannot be, a workdir that holds another run, and a loss that is not finite.
     """
     workdir = Path(workdir).expanduser()
     check(config)
-    with record.claim(workdir, config), contextlib.ExitStack() as stack:
+    with record.claim(workdir, config, allow_change), contextlib.ExitStack() as stack:
         checkpoints = Checkpoints(workdir, config.train.keep_last, config.train.keep_best)
         stack.callback(checkpoints.close)
         done = checkpoints.last() or 0
         if not done:
             check_place(workdir)
+            record.forget_plan(workdir)
         if done >= config.train.steps and not checkpoints.damage(done):
             print(f"{workdir} is finished: {done} of {config.train.steps} steps are done; raise train.steps to go on")
             return
@@ -60,7 +62,7 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
             data.batches(config.train.batch, config.seed, plan.tokenize, shard), functools.partial(place, parallel, plan)
         )
         stack.callback(batches.close)
-        state = first_state(config, plan, optimizer, checkpoints, batches)
+        state = first_state(config, workdir, plan, optimizer, checkpoints, batches, allow_change)
         log = stack.enter_context(Log(workdir, config, int(state.step), lambda step: float(factor(step))))
         Training(config, workdir, plan, parallel, batches, checkpoints, log, parallel.place(state), int(state.step)).run()
 
@@ -180,19 +182,25 @@ def place(
 
 def first_state(
     config: ConfigDict,
+    workdir: Path,
     plan: trained.Plan | finetune.Plan,
     optimizer: optax.GradientTransformation,
     checkpoints: Checkpoints,
     batches: Prefetch,
+    allow_change: bool,
 ) -> State:
     """The state to start from, new or restored; a restored one moves `batches` to where it was."""
     init_key, key = jax.random.split(seeds.key(config.seed))
     new = lambda params: create(params, optimizer, key)
     restored = checkpoints.restore(jax.eval_shape(lambda: new(plan.init(init_key))))
     if restored is None:
-        return jax.jit(new)(plan.start(init_key)).replace(frozen=plan.frozen)
+        params = plan.start(init_key)
+        if config.get("init_from"):
+            params = transfer.start(params, plan, config.init_from, workdir)
+        return jax.jit(new)(params).replace(frozen=plan.frozen)
     state, position = restored
-    batches.set_state(position.encode())
+    if changed := batches.set_state(position.encode(), allow_change):
+        record.note(workdir, changed)
     print(f"going on from step {int(state.step)} of {config.train.steps}")
     return state.replace(frozen=plan.frozen)
 

@@ -19,17 +19,23 @@ from ml_collections import ConfigDict
 from diffjax import files, mesh
 from diffjax.errors import UserError
 
-# A run may be trained for longer, shown and logged otherwise, without becoming another run.
-MAY_CHANGE = ("train.steps", "train.log_every", "train.save_every", "train.preview_every", "log.")
+# A run may be trained for longer, kept, shown and logged otherwise, and read the same data elsewhere.
+KEPT = ("train.steps", "train.log_every", "train.save_every", "train.preview_every", "train.keep_last", "train.keep_best")
+MAY_CHANGE = (*KEPT, "log.", "sample.", "data.path", "data.data_dir", "data.workers", "data.held_out")
+FILES = ("config.json", "run.json", "changes.json")
+PLAN = ("data.json", "tokenizer.json", "encoder.json", "seen.npz", "base.json", "init.json")
+TIME = "%Y-%m-%dT%H:%M:%S%z"
 PACKAGES = ("diffjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 @contextlib.contextmanager
-def claim(workdir: str | Path, config: ConfigDict) -> Iterator[None]:
+def claim(workdir: str | Path, config: ConfigDict, allow_change: bool = False) -> Iterator[None]:
     """Hold `workdir` for this job and write `config.json` and `run.json` there; of several hosts, the first one does.
 
-    A run that ends in a `UserError` before its first step leaves none of its files: mended, its config is another one.
-    Raises `UserError` when another process trains there, or when it holds a run of another config (`MAY_CHANGE` apart).
+    What differs from the config that the run had before is printed and added to `changes.json`. When the job is stopped or ends
+    in a `UserError` before its next step, all is as it was before: mended, its config is another one.
+    Raises `UserError` when another process trains there, or when it holds a run of another config: `MAY_CHANGE` apart, and all
+    with `allow_change`.
     """
     workdir = Path(workdir)
     if jax.process_index():
@@ -37,23 +43,26 @@ def claim(workdir: str | Path, config: ConfigDict) -> Iterator[None]:
         return
     with _alone(workdir):
         wanted = json.loads(config.to_json_best_effort())
-        path, before = workdir / "config.json", set(workdir.iterdir())
-        if path.exists():
-            _refuse_another(workdir, files.read_json(path), wanted)
-        files.write_json(path, wanted)
-        files.write_json(workdir / "run.json", [*_starts(workdir / "run.json"), description()])
+        before = {path: path.read_bytes() for name in FILES if (path := workdir / name).exists()}
+        others, begun = set(workdir.iterdir()), _begun(workdir)
         try:
+            if (workdir / "config.json").exists():
+                _change(workdir, files.read_json(workdir / "config.json"), wanted, allow_change)
+            files.write_json(workdir / "config.json", wanted)
+            files.write_json(workdir / "run.json", [*_listed(workdir / "run.json"), description()])
             yield
-        except UserError:
-            if path not in before and not (workdir / "metrics.jsonl").exists():
-                _remove(set(workdir.iterdir()) - before)
+        except (UserError, KeyboardInterrupt):
+            if _begun(workdir) == begun:
+                _remove(set(workdir.iterdir()) - others)
+                for path, content in before.items():
+                    files.write_atomic(path, content)
             raise
 
 
 def description() -> dict[str, Any]:
     """The command, time, code version, packages and devices of this process."""
     return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "time": time.strftime(TIME),
         "command": shlex.join(sys.argv),
         "git": git_state(Path(__file__).parent),
         "python": platform.python_version(),
@@ -74,25 +83,56 @@ def git_state(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def differences(there: dict, here: dict, prefix: str = "") -> list[str]:
-    """The keys in which two nested configs differ, in words."""
-    lines = []
+def changes(there: dict, here: dict, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """What two nested configs have under each name in which they differ; None where one has nothing."""
+    found = {}
     for key in sorted(there.keys() | here.keys()):
         old, new, name = there.get(key), here.get(key), f"{prefix}{key}"
         if isinstance(old, dict) and isinstance(new, dict):
-            lines += differences(old, new, f"{name}.")
-        elif old != new and not name.startswith(MAY_CHANGE):
-            lines.append(f"{name} is {json.dumps(old)} there and {json.dumps(new)} here")
-    return lines
+            found |= changes(old, new, f"{name}.")
+        elif old != new:
+            found[name] = old, new
+    return found
 
 
-def _refuse_another(workdir: Path, there: dict, here: dict) -> None:
-    if lines := differences(there, here):
-        raise UserError(f"{workdir} holds a run of another config: {'; '.join(lines)}; choose another --workdir")
+def differences(there: dict, here: dict) -> list[str]:
+    """The names in which two nested configs differ, in words; `MAY_CHANGE` apart."""
+    found = {name: pair for name, pair in changes(there, here).items() if not name.startswith(MAY_CHANGE)}
+    return [f"{name} is {json.dumps(old)} there and {json.dumps(new)} here" for name, (old, new) in found.items()]
 
 
-def _starts(path: Path) -> list[dict[str, Any]]:
-    """The earlier descriptions; none where the file is damaged, as no number of the run depends on them."""
+def _change(workdir: Path, there: dict, here: dict, allow: bool) -> None:
+    """Print and note what has changed. Raises `UserError` where it must not."""
+    if not allow and (lines := differences(there, here)):
+        remedy = "choose another --workdir, or go on with these changes by --allow-change"
+        raise UserError(f"{workdir} holds a run of another config: {'; '.join(lines)}; {remedy}")
+    if found := changes(there, here):
+        note(workdir, found)
+
+
+def note(workdir: Path, found: dict[str, tuple[Any, Any]]) -> None:
+    """Print changes, name: (old, new), and add them to `changes.json` with the time and the newest checkpoint's step."""
+    steps = [int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()]
+    for name, (old, new) in found.items():
+        print(f"changed: {name} was {json.dumps(old)} and is {json.dumps(new)}")
+    entry = {"time": time.strftime(TIME), "step": max(steps, default=0), "changes": found}
+    files.write_json(workdir / "changes.json", [*_listed(workdir / "changes.json"), entry])
+
+
+def forget_plan(workdir: Path) -> None:
+    """Remove what a run that has no checkpoint took from its data: it begins anew, maybe with others."""
+    if not jax.process_index():
+        _remove({workdir / name for name in PLAN})
+
+
+def _begun(workdir: Path) -> int:
+    """A number that changes when a job begins to write its metrics."""
+    path = workdir / "metrics.jsonl"
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
+def _listed(path: Path) -> list[dict[str, Any]]:
+    """The earlier entries; none where the file is damaged, as no number of the run depends on them."""
     try:
         return files.read_json(path) if path.exists() else []
     except UserError as error:

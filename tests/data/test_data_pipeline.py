@@ -158,6 +158,39 @@ def test_a_state_of_other_data_is_refused(load):
             other.set_state(state)
 
 
+def test_what_has_changed_is_allowed_on_demand_and_said(load):
+    state = load().batches(4, seed=0)
+    take(state, 5)
+    other = load("broken", split="train[:10]").batches(2, seed=1)
+    changed = other.set_state(state.get_state(), allow_change=True)
+    assert sorted(changed) == ["batch_size", "content", "examples", "seed", "split"] and changed["batch_size"] == (4, 2)
+    assert json.loads(other.get_state())["batch"] == 10  # as many examples
+
+
+def captioned(folder, words, colour=3):
+    folder.mkdir(parents=True)
+    for number, word in enumerate(words):
+        Image.new("RGB", (8, 8), (number, 0, colour)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(word)
+    return data.load({"name": "captioned_folder", "path": str(folder), "size": 8})
+
+
+def test_data_are_known_by_their_content(tmp_path, monkeypatch):
+    monkeypatch.setenv("DIFFJAX_HOME", str(tmp_path / "home"))
+    state = captioned(tmp_path / "a", ["one", "two", "three"]).batches(2, seed=0).get_state()
+    captioned(tmp_path / "moved" / "elsewhere", ["one", "two", "three"]).batches(2, seed=0).set_state(state)
+    for name, told in {"exchanged": (["two", "one", "three"],), "pictures": (["one", "two", "three"], 4)}.items():
+        with pytest.raises(UserError, match="not the data that the checkpoint was trained on: content was.*--allow-change"):
+            captioned(tmp_path / name, *told).batches(2, seed=0).set_state(state)
+
+
+def test_a_state_of_before_contents_were_known_is_read(load):
+    old = json.dumps({"name": "tiny_classes/whole", "split": "train", "examples": EXAMPLES, "seed": 0, "batch_size": 4, "batch": 3})
+    batches = load().batches(4, seed=0)
+    batches.set_state(old.encode())
+    assert json.loads(batches.get_state())["batch"] == 3
+
+
 def test_worker_processes_give_the_same_batches_from_any_state(load):
     batches = load(crop="random").batches(4, seed=0, tokenize=lengths)
     take(batches, 3)

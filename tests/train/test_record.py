@@ -11,6 +11,7 @@ from diffjax.train import record
 
 def config(**changes):
     base = {"seed": 0, "train": {"steps": 10, "batch": 4}, "dit": {"width": 8, "sizes": (1, 2)}}
+    base |= {"data": {"path": "here", "workers": 0}, "sample": {"prompts": ("b",)}}
     config = ConfigDict(base)
     config.update_from_flattened_dict(changes)
     return config
@@ -38,6 +39,34 @@ def test_another_config_is_refused_and_the_difference_shown(tmp_path):
     assert "dit.width is 8 there and 16 here; train.batch is 4 there and 8 here" in str(error.value)
     assert "steps" not in str(error.value) and "\n" not in str(error.value)
     assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_what_may_change_is_noted_and_what_is_allowed_too(tmp_path, capsys):
+    def begin(allow=False, **changes):
+        with record.claim(tmp_path, config(**changes), allow):
+            pass
+        return json.loads((tmp_path / "changes.json").read_text()) if (tmp_path / "changes.json").exists() else []
+
+    assert begin() == begin() == []
+    (tmp_path / "checkpoints" / "7").mkdir(parents=True)
+    (entry,) = begin(**{"train.steps": 20, "data.path": "elsewhere", "data.workers": 4, "sample.prompts": ("a",)})
+    moved = {"train.steps": [10, 20], "data.path": ["here", "elsewhere"], "data.workers": [0, 4], "sample.prompts": [["b"], ["a"]]}
+    assert entry["step"] == 7 and entry["changes"] == moved and set(entry) == {"time", "step", "changes"}
+    with pytest.raises(UserError, match="dit.width is 8 there and 16 here.*--allow-change"):
+        begin(**{"dit.width": 16})
+    assert [one["changes"] for one in begin(allow=True, **{"dit.width": 16})][1]["dit.width"] == [8, 16]
+    assert "changed: dit.width was 8 and is 16\n" in capsys.readouterr().out
+
+
+def test_changes_that_could_not_begin_leave_the_run_as_it_was(tmp_path):
+    claim(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("{}")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.name != ".lock"}
+    for error in (UserError, KeyboardInterrupt):
+        with pytest.raises(error), record.claim(tmp_path, config(**{"train.batch": 8}), allow_change=True):
+            raise error("no such data")
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.name != ".lock"} == before
+    claim(tmp_path)
 
 
 def test_a_config_that_could_not_begin_can_be_mended(tmp_path):

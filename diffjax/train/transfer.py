@@ -1,0 +1,110 @@
+"""Starting from another run's weights: what fits by name and shape is taken, and all that is not is named.
+
+A row of a table belongs to a word, or to a class: rows are taken by what they stand for, whatever their number in either run.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from jaxtyping import PyTree
+
+from diffjax import build, files
+from diffjax.errors import UserError
+from diffjax.text import CaptionTokenizer
+from diffjax.train.checkpoint import Run, load_run
+from diffjax.train.record import differences
+
+FILE = "init.json"
+SHOWN = 5
+WORDS, CLASSES = ("text/words/embedding",), ("network/label_embedding", "network/class_embedding")
+
+
+def start(params: PyTree, plan: Any, choice: Mapping[str, Any], workdir: Path) -> PyTree:
+    """`params` with those of the run `choice["run"]` where they fit: its newest checkpoint, or that of `step`.
+
+    `weights` is `ema` or `raw`. Prints what is not taken, and writes all of it to `WORKDIR/init.json`.
+    Raises `UserError` when there is no such run, or nothing of it fits.
+    """
+    averaged = build.named("init_from.weights", {"ema": True, "raw": False}, choice.get("weights", "ema"))
+    run = load_run(choice["run"], choice.get("step") or None, averaged)
+    new, old = (traverse_util.flatten_dict(tree, sep="/") for tree in (params, run.params))
+    tables = _tables(plan, run)
+    merged, taken, left = {}, [], {name: "this run has none" for name in old.keys() - new.keys()}
+    for name, leaf in new.items():
+        found, why = _taken(leaf, old.get(name), tables.get(name))
+        merged[name] = leaf if found is None else jnp.asarray(found, leaf.dtype)
+        if found is not None:
+            taken.append(name)
+        if why:
+            left[name] = why
+    if not taken:
+        raise UserError(f"nothing of {run.workdir} fits this network: start from a run of the same one, or leave init_from out")
+    told = {"run": str(run.workdir), "step": run.step, "weights": choice.get("weights", "ema")}
+    configs = _meanings(run.config.to_dict(), plan.config.to_dict())
+    files.write_json(workdir / FILE, told | {"taken": sorted(taken), "not_taken": left, "other_meaning": configs})
+    _say(run, taken, left, configs, workdir)
+    return traverse_util.unflatten_dict(merged, sep="/")
+
+
+def _taken(new: Any, old: Any, rows: tuple[Sequence[str], Sequence[str]] | None) -> tuple[Any, str]:
+    """What is taken for an array (None: nothing), and what is to be said of it."""
+    if old is None:
+        return None, "that run has none"
+    if rows is not None and rows[0] != rows[1] and new.shape[1:] == old.shape[1:]:
+        return _by_row(np.asarray(new), old, *rows)
+    if new.shape != old.shape:
+        return None, f"its shape is {tuple(old.shape)} there and {tuple(new.shape)} here"
+    return old, ""
+
+
+def _by_row(new: np.ndarray, old: np.ndarray, here: Sequence[str], there: Sequence[str]) -> tuple[np.ndarray, str]:
+    """The rows of `new` that stand for the same as one of `old`'s; rows past both lists (that of no class) are the last ones."""
+    places = {name: place for place, name in enumerate(there)}
+    both = [(place, places[name]) for place, name in enumerate(here) if name in places]
+    if len(new) > len(here) and len(old) > len(there):
+        both.append((len(here), len(there)))
+    merged = new.copy()
+    merged[[place for place, _ in both]] = old[[place for _, place in both]]
+    unknown = [name for name in here if name not in places]
+    shown = ", ".join(map(repr, unknown[:SHOWN])) + (", ..." if len(unknown) > SHOWN else "")
+    return merged, f"{len(unknown)} of its {len(new)} rows are new: {shown}" if unknown else ""
+
+
+def _tables(plan: Any, run: Run) -> dict[str, tuple[Sequence[str], Sequence[str]]]:
+    """What the rows of the tables of words and of classes stand for, here and there."""
+    tables = {}
+    if isinstance(own := getattr(plan, "tokenize", None), CaptionTokenizer) and (run.workdir / "tokenizer.json").is_file():
+        there = CaptionTokenizer.from_json((run.workdir / "tokenizer.json").read_text())
+        tables |= dict.fromkeys(WORDS, (_vocabulary(own), _vocabulary(there)))
+    if getattr(plan, "classes", ()) and (run.workdir / "data.json").is_file():
+        tables |= dict.fromkeys(CLASSES, (list(plan.classes), files.read_json(run.workdir / "data.json")["classes"]))
+    return tables
+
+
+def _vocabulary(tokenizer: CaptionTokenizer) -> list[str]:
+    known = tokenizer.rules.get_vocab()
+    return sorted(known, key=known.__getitem__)
+
+
+def _meanings(there: dict, here: dict) -> list[str]:
+    """In what the same numbers mean something else: what is predicted, of which process."""
+
+    def part(config: dict) -> dict:
+        text = (config.get("text") or {}).get("name")
+        return {name: config.get(name) for name in ("process", "prediction", "network")} | {"text.name": text}
+
+    return differences(part(there), part(here))
+
+
+def _say(run: Run, taken: list[str], left: dict[str, str], configs: list[str], workdir: Path) -> None:
+    print(f"starting from {run.workdir}, step {run.step}: {len(taken)} arrays are taken (all are named in {workdir / FILE})")
+    for name, why in list(left.items())[:SHOWN]:
+        print(f"  {name}: {why}")
+    if len(left) > SHOWN:
+        print(f"  and {len(left) - SHOWN} more are not taken")
+    for line in configs:
+        print(f"  note that {line}")
