@@ -28,6 +28,9 @@ Row = dict[str, Any]
 
 COMPILING_SECONDS = 60.0
 
+WARNING_STEPS = 1000
+"""Steps after which a stage is judged, whatever it has learned."""
+
 
 class Writer(Protocol):
     """One place for numbers and pictures."""
@@ -242,9 +245,9 @@ class Log:
         self.picture(step, "samples", image.sheet(image.to_uint8(shown.images), shown.columns, shown.captions))
 
     def sanity(self, step: int, panel: Panel) -> None:
-        """Save a panel, `sanity/STEP.png`, and say what it shows."""
+        """Save a panel, `sanity/STEP.png`, and say what it shows; it warns once something could have been learned."""
         self.picture(step, "sanity", panel.draw())
-        for line in panel.lines():
+        for line in panel.lines(early=step < WARNING_STEPS and not panel.learned()):
             self.terminal.say(f"step {step}: {line}")
 
     def picture(self, step: int, kind: str, picture: UInt8[np.ndarray, "h w 3"]) -> None:

@@ -18,7 +18,7 @@ from diffjax.process import Discrete, Process, Time, perturb
 from diffjax.trained import Plan
 
 LEVELS = (-6.0, -3.0, 0.0, 3.0, 6.0)
-MARGIN = 1.01
+MARGIN, LEARNED = 1.01, 1.1
 SHOWN = 4
 
 
@@ -39,11 +39,16 @@ class Panel(NamedTuple):
         """What the stage does not listen to: told another picture's, it errs no more than a hundredth more."""
         return [name for name, error in self.swapped.items() if error.mean() <= MARGIN * self.error.mean()]
 
-    def lines(self) -> list[str]:
-        """What there is to say, the warnings last."""
+    def learned(self) -> bool:
+        """Whether in pure noise the stage is about as good as the mean picture, which a new one is not."""
+        return self.error[0] <= LEARNED * self.trivial["mean picture"]
+
+    def lines(self, early: bool = False) -> list[str]:
+        """What there is to say, the warnings last; none where it is too early for any."""
         trivial = ", ".join(f"{name} {error:.4f}" for name, error in self.trivial.items())
         swapped = "".join(f"; told another's {name}, {error.mean():.4f}" for name, error in self.swapped.items())
         warnings = [f"WARNING: the {name} is ignored: told another picture's, this stage errs no more" for name in self.ignored()]
+        warnings = [] if early else warnings
         return [f"error of x0 {self.error.mean():.4f}{swapped}; without learning: {trivial}", *warnings]
 
     def draw(self) -> UInt8[np.ndarray, "h w 3"]:

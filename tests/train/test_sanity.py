@@ -3,6 +3,7 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from diffjax import cascade, image
 from diffjax.cascade import LowRes
@@ -10,7 +11,7 @@ from diffjax.denoise import Apply, Denoiser
 from diffjax.model import Defaults, Model
 from diffjax.predict import X0
 from diffjax.process import Flow, discrete, linear_betas
-from diffjax.train import sanity
+from diffjax.train import metrics, sanity
 from diffjax.trained import Seen
 
 COLOURS = {"red": (1, -1, -1), "green": (-1, 1, -1), "blue": (-1, -1, 1)}
@@ -55,6 +56,27 @@ def test_a_stage_that_does_not_listen_is_reported(of, name):
     assert hears.ignored() == [] and hears.error.mean() < 0.3 * hears.swapped[name].mean()
     assert deaf.ignored() == [name] and f"WARNING: the {name} is ignored" in deaf.lines()[-1]
     assert not any("WARNING" in line for line in hears.lines())
+
+
+def test_warnings_wait_until_something_could_have_been_learned(tmp_path, capsys):
+    class Mean:
+        """Draws the mean of the three colours, whatever it is told: all that can be learned without listening."""
+
+        def apply(self, variables, x, t, **told):
+            return jnp.full_like(x, -1 / 3)
+
+    def said(step, apply, params):
+        stage = plan(("red", "green", "blue"))
+        model = stage.model
+        stage.model = lambda params: model(params).replace(denoiser=model(params).denoiser.replace(apply=apply))
+        with metrics.Log(tmp_path, config, 0, lambda step: 1.0) as log:
+            log.sanity(step, sanity.look(stage, params))
+        return "WARNING: the text is ignored" in capsys.readouterr().err
+
+    told = {"train": {"steps": 9, "batch": 4}, "optimizer": {"learning_rate": 0.5}, "log": {"tensorboard": False, "wandb": ""}}
+    config = ConfigDict(told)
+    assert not said(10, Apply(HEARING), 0.0) and said(1000, Apply(HEARING), 0.0)
+    assert said(10, Apply(Mean()), 0.0) and not said(1000, Apply(HEARING), 1.0)
 
 
 def test_errors_are_those_of_x0():
