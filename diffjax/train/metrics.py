@@ -95,7 +95,7 @@ class Terminal:
 
     def say(self, text: str) -> None:
         """Print a line."""
-        self.console.print(text, highlight=False, soft_wrap=True)
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def write(self, row: Row) -> None:
         numbers = f"loss {row['loss']:.4f}, {row['images_per_second']:.0f} images/s"

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -75,5 +76,7 @@ def test_wandb_that_is_not_installed_is_said(tmp_path, monkeypatch):
 def test_without_a_terminal_each_row_is_a_line(capsys):
     with_rows = metrics.Terminal(0, 10)
     with_rows.write({"step": 5, "loss": 0.25, "images_per_second": 100.0, "seconds_per_step": 2.0})
+    with_rows.picture(5, Path("runs/a[b][/]/5.png"))
     with_rows.close()
-    assert capsys.readouterr().err == "step 5 of 10: loss 0.2500, 100 images/s, 10 s left\n"
+    said = "step 5 of 10: loss 0.2500, 100 images/s, 10 s left\nstep 5: runs/a[b][/]/5.png\n"
+    assert capsys.readouterr().err == said
