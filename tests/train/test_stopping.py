@@ -27,6 +27,7 @@ from diffjax.train.step import gradient
 from diffjax.trained import Preview
 
 STEPS = 7
+PANEL = SimpleNamespace(draw=lambda: np.zeros((8, 8, 3), np.uint8), lines=lambda early: [], learned=lambda: True)
 OPTIMIZER = optax.adam(0.1)
 
 
@@ -126,8 +127,7 @@ def losses(workdir):
 
 @pytest.fixture(autouse=True)
 def no_panel(monkeypatch):
-    panel = SimpleNamespace(draw=lambda: np.zeros((8, 8, 3), np.uint8), lines=lambda: [])
-    monkeypatch.setattr(loop.sanity, "look", lambda plan, ema: panel)
+    monkeypatch.setattr(loop.sanity, "look", lambda plan, ema: PANEL)
 
 
 @pytest.fixture(scope="module")
@@ -135,8 +135,7 @@ def whole(tmp_path_factory):
     """What an uninterrupted run learns, and all the sites that it passes."""
     sites, results = [], {}
     with pytest.MonkeyPatch.context() as patch:
-        panel = SimpleNamespace(draw=lambda: np.zeros((8, 8, 3), np.uint8), lines=lambda: [])
-        patch.setattr(sanity, "look", lambda plan, ema: panel)
+        patch.setattr(sanity, "look", lambda plan, ema: PANEL)
         for way in WAYS:
             folder = tmp_path_factory.mktemp(way)
             run(folder, sites.append if way == "jit" else lambda name: None, way)
