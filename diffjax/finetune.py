@@ -211,10 +211,11 @@ def latents(base: Model, data: Dataset) -> Latents:
     found = []
     for index in track(range(len(data)), "pictures to latents", len(data)):
         example = data.pictures.example(index)
-        path = folder / f"{_digest(example.image, str(example.image.shape))}.npy"
+        pixels = np.repeat(example.image, 3 // data.channels, axis=-1)
+        path = folder / f"{_digest(pixels, str(pixels.shape))}.npy"
         if not path.exists():
             with files.open_atomic(path) as file:
-                np.save(file, np.asarray(base.encode(image.from_uint8(example.image[None])))[0].astype(np.float32))
+                np.save(file, np.asarray(base.encode(image.from_uint8(pixels[None])))[0].astype(np.float32))
         found.append((path, example.captions))
     return Latents(*zip(*found))
 

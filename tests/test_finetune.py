@@ -115,3 +115,14 @@ def test_what_cannot_be_precomputed_is_said(place, tmp_path):
         train(settings, tmp_path / "run")
     with pytest.raises(UserError, match="this trains .*model"):
         experiment_jobs(settings, None)
+
+
+def test_grey_pictures_are_told_in_three_channels(place, tmp_path):
+    Image.new("L", (16, 16), 77).save(tmp_path / "a.png")
+    grey = diffjax.data.load({"name": "captioned_folder", "path": str(tmp_path), "size": 16})
+    Image.new("RGB", (16, 16), (77, 77, 77)).save(tmp_path / "a.png")
+    coloured = diffjax.data.load({"name": "captioned_folder", "path": str(tmp_path), "size": 16})
+    base = diffjax.load(place / "model")
+    assert (grey.channels, coloured.channels) == (1, 3)
+    found = [finetune.latents(base, data).paths[0].name for data in (grey, coloured)]
+    assert found[0] == found[1]

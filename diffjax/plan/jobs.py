@@ -82,7 +82,7 @@ def experiment(config: ConfigDict, asked: Asked) -> list[Job]:
     """
     if "model" in config:
         raise UserError(f"this trains {config.model}: docs/sd35.md says what it keeps, `diffjax plan --model` what drawing costs")
-    shape = (config.data.size, config.data.size, 3)
+    shape = (config.data.size, config.data.size, config.data.get("channels", 0) or 3)
     classes = tuple(str(i) for i in range(config.classes))
     plan = trained.planned(config, shape, classes, _Blank(config.text.tokens) if config.text else None)
     return [training(plan), drawing(plan, asked, config.name)]
