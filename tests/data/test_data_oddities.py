@@ -185,8 +185,9 @@ def a_table(case: Case) -> dict:
     rows = [(name_in(case, path), f"number {number}") for number, path in made]
     path = case.folder / f"links{case.pick(['.csv', '.tsv', '.jsonl', '.parquet'])}"
     write_rows(case, path, rows)
+    where = {".parquet": "row {0}", ".jsonl": "line {0}"}.get(path.suffix, "line {1}")
     for number, names in case.pictures.items():
-        case.pictures[number] = names | {f"{path.name} line {number + 2}", f"{path.name} line {number + 1}", f"{path.name} row {number + 1}"}
+        case.pictures[number] = names | {f"{path.name} {where.format(number + 1, number + 2)}"}
     return {"name": "captioned_table", "path": str(path)}
 
 
