@@ -56,7 +56,9 @@ def test_a_picture_of_200_million_pixels_is_one_line_or_decoded_smaller(tmp_path
     whole = image.png(random_pictures(1)[0])
     header = whole[12:16] + struct.pack(">II", 20000, 10000) + whole[24:29]
     (tmp_path / "a.png").write_bytes(whole[:12] + header + struct.pack(">I", zlib.crc32(header)) + whole[33:])
-    with pytest.raises(UserError, match=r"a.png is no picture that can be read \(has more than 178 million pixels: make it smaller\)"):
+    with pytest.raises(
+        UserError, match=r"a.png is no picture that can be read \(has more than 178 million pixels: make it smaller\)"
+    ):
         image.read(tmp_path / "a.png", (8, 8))
     Image.new("L", (20000, 10000), 77).save(tmp_path / "a.jpg")
     assert (image.read(tmp_path / "a.jpg", (8, 8)) == 77).all()

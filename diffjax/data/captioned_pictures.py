@@ -65,7 +65,9 @@ def _distinct(pictures: list[Captioned]) -> list[Captioned]:
     found = []
     for picture in pictures:
         called = printable(picture.name)
-        name = next(name for name in itertools.chain([called], (f"{called}#{i}" for i in itertools.count(2))) if name not in taken)
+        name = next(
+            name for name in itertools.chain([called], (f"{called}#{i}" for i in itertools.count(2))) if name not in taken
+        )
         taken.add(name)
         found.append(dataclasses.replace(picture, name=name))
     return found
@@ -175,7 +177,9 @@ class CaptionedPictures(tfds.core.GeneratorBasedBuilder):
                 left_out.append((picture.name, why))
                 continue
             if stored.frames > 1:
-                left_out.append((f"{picture.name} after its first", f"holds {stored.frames} pictures, of which the first is used"))
+                left_out.append(
+                    (f"{picture.name} after its first", f"holds {stored.frames} pictures, of which the first is used")
+                )
             told = self._told(picture)
             grey &= stored.grey
             content += int.from_bytes(hashlib.sha256(repr((picture.name, told)).encode() + stored.pixels).digest())

@@ -77,7 +77,9 @@ class Classes(Folder):
         names = {file: file.relative_to(self.path) for file in sorted([*found, *left_out])}
         classes = {printable(names[file].parts[0]) for file in found}
         if {name.lower() for name in classes} <= SPLITS:
-            raise UserError(f"{self.path} has the folders {', '.join(sorted(classes))}: set data.path to the one of them to train on")
+            raise UserError(
+                f"{self.path} has the folders {', '.join(sorted(classes))}: set data.path to the one of them to train on"
+            )
         labels = {file: label if (label := printable(name.parts[0])) in classes else "" for file, name in names.items()}
         return [Captioned(str(name), file, label=labels[file], problem=left_out.get(file, "")) for file, name in names.items()]
 

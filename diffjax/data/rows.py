@@ -25,7 +25,12 @@ FILE_KEYS = ("file_name", "filename", "file", "image", "image_path", "path", "ur
 CAPTION_KEYS = ("text", "caption", "captions", "prompt", "description")
 LABEL_KEYS = ("label", "labels")
 TABLES = frozenset({".csv", ".tsv", ".jsonl", ".parquet"})
-MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 
 
 class Inside(NamedTuple):
@@ -152,7 +157,9 @@ def _records(file: Path, between: str, quoted: bool) -> Iterator[tuple[int, list
             fields = next(reader, None)
         except csv.Error as error:
             remedy = "put captions with quotes into quotes, and write those inside twice"
-            raise ValueError(f"the quotes that begin on line {line} do not fit ({error} on line {reader.line_num}): {remedy}") from error
+            raise ValueError(
+                f"the quotes that begin on line {line} do not fit ({error} on line {reader.line_num}): {remedy}"
+            ) from error
         if fields is None:
             return
         if any(map(str.strip, fields)):

@@ -113,7 +113,10 @@ def _resolved(members: Iterable[_Member]) -> list[_Member]:
     for member in members:
         end, steps = member, 0
         while end.target and steps < 10:
-            end, steps = places.get(end.target, _Member(end.name, problem=f"is a link to {end.target}, which is not in the tar")), steps + 1
+            end, steps = (
+                places.get(end.target, _Member(end.name, problem=f"is a link to {end.target}, which is not in the tar")),
+                steps + 1,
+            )
         problem = "is a link that leads to itself" if end.target else end.problem
         found.append(end._replace(name=member.name, target="", problem=problem))
     return found
@@ -125,7 +128,9 @@ def _checked(member: _Member, file: BinaryIO) -> _Member:
     if suffix not in MOST_BYTES:
         file.seek(member.start)
         named = not member.size or not looks_like_picture(file.read(12))
-        return member._replace(problem="" if named else "is a picture whose name does not end like one's: rename it to end in .jpg")
+        return member._replace(
+            problem="" if named else "is a picture whose name does not end like one's: rename it to end in .jpg"
+        )
     if member.problem:
         return member
     if not stem or stem.startswith("."):

@@ -146,7 +146,10 @@ def test_linked_folders_are_classes_and_loops_end(tmp_path):
     (tmp_path / "set" / "gone").symlink_to(tmp_path / "nowhere")
     found = load(tmp_path / "set", name="class_folder")
     assert found.class_names == ("cats", "dogs") and len(found) == 2
-    assert found.skipped.read() == [("dogs/up", "is a link that leads back to a folder around it"), ("gone", "is a link that leads nowhere")]
+    assert found.skipped.read() == [
+        ("dogs/up", "is a link that leads back to a folder around it"),
+        ("gone", "is a link that leads nowhere"),
+    ]
 
 
 def test_train_and_test_are_no_classes(tmp_path):

@@ -85,7 +85,9 @@ def in_mode(mode: str) -> Image.Image:
     if mode in DEPTHS:
         return Image.fromarray(np.full((16, 16), GREY * 257, DEPTHS[mode]))
     if mode in ("F", "I"):
-        return Image.fromarray(np.full((16, 16), GREY / 255, np.float32) if mode == "F" else np.full((16, 16), GREY * 257, np.int32))
+        return Image.fromarray(
+            np.full((16, 16), GREY / 255, np.float32) if mode == "F" else np.full((16, 16), GREY * 257, np.int32)
+        )
     if mode == "LAB":
         srgb, lab = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
         return ImageCms.profileToProfile(coloured, srgb, lab, outputMode="LAB")
@@ -93,7 +95,9 @@ def in_mode(mode: str) -> Image.Image:
         return Image.new("1", (16, 16), 0)
     if mode in ("L", "LA", "La"):
         return (grey.convert("LA") if mode == "La" else grey).convert(mode)
-    return {"RGBa": coloured.convert("RGBA"), "P": coloured.quantize(2), "PA": coloured.quantize(2)}.get(mode, coloured).convert(mode)
+    return {"RGBa": coloured.convert("RGBA"), "P": coloured.quantize(2), "PA": coloured.quantize(2)}.get(mode, coloured).convert(
+        mode
+    )
 
 
 MODES = "1 L LA La P PA RGB RGBA RGBX RGBa CMYK YCbCr LAB HSV I F I;16 I;16B".split()
@@ -120,7 +124,9 @@ def test_every_mode_in_every_format_is_right_or_says_why(mode):
         read += 1
     assert read or mode in ("La", "RGBa", "HSV")  # in which PIL writes no file
     if not read:
-        np.testing.assert_allclose(np.asarray(flatten(in_mode(mode), (255,) * 3))[0, 0], expected if mode != "La" else GREY, atol=3)
+        np.testing.assert_allclose(
+            np.asarray(flatten(in_mode(mode), (255,) * 3))[0, 0], expected if mode != "La" else GREY, atol=3
+        )
 
 
 @pytest.mark.parametrize("mode, clear", [("P", 0), ("L", 7), ("RGB", (7, 7, 7)), ("1", 0), ("I;16", 7)])
@@ -141,7 +147,18 @@ def tiff(pixels: np.ndarray, bits: int, photometric: int, form: int = 1) -> byte
     """An uncompressed TIFF of one channel, written here since PIL writes no such file."""
     height, width = pixels.shape
     body = pixels.tobytes()
-    tags = [(256, width), (257, height), (258, bits), (259, 1), (262, photometric), (273, 8), (277, 1), (278, height), (279, len(body)), (339, form)]
+    tags = [
+        (256, width),
+        (257, height),
+        (258, bits),
+        (259, 1),
+        (262, photometric),
+        (273, 8),
+        (277, 1),
+        (278, height),
+        (279, len(body)),
+        (339, form),
+    ]
     entries = b"".join(struct.pack("<HHII", tag, 4 if value > 65535 else 3, 1, value) for tag, value in tags)
     return struct.pack("<2sHI", b"II", 42, 8 + len(body)) + body + struct.pack("<H", len(tags)) + entries + bytes(4)
 
@@ -175,7 +192,12 @@ def test_grey_stays_grey_and_colours_are_those_of_their_profile():
 def swapped_srgb() -> bytes:
     """The profile of sRGB under another name, its red and blue exchanged."""
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    return profile.replace(b"rXYZ", b"?XYZ").replace(b"bXYZ", b"rXYZ").replace(b"?XYZ", b"bXYZ").replace(b"s\0R\0G\0B", b"m\0i\0n\0e")
+    return (
+        profile.replace(b"rXYZ", b"?XYZ")
+        .replace(b"bXYZ", b"rXYZ")
+        .replace(b"?XYZ", b"bXYZ")
+        .replace(b"s\0R\0G\0B", b"m\0i\0n\0e")
+    )
 
 
 @pytest.mark.parametrize("kind", ["tEXt", "zTXt", "iTXt"])

@@ -24,9 +24,40 @@ from diffjax import data
 from diffjax.errors import UserError
 
 SIZE = 8
-WORDS = ["cat", "Löwe", "naïve dog", "猫", "кот", "a.b", "v1.0.2", "with space", "UPPER", "🐶", "e\u0301te\u0301", "semi;colon", "x,y", "o'clock"]
-FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".jfif": "JPEG", ".jpe": "JPEG", ".Jpg": "JPEG", ".JPG": "JPEG", ".PNG": "PNG"} | {
-    ".webp": "WEBP", ".gif": "GIF", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF", ".avif": "AVIF", ".ppm": "PPM", ".jp2": "JPEG2000",
+WORDS = [
+    "cat",
+    "Löwe",
+    "naïve dog",
+    "猫",
+    "кот",
+    "a.b",
+    "v1.0.2",
+    "with space",
+    "UPPER",
+    "🐶",
+    "e\u0301te\u0301",
+    "semi;colon",
+    "x,y",
+    "o'clock",
+]
+FORMATS = {
+    ".png": "PNG",
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".jfif": "JPEG",
+    ".jpe": "JPEG",
+    ".Jpg": "JPEG",
+    ".JPG": "JPEG",
+    ".PNG": "PNG",
+} | {
+    ".webp": "WEBP",
+    ".gif": "GIF",
+    ".bmp": "BMP",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+    ".avif": "AVIF",
+    ".ppm": "PPM",
+    ".jp2": "JPEG2000",
 }
 BROKEN = ("half", "empty", "heic", "text")
 
@@ -41,9 +72,13 @@ def number_of(pixel: np.ndarray) -> int:
 
 def encoded(number: int, suffix: str, fault: str = "") -> bytes:
     buffer = io.BytesIO()
-    Image.new("RGB", (12, 16), colour(number)).save(buffer, FORMATS[suffix], **({"quality": 95} if FORMATS[suffix] == "JPEG" else {}))
+    Image.new("RGB", (12, 16), colour(number)).save(
+        buffer, FORMATS[suffix], **({"quality": 95} if FORMATS[suffix] == "JPEG" else {})
+    )
     whole = buffer.getvalue()
-    return {"half": whole[: len(whole) // 2], "empty": b"", "heic": b"\0\0\0\x18ftypheic" + whole, "text": b"<html>"}.get(fault, whole)
+    return {"half": whole[: len(whole) // 2], "empty": b"", "heic": b"\0\0\0\x18ftypheic" + whole, "text": b"<html>"}.get(
+        fault, whole
+    )
 
 
 @dataclass
@@ -163,7 +198,11 @@ def a_class_folder(case: Case) -> dict:
 def metadata(case: Case) -> dict:
     """A folder with a table for all its pictures, whose paths may be absolute."""
     made = files(case, int(case.rng.integers(3, 9)), folders(case, False), beside=False)
-    rows = [(name_in(case, path), f"number {number}") for number, path in made if path.name.isprintable() and b"\xff" not in os.fsencode(path)]
+    rows = [
+        (name_in(case, path), f"number {number}")
+        for number, path in made
+        if path.name.isprintable() and b"\xff" not in os.fsencode(path)
+    ]
     kind = case.pick([".csv", ".jsonl", ".tsv"])
     write_rows(case, case.folder / f"metadata{kind}", rows)
     return {"name": "captioned_folder", "path": str(case.folder)}
@@ -210,7 +249,9 @@ def write_rows(case: Case, path: Path, rows: list[tuple[str, str]]) -> None:
 def write_separated(case: Case, path: Path, keys: tuple[str, str], rows: list[tuple[str, str]]) -> None:
     between = "\t" if path.suffix == ".tsv" else case.pick([",", ",", ";"])
     buffer = io.StringIO()
-    writer = csv.writer(buffer, delimiter=between, lineterminator=case.pick(["\n", "\r\n"]), quoting=case.pick([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]))
+    writer = csv.writer(
+        buffer, delimiter=between, lineterminator=case.pick(["\n", "\r\n"]), quoting=case.pick([csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
+    )
     writer.writerows([keys, *rows])
     text = buffer.getvalue()
     end = "\r\n" if "\r\n" in text else "\n"
@@ -229,7 +270,9 @@ def write_separated(case: Case, path: Path, keys: tuple[str, str], rows: list[tu
         lines = [part for line in lines for part in (line, "", between)]
     elif kind == "null name":
         lines[at] = lines[at][lines[at].index(between) :] if lines[at].count(between) == 1 else lines[at]
-    path.write_bytes((end.join(lines).rstrip() if kind == "no end" else end.join(lines)).encode("utf-16" if kind == "utf-16" else "utf-8"))
+    path.write_bytes(
+        (end.join(lines).rstrip() if kind == "no end" else end.join(lines)).encode("utf-16" if kind == "utf-16" else "utf-8")
+    )
 
 
 REFUSING = {"stray quote", "open quote", "comma", "short row"}
@@ -249,9 +292,16 @@ def hugging_face(case: Case) -> dict:
             if kind == "path only":
                 (case.folder / "data" / f"{number}{suffix}").write_bytes(value["bytes"])
                 value = {"bytes": None, "path": f"{number}{suffix}"}
-            rows.append({"image": None if kind == "null picture" else value, "text": None if kind == "null caption" else f"number {number}"})
+            rows.append(
+                {
+                    "image": None if kind == "null picture" else value,
+                    "text": None if kind == "null caption" else f"number {number}",
+                }
+            )
             case.pictures[number] = {f"{case.folder.name}/data/{name} row {row + 1}"}
-        schema = pyarrow.schema({"image": pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()}), "text": pyarrow.string()})
+        schema = pyarrow.schema(
+            {"image": pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()}), "text": pyarrow.string()}
+        )
         table = pyarrow.Table.from_pylist(rows, schema=schema)
         pyarrow.parquet.write_table(table, case.folder / "data" / name, row_group_size=int(case.rng.integers(1, 4)))
     return {"name": "captioned_table", "path": str(case.folder)}
@@ -264,7 +314,9 @@ def a_tar(case: Case) -> dict:
         for _ in range(int(case.rng.integers(2, 7))):
             number, suffix = case.number(), case.pick(list(FORMATS))
             stem = f"{case.pick(['', 'a/', 'v1.2/b.c/', './'])}{case.name()}"
-            kind = case.fault(0.4, *BROKEN, "hidden", "no ending", "hard link", "link outside", "same key", "apples", "NFD text", "no text")
+            kind = case.fault(
+                0.4, *BROKEN, "hidden", "no ending", "hard link", "link outside", "same key", "apples", "NFD text", "no text"
+            )
             name = stem + ("" if kind == "no ending" else suffix)
             if kind == "hidden":
                 name = os.path.join(os.path.dirname(name), "." + os.path.basename(name))
@@ -328,7 +380,11 @@ def check(seed: int, root: Path, counts: Counter) -> None:
     for image, captions in zip(shown["image"], shown["captions"]):
         if make is not a_class_folder and captions:
             (caption,) = captions  # in a .tsv a stray quote is a letter
-            assert caption.replace('"', "") in (said := f"number {number_of(image[2, 2])}", f"the {said}"), (seed, make.__name__, dict(case.faults))
+            assert caption.replace('"', "") in (said := f"number {number_of(image[2, 2])}", f"the {said}"), (
+                seed,
+                make.__name__,
+                dict(case.faults),
+            )
     for number, names in case.pictures.items():
         named = names & left_out
         counts["used" if used[number] else "named" if named else "silent"] += 1

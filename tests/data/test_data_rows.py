@@ -12,7 +12,9 @@ TWO = [("a.png", "one"), ("b.png", "two, too")]
 
 def read(folder, text, kind=".csv", encoding="utf-8"):
     (folder / f"t{kind}").write_bytes(text.encode(encoding) if isinstance(text, str) else text)
-    return [(row.picture, *row.captions) if not row.problem else f"{row.where} {row.problem}" for row in rows(folder / f"t{kind}")]
+    return [
+        (row.picture, *row.captions) if not row.problem else f"{row.where} {row.problem}" for row in rows(folder / f"t{kind}")
+    ]
 
 
 DIALECTS = {
@@ -50,9 +52,15 @@ def test_quotes_are_what_they_are_meant_to_be(tmp_path):
 REFUSED = {
     "a quote that swallows all that follows": ('file,text\na.png,x\nb.png,"oops\nc.png,y\n', "line 3 do not fit .*on line 4"),
     "one that ends at the next": ('file,text\na.png,"oops\nb.png,"fine"\n', r"begin on line 2 do not fit \(.* on line 3\)"),
-    "one that ends at a stray one": ('file,text\na.png,"oops\nb.png,x\nc.png,y"\n', r"begin on line 2 take in another row \('b.png,x'\)"),
+    "one that ends at a stray one": (
+        'file,text\na.png,"oops\nb.png,x\nc.png,y"\n',
+        r"begin on line 2 take in another row \('b.png,x'\)",
+    ),
     "text after a quote": ('file,text\na.png,x\nb.png,"big" cat\n', "begin on line 3 do not fit"),
-    "a comma that cuts the caption": ("file,text\na.png,x\nb.png,a cat, a dog\n", "line 3 has 3 fields and the header has 2: put"),
+    "a comma that cuts the caption": (
+        "file,text\na.png,x\nb.png,a cat, a dog\n",
+        "line 3 has 3 fields and the header has 2: put",
+    ),
     "a short row": ("file,text,n\na.png,x,1\nb.png,y\n", "line 3 has 2 fields and the header has 3"),
     "the same name twice": ("file,text,Text\na.png,x,y\n", "the header names text 2 times"),
     "no header": ("a.png,one\nb.png,two\n", "line 2 has a.png, one and needs one each"),

@@ -227,12 +227,18 @@ def test_pictures_that_a_parquet_file_holds(site, tmp_path):
     (tmp_path / "set" / "data").mkdir(parents=True)
     (tmp_path / "set" / "README.md").write_text("a card")
     for part in range(2):
-        rows = [{"image": {"bytes": picture(20 * (4 * part + i)), "path": None}, "text": f"number {4 * part + i}", "label": i % 2} for i in range(4)]
+        rows = [
+            {"image": {"bytes": picture(20 * (4 * part + i)), "path": None}, "text": f"number {4 * part + i}", "label": i % 2}
+            for i in range(4)
+        ]
         file = tmp_path / "set" / "data" / f"train-{part:05}-of-00002.parquet"
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), file, row_group_size=3)
     found = data.load(settings(tmp_path / "set"))
     shown = found.examples(range(8))
-    reds = {captions: (int(image[0, 0, 0]), label) for captions, image, label in zip(shown["captions"], shown["image"], shown["label"])}
+    reds = {
+        captions: (int(image[0, 0, 0]), label)
+        for captions, image, label in zip(shown["captions"], shown["image"], shown["label"])
+    }
     assert reds == {(f"number {i}",): (20 * i, i % 2) for i in range(8)} and found.class_names == ("cat", "dog")
     assert len(data.load(settings(tmp_path / "set" / "data" / "train-00001*"))) == 4
     only = pyarrow.Table.from_pylist([{"image": picture(80)}], schema=pyarrow.schema({"image": pyarrow.binary()}))
@@ -262,7 +268,11 @@ def test_a_picture_is_one_by_whichever_path(site, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.png").write_bytes(picture(40))
     (tmp_path / "sub").mkdir()
-    write(tmp_path, [{"file": name, "text": name[-9:]} for name in ("a.png", "./a.png", f"{tmp_path}/a.png", "sub/../a.png")], ".csv")
+    write(
+        tmp_path,
+        [{"file": name, "text": name[-9:]} for name in ("a.png", "./a.png", f"{tmp_path}/a.png", "sub/../a.png")],
+        ".csv",
+    )
     for path in ("links.csv", "./sub/../links.csv", str(tmp_path / "links.csv")):
         assert len(data.load(settings(path))) == 1
     for name in (b"\xff\xe9", "🐶".encode(), b"[a] *%s"):

@@ -157,7 +157,13 @@ def test_dots_in_keys_hide_no_picture(tmp_path):
 
 
 def test_the_same_key_again_is_another_sample(tmp_path):
-    once = [("1.png", encoded(10, "PNG")), ("1.txt", b"one"), ("2.png", encoded(20, "PNG")), ("2.jpg", encoded(30, "JPEG")), ("2.txt", b"two")]
+    once = [
+        ("1.png", encoded(10, "PNG")),
+        ("1.txt", b"one"),
+        ("2.png", encoded(20, "PNG")),
+        ("2.jpg", encoded(30, "JPEG")),
+        ("2.txt", b"two"),
+    ]
     again = [("1.webp", encoded(40, "WEBP")), ("1.txt", b"three"), ("2.txt", b"four"), ("2.png", encoded(50, "PNG"))]
     found = load(write(tmp_path / "0.tar", once + again))
     shown = found.examples(range(len(found)))
