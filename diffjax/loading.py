@@ -48,7 +48,7 @@ def load(
     folder, commit = hub.fetch(name, revision, variant=variant)
     called = str(name) if commit else str(folder.resolve())
     if sd3.is_one(folder):
-        model = sd3.load(folder, sd3.Kept(dtype, quantize, shard), called, prompts, variant)
+        model = sd3.load(folder, sd3.Kept(dtype, quantize, shard, variant), called, prompts)
         model = sd3.adapted(model, lora) if lora else model
     elif any((folder / part).exists() for part in ("config.json", "model_index.json", "unet")):
         _refuse_kept(called, quantize, shard, lora)

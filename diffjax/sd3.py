@@ -95,12 +95,14 @@ class Texts:
 @dataclass(frozen=True)
 class Kept:
     """How weights are kept: in a dtype (None: the files'), those of the transformer and of T5 in fewer bits ("int8", "int4"),
-    those of the transformer split over all devices ("fsdp", "tensor", "both").
+    those of the transformer split over all devices ("fsdp", "tensor", "both"); and which of several forms of them is read, in
+    each component that has the `variant`.
     """
 
     dtype: Any = None
     quantize: str | None = None
     shard: str | None = None
+    variant: str | None = None
 
     def read(self, name: str, part: Component, source: Path) -> tuple[nn.Module, dict[str, Any]]:
         """A component's network and parameters."""
@@ -139,20 +141,17 @@ def is_one(path: Path) -> bool:
     return path.is_file() or (index.exists() and class_name(read_json(index)) == PIPELINE)
 
 
-def load(
-    path: Path, kept: Kept = Kept(), name: str = "", prompts: Iterable[str] | None = None, variant: str | None = None
-) -> Model:
+def load(path: Path, kept: Kept = Kept(), name: str = "", prompts: Iterable[str] | None = None) -> Model:
     """The model of a StableDiffusion3Pipeline folder or of a single file; `name`, as of a hub id, tells its kind.
 
     With `prompts` the model knows these by heart, and the text encoders are let go before the transformer is loaded.
-    `variant` is which of several forms of the weights is read, in each component that has it.
     What a single file lacks comes from the folder it lies in, if that is a pipeline's, else from the hub. Raises one
     `UserError` that lists what is wrong with the components.
     """
     name = name or str(path)
     if path.is_dir():
-        return assemble(components(path, variant=variant), path, read_flow_scheduler(path), kept, name, prompts)
-    if variant:
+        return assemble(components(path, variant=kept.variant), path, read_flow_scheduler(path), kept, name, prompts)
+    if kept.variant:
         raise UserError(f"{path} is one file, of which there are no variants: leave --variant out")
     parts, folder = single_file.read(path), path.parent
     if not (folder / "model_index.json").exists():
@@ -239,7 +238,7 @@ def _encoder_key(parts: Mapping[str, Component], folder: Path, kept: Kept, name:
     """What the encoded prompts are kept under; a single file may hold text encoders."""
     files = sorted(file for pair in (*CLIPS.items(), (T5, T5_RULES)) for part in pair for file in (folder / part).glob("*"))
     files += [Path(name)] if Path(name).is_file() else []
-    return remember.key(files, sorted(parts), kept.dtype, kept.quantize, T5_TOKENS)
+    return remember.key(files, sorted(parts), kept.dtype, kept.quantize, kept.variant, T5_TOKENS)
 
 
 def kind(name: str, module: MMDiT) -> str:

@@ -270,3 +270,14 @@ def test_other_models_are_not_quantised(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="is no Stable Diffusion 3"):
         diffjax.load(tmp_path, quantize="int8")
+
+
+def test_a_variant_of_one_component_is_read_and_remembered_apart(folders, tmp_path):
+    shutil.copytree(folders("large"), tmp_path / "model")
+    part = tmp_path / "model" / "text_encoder"
+    rounded = {key: (tensor / 2).astype(np.float16) for key, tensor in safetensors.read(part / "model.safetensors").items()}
+    safetensors.write(part / "model.fp16.safetensors", rounded)
+    states = lambda **how: np.asarray(diffjax.load(tmp_path / "model", prompts=["a cat"], **how).text(["a cat"])["context"])
+    with pytest.warns(UserWarning, match="model.safetensors is read, not model.fp16.safetensors"):
+        plain = states()
+    assert np.array_equal(plain, states(variant="model.safetensors")) and not np.array_equal(plain, states(variant="fp16"))

@@ -88,7 +88,7 @@ def choose(found: Sequence[Form], variant: str | None, where: str) -> Form | Non
         names = [form.name for form in rivals]
         ways = [form.variant if len(best[form.variant]) == 1 and form.variant else form.name for form in rivals]
         raise UserError(
-            f"{where} holds {' and '.join(names)}, which need not be the same weights: choose with --variant "
+            f"{where} holds {' and '.join(names)}, which need not be the same weights: keep one, or choose with --variant "
             f"{' or --variant '.join(ways)}"
         )
     return rivals[0] if rivals else None

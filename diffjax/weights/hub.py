@@ -180,8 +180,8 @@ class Repo:
         """The snapshot that the revision means, as far as is known here, and its commit."""
         ref = self.folder / "refs" / self.revision
         commit = ref.read_text().strip() if not _leaves(self.revision) and ref.is_file() else self.revision
-        if SHORT.fullmatch(commit):
-            found = [path.name for path in self.snapshot("").glob(f"{commit}*")]
+        if SHORT.fullmatch(commit) or commit == "main":
+            found = [path.name for path in self.snapshot("").glob("*" if commit == "main" else f"{commit}*")]
             commit = found[0] if len(found) == 1 else commit
         there = COMMIT.fullmatch(commit) and self.snapshot(commit).is_dir()
         return (self.snapshot(commit), commit) if there else None
@@ -273,7 +273,9 @@ def _unreachable(name: str, error: Exception) -> Refused:
     told = " ".join(str(error).split()) or type(error).__name__
     reason = f"HTTP {status}" if status else told[:150]
     near = published.suggestion(name)
-    return Refused(f"{name} could not be downloaded ({reason}): run the same command again to go on, or give a folder{near}")
+    return Refused(
+        f"{name} is no folder here and could not be downloaded ({reason}): run the same command again to go on, or give a folder{near}"
+    )
 
 
 def needed(

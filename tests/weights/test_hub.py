@@ -306,6 +306,16 @@ def test_a_cache_that_another_program_filled(served, offline):
     assert holds(hub.fetch(NAME).folder) and hub.fetch(NAME).revision == served.sha
 
 
+def test_a_copy_of_which_only_the_commit_is_known(served, offline):
+    options = {"cache_dir": files.home() / "hub", "allow_patterns": sorted(NEEDED)}
+    huggingface_hub.snapshot_download(NAME, revision=served.sha, **options)
+    offline()
+    assert hub.fetch(NAME).revision == served.sha
+    (files.home() / "hub" / "models--someone--cats" / "snapshots" / ("0" * 40)).mkdir()
+    with pytest.raises(UserError, match="the hub is off"):
+        hub.fetch(NAME)
+
+
 def test_a_variant_alone_is_downloaded(served, offline):
     wanted = {"config.json", "diffusion_pytorch_model.fp16.safetensors"}
     assert holds(hub.fetch(NAME, variant="fp16").folder, wanted)
@@ -334,7 +344,7 @@ def test_without_a_network(at, monkeypatch, capsys, address, proxy, told):
     at(address)
     assert cli.main(["plan", "--model", "google/ddpm-cat-265"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "google/ddpm-cat-265 could not be downloaded (" in line and line.endswith("did you mean google/ddpm-cat-256?")
+    assert "google/ddpm-cat-265 is no folder here and could not be downloaded (" in line and line.endswith("did you mean google/ddpm-cat-256?")
     assert any(word in line for word in told.split("|"))
 
 
