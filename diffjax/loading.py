@@ -29,8 +29,8 @@ def load(
     A path that exists or is absolute never asks the hub. With `dtype=None` parameters keep the file's dtype and the
     network computes as it was trained; else both are `dtype`. `revision` is the step of a run's checkpoint (None: the
     newest) or a branch, tag or commit of the hub. `variant`, as "fp16" or "ema", says which of several forms of the weights is
-    read, where a published model has more than one. With `prompts`, a published text-to-image model encodes these while it loads and can
-    draw no others: its text encoders and its denoiser are never in memory together. Of such a model, `quantize` ("int8",
+    read, where a published model has more than one. With `prompts`, a published text-to-image model encodes these while it
+    loads and can draw no others: its text encoders and its denoiser are never in memory together. Of such a model, `quantize` ("int8",
     "int4") keeps the transformer and T5 in fewer bits, and `shard` ("fsdp", "tensor", "both") splits the transformer over
     all devices; `lora` is a file of adapters that are added to the transformer. Raises `UserError` for what is not there,
     cannot be read or is not implemented.

@@ -268,13 +268,15 @@ def _unreachable(name: str, error: Exception) -> Refused:
         return _unknown(name)
     if status == 403:
         return Refused(
-            f"the hub does not let this login have {name}: accept its licence on the model's page, and use a token that may read it"
+            f"the hub does not let this login have {name}: accept its licence on the model's page, and use a token that may "
+            "read it"
         )
     told = " ".join(str(error).split()) or type(error).__name__
     reason = f"HTTP {status}" if status else told[:150]
     near = published.suggestion(name)
     return Refused(
-        f"{name} is no folder here and could not be downloaded ({reason}): run the same command again to go on, or give a folder{near}"
+        f"{name} is no folder here and could not be downloaded ({reason}): run the same command again to go on, or give a "
+        f"folder{near}"
     )
 
 

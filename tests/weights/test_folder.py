@@ -183,11 +183,24 @@ def test_single_pickles_are_called_so(tmp_path, name):
         loading.load(tmp_path / name)
 
 
-@pytest.mark.parametrize("name, told", [("flax_model.msgpack", "of Flax"), ("model.onnx", "an ONNX graph"), ("x.pt", "a pickle of PyTorch")])
-def test_folders_of_other_formats_say_which(model, name, told):
+OTHERS = {"flax_model.msgpack": "of Flax", "model.onnx": "an ONNX graph", "x.pt": "a pickle of PyTorch"}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_folders_of_other_formats_say_which(model, name):
     (model / "unet" / f"{STEM}.safetensors").rename(model / "unet" / name)
-    with pytest.raises(UserError, match=f"holds no weights that diffjax reads .*; {name} is {told}: take the model's safetensors"):
+    told = f"holds no weights that diffjax reads .*; {name} is {OTHERS[name]}: take the model's safetensors"
+    with pytest.raises(UserError, match=told):
         loading.load(model)
+
+
+@pytest.mark.parametrize("command", [["sample", "--out", "o"], ["plan"], ["fit-grid", "--steps", "2"], ["convert", "o"]])
+def test_every_command_that_reads_a_model_takes_a_variant(model, capsys, command):
+    put(model, f"{STEM}.ema.safetensors", 2.0)
+    told = [str(model)] if command[0] == "convert" else ["--model", str(model)]
+    assert cli.main([command[0], *told, *command[1:], "--variant", "enema"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert "unknown variant of" in lines[-1] and lines[-1].endswith("enema: did you mean ema?") and len(lines) <= 2
 
 
 def test_a_folder_of_single_files_names_them(tmp_path):
