@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from diffjax import mesh
 from diffjax.data import pipeline
 from diffjax.data.pipeline import Prefetch
-from diffjax.interrupt import Terminated
+from diffjax.interrupt import Terminated, command
 from diffjax.train import loop, metrics, sanity
 from diffjax.train.checkpoint import Checkpoints, load_run
 from diffjax.train.loop import WAYS, Training
@@ -164,7 +164,7 @@ def check(whole, folder, number, signals, way="jit"):
         done.append(name)
         at(name)
 
-    with pytest.raises(Terminated if signals[0] == signal.SIGTERM else KeyboardInterrupt):
+    with pytest.raises(Terminated if signals[0] == signal.SIGTERM else KeyboardInterrupt), command():
         run(folder, counted, way)
     steps = done.count("after advance of Training")
     if steps:
