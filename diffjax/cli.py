@@ -1,6 +1,7 @@
 """The `diffjax` command: reads the arguments, hands over to the module that does the work, says errors in one line."""
 
 import argparse
+import contextlib
 import errno
 import os
 import re
@@ -19,7 +20,7 @@ from diffjax.say import counted
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status: 0, 1 (the answer is no, or a bug), 2 (the user's to mend), 130 (Ctrl-C), 143 (SIGTERM).
+    """Run one command; the exit status: 0, 1 (the answer is no, or a bug), 2 (the user's to mend), 128 + a signal's number.
 
     Errors are one line on stderr; with `--debug` the traceback comes before it.
     """
@@ -498,7 +499,8 @@ def _report(error: BaseException) -> int:
     if isinstance(error, BrokenPipeError):  # nobody reads stdout any more: let the interpreter's last flush succeed
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     else:
-        print(f"diffjax: {line}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # the terminal may be closed
+            print(f"diffjax: {line}", file=sys.stderr)
     return status
 
 
@@ -506,7 +508,7 @@ def _explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, UserError):
         return 2, str(error)
     if isinstance(error, interrupt.Terminated):
-        return 143, "terminated; the same command goes on from what is saved"
+        return 128 + error.number, "terminated; the same command goes on from what is saved"
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted; the same command goes on from what is saved"
     if isinstance(error, BrokenPipeError):

@@ -1,6 +1,7 @@
-"""Ctrl-C and SIGTERM, taken at a moment that suits: long jobs save before they leave, and a second signal leaves at once.
+"""Ctrl-C, SIGTERM and a closed terminal, taken at a moment that suits: long jobs save before they leave; a second signal
+leaves at once.
 
-A signal that is ignored when the process starts, as Ctrl-C is for what a shell runs in the background, stays ignored.
+A signal that is ignored when the process starts stays ignored: Ctrl-C of what a shell runs in the background, SIGHUP under nohup.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 SAME = 1.0
 """Signals that follow each other within so many seconds are one: a key that is held, a terminal and a launcher that both send."""
@@ -27,7 +28,11 @@ SOON = 0.1
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, raised where Ctrl-C raises `KeyboardInterrupt`."""
+    """SIGTERM or SIGHUP, raised where Ctrl-C raises `KeyboardInterrupt`."""
+
+    def __init__(self, number: int = signal.SIGTERM):
+        super().__init__(f"signal {number}")
+        self.number = number
 
 
 class Stop:
@@ -64,7 +69,7 @@ class _Heard:
 
 @contextlib.contextmanager
 def stop_on_signal() -> Iterator[Stop]:
-    """A block that the first Ctrl-C or SIGTERM only asks to stop: `KeyboardInterrupt` comes when the block has ended.
+    """A block that the first of `SIGNALS` only asks to stop: `KeyboardInterrupt` comes when the block has ended.
 
     Another one, `SAME` seconds later or more, raises at once. On other threads than the main one nothing is changed.
     """
@@ -199,4 +204,4 @@ def _say(line: str) -> None:
 
 
 def _error(number: int) -> KeyboardInterrupt:
-    return Terminated() if number == signal.SIGTERM else KeyboardInterrupt()
+    return KeyboardInterrupt() if number == signal.SIGINT else Terminated(number)

@@ -10,14 +10,18 @@ import pytest
 from diffjax import cli, interrupt
 from diffjax.interrupt import stop_on_signal
 
-BOTH = pytest.mark.parametrize(
+EACH = pytest.mark.parametrize(
     ("number", "error", "status"),
-    [(signal.SIGINT, KeyboardInterrupt, 130), (signal.SIGTERM, interrupt.Terminated, 143)],
-    ids=["Ctrl-C", "SIGTERM"],
+    [
+        (signal.SIGINT, KeyboardInterrupt, 130),
+        (signal.SIGTERM, interrupt.Terminated, 143),
+        (signal.SIGHUP, interrupt.Terminated, 129),
+    ],
+    ids=["Ctrl-C", "SIGTERM", "SIGHUP"],
 )
 
 
-@BOTH
+@EACH
 def test_the_first_signal_waits_for_the_end_of_the_block(number, error, status):
     before, reached = [signal.getsignal(number) for number in interrupt.SIGNALS], []
     with pytest.raises(error):
@@ -93,7 +97,7 @@ def drop_one(number):
     assert watched() is None
 
 
-@BOTH
+@EACH
 def test_an_interrupt_that_python_drops_comes_again(number, error, status, capsys):
     hooks = sys.unraisablehook, sys.excepthook
     begin = time.monotonic()
@@ -112,7 +116,7 @@ def test_an_interrupt_that_python_drops_reaches_the_job_that_begins(monkeypatch)
                 time.sleep(0.01)
 
 
-@BOTH
+@EACH
 def test_an_interrupt_that_a_library_has_turned_into_another_error_is_one(number, error, status):
     with pytest.raises(error), interrupt.command():
         try:
@@ -121,7 +125,7 @@ def test_an_interrupt_that_a_library_has_turned_into_another_error_is_one(number
             raise ImportError("cannot import") from interrupted
 
 
-@BOTH
+@EACH
 def test_a_command_says_how_it_ended(number, error, status, monkeypatch, capsys):
     monkeypatch.setattr(cli, "parse", lambda argv: signal.raise_signal(number))
     handlers = [signal.getsignal(number) for number in interrupt.SIGNALS]
@@ -146,7 +150,7 @@ with interrupt.command():
 """
 
 
-@pytest.mark.parametrize("number", interrupt.SIGNALS, ids=["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize("number", interrupt.SIGNALS[:2], ids=["Ctrl-C", "SIGTERM"])
 @pytest.mark.parametrize("where", ["compiling", "in a job"])
 def test_a_command_leaves_at_once_from_the_depths_of_a_library(where, number):
     with subprocess.Popen([sys.executable, "-c", BUSY, where], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as busy:

@@ -53,6 +53,7 @@ class Terminal:
         from rich.console import Console
 
         self.steps, self.console = steps, Console(file=sys.stderr, quiet=jax.process_index() > 0)
+        self.console.on_broken_pipe = lambda: None  # rich would end the process
         columns = [
             progress.TextColumn("training"),
             progress.BarColumn(),
@@ -94,8 +95,11 @@ class Terminal:
         self.bar.update(self.task, completed=step)
 
     def say(self, text: str) -> None:
-        """Print a line."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        """Print a line; where nobody can read it any more, training goes on without."""
+        try:
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        except OSError:
+            self.console.quiet = True
 
     def write(self, row: Row) -> None:
         numbers = f"loss {row['loss']:.4f}, {row['images_per_second']:.0f} images/s"
@@ -108,7 +112,8 @@ class Terminal:
         self.say(f"step {step}: {path}")
 
     def close(self) -> None:
-        self.bar.stop()
+        with contextlib.suppress(OSError):
+            self.bar.stop()
 
 
 class JsonLines:
@@ -223,16 +228,16 @@ class Log:
             return None
         steps = [step._replace(values=jax.device_get(step.values)) for step in self.pending]
         seconds = (time.perf_counter() - self.since) / len(steps)
+        self.pending, self.since = [], time.perf_counter()
         broken = next((step for step in steps if not step.values["finite"]), None)
         if broken is None:
             done = steps[-1].step
             row = {"step": done, **summary([step.values for step in steps])}
             row["learning_rate"] = self.config.optimizer.learning_rate * self.factor(done - 1)
             row |= {"images_per_second": self.config.train.batch / seconds, "seconds_per_step": seconds}
+            self.losses += [float(step.values["loss"]) for step in steps]
             for writer in self.writers:
                 writer.write(row)
-            self.losses += [float(step.values["loss"]) for step in steps]
-        self.pending, self.since = [], time.perf_counter()
         return broken
 
     def mean_loss(self) -> float:

@@ -1,4 +1,6 @@
+import io
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -80,3 +82,17 @@ def test_without_a_terminal_each_row_is_a_line(capsys):
     with_rows.close()
     said = "step 5 of 10: loss 0.2500, 100 images/s, 10 s left\nstep 5: runs/a[b][/]/5.png\n"
     assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), BrokenPipeError(32, "Broken pipe")], ids=str)
+def test_a_terminal_that_is_gone_ends_nothing(tmp_path, monkeypatch, error):
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise error
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    with metrics.Log(tmp_path, CONFIG, 0, lambda step: 1.0) as log, log.compiling():
+        for step in (1, 2):
+            log.add(step, np.arange(4), values(1.0))
+            assert log.flush() is None
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2]

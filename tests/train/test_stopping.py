@@ -104,6 +104,7 @@ def run(workdir, at=lambda name: None, way="jit", steps=STEPS, place=None):
             (log, ("flush", "add", "picture")),
             (batches, ("wait", "get_state")),
             (plan, ("preview",)),
+            (log.terminal, ("write",)),
         ):
             for name in names:
                 sites.around(owner, name)
@@ -193,7 +194,7 @@ def test_a_signal_while_the_data_are_waited_for(tmp_path, monkeypatch, whole):
     assert learned(tmp_path) == whole.results["jit"]
 
 
-@pytest.mark.parametrize("site", ["before advance of Training", "before preview of SimpleNamespace", "before picture of Log"])
+@pytest.mark.parametrize("site", ["before advance of Training", "before picture of Log", "before write of Terminal"])
 def test_a_failure_loses_no_step(tmp_path, site):
     def fail(name):
         passed.append(name)
