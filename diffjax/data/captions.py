@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from diffjax.data.images import SUFFIXES
+from diffjax.data.images import READ, SUFFIXES
 from diffjax.data.rows import CAPTION_KEYS, TABLES, captions_in, json_in, named, rows, text_in, unreadable
 from diffjax.data.walk import composed, loosely, printable, relative, walk
 from diffjax.errors import UserError
@@ -73,7 +73,7 @@ class Classes(Folder):
         if outside := next((file for file in found if file.parent == self.path), None):
             raise UserError(f"{outside} has no class: put every picture into a subfolder that is named after its class")
         if not found:
-            raise UserError(f"{self.path} has no pictures; put {_known()} files into a subfolder for each class")
+            raise UserError(f"{self.path} has no pictures; put {READ} files into a subfolder for each class")
         names = {file: file.relative_to(self.path) for file in sorted([*found, *left_out])}
         classes = {printable(names[file].parts[0]) for file in found}
         if {name.lower() for name in classes} <= SPLITS:
@@ -86,10 +86,6 @@ class Classes(Folder):
 
 def _is_picture(file: Path) -> bool:
     return file.suffix.lower() in SUFFIXES
-
-
-def _known() -> str:
-    return ", ".join(sorted(SUFFIXES))
 
 
 def label(path: Path) -> str:
@@ -117,7 +113,7 @@ def scan(folder: Path) -> list[Captioned]:
     files, left_out = walk(folder)
     pictures = Pictures([*filter(_is_picture, files), *left_out])
     if not any(map(_is_picture, files)):
-        raise UserError(f"{folder} has no pictures; put {_known()} files there or in its subfolders")
+        raise UserError(f"{folder} has no pictures; put {READ} files there or in its subfolders")
     missing, faulty = [], []
     for file in files:
         for picture, captions, problem in _entries(file, pictures):

@@ -22,6 +22,9 @@ SUFFIXES = frozenset(
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM")
 """What is opened, whatever a file is called: PIL knows more, some of which call other programs."""
 
+READ = "PNG, JPEG, WebP, GIF, BMP, TIFF, AVIF, JPEG 2000 or PPM"
+"""The same in words."""
+
 HEIF = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 SCALED_TO_16_BITS = ("PNG", "PPM")

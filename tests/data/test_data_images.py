@@ -270,3 +270,10 @@ def test_heif_names_its_remedy_or_is_read():
         with pytest.raises(OSError, match="pip install pillow-heif"):
             decode(head, 4)
     assert images.looks_like_picture(head) and not images.looks_like_picture(b"\0\0\0\x18ftypmp42")
+
+
+def test_heif_is_read_with_its_plugin():
+    pytest.importorskip("pillow_heif").register_heif_opener()
+    data = encoded(Image.new("RGB", (64, 64), COLOUR), format="HEIF")
+    images.formats.cache_clear()
+    np.testing.assert_allclose(decode(data, 32)[0, 0], COLOUR, atol=3)
