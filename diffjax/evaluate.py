@@ -6,7 +6,6 @@ than to any other; PSNR compares with the same picture. Two floors say what no l
 and the nearest picture of another prompt.
 """
 
-import json
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -65,7 +64,7 @@ def evaluate(
     model = load(run.absolute(), revision=None if step is None else str(step))
     if model.text is None and not model.low_res:
         raise UserError(f"{run} was trained without text: only pictures of prompts can be measured, or enlarged ones")
-    config = ConfigDict(json.loads((run / "config.json").read_text())["data"])
+    config = ConfigDict(files.read_json(run / "config.json")["data"])
     if not model.low_res:
         steps, guidance = steps or 25, 2.0 if guidance is None else guidance
     recipe = model.recipe(steps=steps, guidance=guidance, sampler=sampler)

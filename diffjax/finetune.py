@@ -251,7 +251,7 @@ def is_one(workdir: Path) -> bool:
 def load(workdir: Path, step: int | None = None, prompts: Sequence[str] | None = None) -> Model:
     """The model of a run's newest checkpoint (or that of `step`), averaged parameters. Raises `UserError` as `load_run` does."""
     run = load_run(workdir, step)
-    known = json.loads((workdir / BASE).read_text())
+    known = files.read_json(workdir / BASE)
     base, _ = _base(run.config, known["commit"], prompts)
     model = Plan(run.config, base).model(jax.tree.map(jnp.asarray, run.params))
     return model.replace(revision=str(run.step))

@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-import json
+import logging
 import math
 import warnings
 from dataclasses import dataclass
@@ -256,7 +256,7 @@ def plan(config: ConfigDict, workdir: Path, data: Any) -> Plan:
     names = data.class_names if config.classes else ()
     if not (workdir / "data.json").exists():
         files.write_json(workdir / "data.json", {"shape": [data.size, data.size, data.channels], "classes": names})
-    if not (workdir / SEEN).exists():
+    if seen(workdir) is None:
         _keep_seen(workdir / SEEN, data)
     if embed.is_frozen(config.text):
         digest = embed.digest(embed.folder(config.text))
@@ -300,7 +300,7 @@ def load(workdir: str | Path, step: int | None = None, ema: bool = True) -> Mode
 
 def _frozen(choice: ConfigDict, workdir: Path) -> embed.Frozen:
     """The frozen encoder of a run. Raises `UserError` when it is not the one that the run was trained with."""
-    folder, known = embed.folder(choice), json.loads((workdir / ENCODER).read_text())
+    folder, known = embed.folder(choice), files.read_json(workdir / ENCODER)
     if embed.digest(folder) != known["digest"]:
         raise UserError(f"{folder} is not the {choice.name} that {workdir} was trained with: put that one back")
     return embed.load(choice)
@@ -319,18 +319,34 @@ def recalled(workdir: Path) -> Plan:
     """The plan of a run that was begun; no checkpoint is read. Raises `UserError` when there is none."""
     if not (workdir / "data.json").is_file():
         raise UserError(f"{workdir} holds no run (no data.json); train one with: diffjax train --workdir {workdir}")
-    return _plan(ConfigDict(json.loads((workdir / "config.json").read_text())), workdir)
+    return _plan(ConfigDict(files.read_json(workdir / "config.json")), workdir)
 
 
 def _plan(config: ConfigDict, workdir: Path, table: embed.Table | None = None) -> Plan:
-    told = json.loads((workdir / "data.json").read_text())
+    told = files.read_json(workdir / "data.json")
     own = config.text and not embed.is_frozen(config.text)
-    tokenize = CaptionTokenizer.from_json((workdir / TOKENIZER).read_text()) if own else table
-    seen = None
-    if (workdir / SEEN).exists():
+    tokenize = own_tokenizer(workdir) if own else table
+    return planned(config, tuple(told["shape"]), tuple(told["classes"]), tokenize, seen(workdir))
+
+
+def own_tokenizer(workdir: Path) -> CaptionTokenizer:
+    """The tokenizer that a run was trained with. Raises `UserError` when it cannot be read."""
+    try:
+        return CaptionTokenizer.from_json((workdir / TOKENIZER).read_text(encoding="utf-8"))
+    except Exception as error:  # the parser of a damaged file raises no one kind
+        raise UserError(f"{workdir / TOKENIZER} is damaged: put it back from a copy") from error
+
+
+def seen(workdir: Path) -> Seen | None:
+    """What a run has seen; None where that is not kept or can no longer be read, which its pictures do not depend on."""
+    try:
         with np.load(workdir / SEEN) as file:
-            seen = Seen(file["image"], file["caption"].tolist(), file["label"], file["mean"])
-    return planned(config, tuple(told["shape"]), tuple(told["classes"]), tokenize, seen)
+            return Seen(file["image"], file["caption"].tolist(), file["label"], file["mean"])
+    except FileNotFoundError:
+        return None
+    except Exception:  # a damaged archive raises no one kind
+        logging.getLogger("diffjax").warning("%s is damaged; the next training writes it anew", workdir / SEEN)
+        return None
 
 
 def planned(

@@ -17,7 +17,9 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from diffjax import config as configs
+from diffjax import trained
 from diffjax.errors import UserError
+from diffjax.text import CaptionTokenizer
 from diffjax.train import loop, metrics
 from diffjax.train.checkpoint import load_run
 
@@ -273,6 +275,32 @@ def test_a_corrupt_checkpoint_is_named_and_passed_over(pictures, tmp_path, monke
             path.write_bytes(whole)
     train(pictures, tmp_path, **{"train.steps": 9})
     assert len(json.loads((tmp_path / "run.json").read_text())) == 1 and rows(tmp_path)[-1]["step"] == 9
+
+
+def test_damaged_files_of_a_run_are_one_line(tmp_path):
+    config = configs.load(os.path.join(os.path.dirname(__file__), "toy.py"))
+    config.text = ConfigDict({"name": "words", "tokens": 4, "width": 8})
+    whole = {
+        "config.json": config.to_json_best_effort().encode(),
+        "data.json": b'{"shape": [16, 16, 3], "classes": []}',
+        "tokenizer.json": CaptionTokenizer.train(["a cat", "a dog"], 4).to_json().encode(),
+    }
+    def read(name, content):
+        for other, right in whole.items():
+            (tmp_path / other).write_bytes(right)
+        (tmp_path / name).write_bytes(content)
+        return trained.recalled(tmp_path)
+
+    assert read("data.json", whole["data.json"]).tokenize(["a dog"])["mask"].sum() == 2
+    for name, right in whole.items():
+        for content in (b"", right[: len(right) // 2], b"\xff" + right):
+            with pytest.raises(UserError, match=f"{name} is damaged: put it back from a copy"):
+                read(name, content)
+    np.savez(tmp_path / "seen.npz", image=np.zeros((1, 16, 16, 3), np.uint8), caption=np.array(["a"]), label=[-1], mean=np.zeros(3))
+    assert trained.seen(tmp_path).caption == ["a"]
+    for size in (0, 100, 400):
+        (tmp_path / "seen.npz").write_bytes((tmp_path / "seen.npz").read_bytes()[:size])
+        assert trained.seen(tmp_path) is None
 
 
 @pytest.mark.parametrize(
