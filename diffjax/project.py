@@ -39,6 +39,9 @@ def to_install(extra: str) -> str:
     root = Path(__file__).parents[1]
     if (root / "scripts" / "setup.sh").is_file() and Path(sys.prefix) == root / ".venv":
         return f"bash {shlex.quote(str(root / 'scripts' / 'setup.sh'))} {extra}"
-    marked = [line.partition(";") for line in metadata.requires("diffjax") or ()]
+    try:
+        marked = [line.partition(";") for line in metadata.requires("diffjax") or ()]
+    except metadata.PackageNotFoundError:
+        return f"pip install 'diffjax[{extra}]'"
     needed = [name.strip() for name, _, marker in marked if f"extra == '{extra}'" in marker.replace('"', "'")]
     return shlex.join([sys.executable, "-m", "pip", "install", *needed])

@@ -5,6 +5,7 @@ import itertools
 import logging
 import math
 import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -155,7 +156,7 @@ class Plan:
     def prompts(self) -> list[str]:
         """The config's prompts that can be read; without any, captions of pictures that were seen."""
         given = list(self.config.sample.prompts)
-        return [prompt for prompt in given if not self.text or _refused(self.tokenize, prompt) is None] or self.seen.caption
+        return [prompt for prompt in given if not self.text or _can_read(self.tokenize, prompt)] or self.seen.caption
 
     def preview(self, params: PyTree) -> Preview:
         """Pictures of the config's prompts, of the first classes, or of nothing; the same noise every time.
@@ -175,13 +176,12 @@ class Plan:
         return Preview(np.asarray(images), math.isqrt(num - 1) + 1, [])
 
 
-def _refused(tokenize: CaptionTokenizer, prompt: str) -> UserError | None:
-    """Why a prompt cannot be read."""
+def _can_read(tokenize: CaptionTokenizer, prompt: str) -> bool:
     try:
         tokenize.read(prompt)
-    except UserError as error:
-        return error
-    return None
+    except UserError:
+        return False
+    return True
 
 
 def multiple(network: nn.Module) -> int:
@@ -263,17 +263,16 @@ def plan(config: ConfigDict, workdir: Path, data: Any) -> Plan:
         files.write_json(workdir / ENCODER, {"name": config.text.name, "digest": digest})
         return _plan(config, workdir, embed.encoded(config.text, embed.captions(data, config.sample.prompts)))
     if config.text and not (workdir / TOKENIZER).exists():
-        files.write_atomic(workdir / TOKENIZER, tokenizer(config, data).to_json().encode())
+        files.write_atomic(workdir / TOKENIZER, tokenizer(config, data.captions(), data.config.templates).to_json().encode())
     found = _plan(config, workdir)
-    for error in filter(None, (_refused(found.tokenize, prompt) for prompt in config.sample.prompts if config.text)):
-        warnings.warn(f"left out of the previews: {error}", stacklevel=2)
+    if lost := [prompt for prompt in config.sample.prompts if config.text and not _can_read(found.tokenize, prompt)]:
+        warnings.warn(f"no caption has a word of {', '.join(map(repr, lost))} in sample.prompts: previews go without", stacklevel=2)
     return found
 
 
-def tokenizer(config: ConfigDict, data: Any) -> CaptionTokenizer:
-    """The tokenizer of a data set's captions, in all templates."""
-    captions = itertools.chain.from_iterable(data.captions())
-    filled = (template.replace("{}", text) for text in captions for template in data.config.templates)
+def tokenizer(config: ConfigDict, captions: Iterable[Sequence[str]], templates: Sequence[str]) -> CaptionTokenizer:
+    """The tokenizer of the captions of all pictures, in all templates."""
+    filled = (template.replace("{}", text) for text in itertools.chain.from_iterable(captions) for template in templates)
     return CaptionTokenizer.train(filled, config.text.tokens)
 
 

@@ -6,13 +6,22 @@ cd "$(dirname "$0")/.."
 bash scripts/setup.sh emoji
 
 [ $# -gt 0 ] || set -- "red heart" "pizza" "cat face" "rainbow" "sun with face" "soccer ball" "green apple" "rocket"
-run=$(.venv/bin/python -c 'from diffjax.files import home; print(home() / "runs" / "emoji")')
-pictures=$run/pictures/$(printf '%s\n' "$@" | cksum | cut -d ' ' -f 1)
+run=runs/emoji
+pictures=drawn/demo-$(printf '%s\n' "$@" | cksum | cut -d ' ' -f 1)
 prompts=()
 for prompt in "$@"; do prompts+=(--prompt "$prompt"); done
 
 .venv/bin/diffjax doctor
-.venv/bin/diffjax train --config experiments/emoji.py --workdir "$run"
-.venv/bin/diffjax evaluate --run "$run"
-.venv/bin/diffjax sample --run "$run" "${prompts[@]}" --num 2 --out "$pictures"
-echo "Look at the pictures in $pictures (grid.png shows them all)."
+.venv/bin/diffjax train --config experiments/emoji.py --workdir $run
+.venv/bin/diffjax sample --run $run "${prompts[@]}" --num 2 --out "$pictures"
+.venv/bin/diffjax evaluate --run $run
+cat <<END
+
+Your pictures are in $PWD/$pictures: look at grid.png first. To go on:
+
+    cd $(printf '%q' "$PWD")
+    source .venv/bin/activate
+    diffjax words --run $run                                              # what your prompts can say
+    diffjax sample --run $run --prompt "a red heart" --num 4 --out drawn/hearts
+    diffjax COMMAND --help                                                # doctor, train, sample, evaluate, plan, ...
+END

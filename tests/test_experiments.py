@@ -143,7 +143,7 @@ def test_one_device_and_eight_train_alike(tmp_path):
 def test_previews_leave_out_what_no_caption_says(tmp_path):
     settings = experiment("emoji", "dit", small=True)
     settings.sample.prompts = ("zebra", "a pizza")
-    with pytest.warns(UserWarning, match='left out of the previews: no caption has a word of "zebra"'):
+    with pytest.warns(UserWarning, match="no caption has a word of 'zebra' in sample.prompts: previews go without"):
         plan = planned(settings, tmp_path)
     assert plan.prompts() == ["a pizza"]
     settings.sample.prompts = ("zebra",)
@@ -165,9 +165,8 @@ def test_words_of_a_run_are_listed(tmp_path, capsys):
     assert "learned no words from captions: it reads classes: class 0, class 1" in capsys.readouterr().err
 
 
-def test_words_of_templates_are_known(monkeypatch):
-    monkeypatch.setattr(Data, "config", config.ConfigDict({"templates": ("{}", "an icon of {}")}))
-    words = trained.tokenizer(experiment("emoji", "dit"), Data(16, 0)).words
+def test_words_of_templates_are_known():
+    words = trained.tokenizer(experiment("emoji", "dit"), Data(16, 0).captions(), ("{}", "an icon of {}")).words
     assert (words.counts["icon"], words.counts["pizza"]) == (3, 2) and words.read("icon of a pizza").text == "an icon of pizza"
 
 

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
+from PIL import Image
 
-from diffjax import cli, config, files, plan, rates
+from diffjax import cli, config, data, files, plan, rates, trained
 from diffjax.errors import UserError
 from diffjax.nets import Cost
 from diffjax.nets.unet import UNet
@@ -142,13 +143,18 @@ def test_unknown_device():
         rates.of_device("h10")
 
 
+def narrow(said):
+    """Whether it fits sixty columns, but for a path."""
+    return all(len(line) <= 60 or "/" in line for line in said.splitlines())
+
+
 def test_the_command(folder, calibrated, capsys):
     assert cli.main(["plan", "--model", str(folder), "--num", "2", "--device", "h100", "--compile"]) == 0
     said = capsys.readouterr().out
-    assert "1000 steps: " in said and " on one H100; 20 steps: " in said and "of 80 GB (as compiled)" in said
+    assert "1000 steps: " in said and " on one H100; 20 steps: " in said and "of 80 GB\n(as compiled)" in said and narrow(said)
     assert cli.main(["plan", "--config", str(EXPERIMENTS / "emoji.py"), "--config.train.steps=10", "--device", "t4"]) == 0
     said = capsys.readouterr().out
-    assert "training emoji: 10 steps of 64 images" in said and "images/s" in said
+    assert "training emoji: 10 steps of 64 images" in said and "images/s" in said and narrow(said)
     assert cli.main(["plan", "--run", str(folder)]) == 2
     assert "holds no run" in capsys.readouterr().err
     assert cli.main(["plan", "--run", str(folder), "--variant", "ema"]) == 2
@@ -165,3 +171,20 @@ def test_durations_in_words(seconds, words):
     assert plan.duration(seconds) == words
 
 
+
+
+def test_parameters_are_those_of_the_run(tmp_path, monkeypatch):
+    folder, caption = tmp_path / "pictures", "a cat\nthe red cat\n"
+    folder.mkdir()
+    Image.new("RGB", (32, 32)).save(folder / "cat.png")
+    (folder / "cat.txt").write_text(caption)
+    emoji = config.load(str(EXPERIMENTS / "emoji.py"))
+    emoji.data.update({"name": "captioned_folder", "path": str(folder)})
+    (planned, drawn) = plan.experiment(emoji, ASKED)
+    assert not list(files.home().glob("data/captioned_pictures/pictures-*")), "nothing is prepared"
+    run = trained.plan(emoji, tmp_path, data.load(emoji.data))
+    assert planned.parts[0].parameters == plan.tree_size(jax.eval_shape(run.init, jax.random.key(0)))
+    assert sum(part.parameters for part in drawn.parts) == planned.parts[0].parameters and planned.note == ""
+    emoji.data.path = str(tmp_path / "not there")
+    more = plan.experiment(emoji, ASKED)[0]
+    assert more.parts[0].parameters > planned.parts[0].parameters and "the captions are not here yet" in plan.report(more, "h100")

@@ -98,7 +98,8 @@ def test_without_t5(large, tmp_path):
 def test_the_command(large, capsys):
     assert cli.main(["plan", "--model", str(large), "--size", "1024", "--steps", "28", "--device", "t4"]) == 0
     said = capsys.readouterr().out
-    assert "1 image of 1024 x 1024 pixels, 28 steps" in said
+    assert "1 image of 1024 x 1024 pixels, 28 steps" in said.replace("\n", " ")
     assert re.search(r"texts first +\d\d\.\d GB  too much", said)
-    assert "what fits 16 GB: texts first, transformer and T5 in int8 (--quantize int8)" in said
+    assert "what fits 16 GB: texts first, --quantize int8" in said
+    assert all(len(line) <= 60 or "/" in line for line in said.splitlines())
     assert rates.NAMED["h100"].fused and not rates.NAMED["t4"].fused

@@ -190,6 +190,19 @@ def fetch(config: ml_collections.ConfigDict, retry: bool = False) -> None:
         _source(config).fetch(retry)
 
 
+def captions(config: ml_collections.ConfigDict) -> list[tuple[str, ...]] | None:
+    """Every picture's captions, of all splits, before anything is prepared; None where only preparing tells them.
+
+    Raises `UserError` as `load` does for what is not there.
+    """
+    config = _complete(config)
+    if config.name == "openmoji":
+        from diffjax.data import openmoji
+
+        return [emoji.names for emoji in openmoji.select(config.subset)]
+    return [picture.captions for picture in _source(config).pictures()] if config.name in SOURCES else None
+
+
 def _channels(config: ml_collections.ConfigDict, depth: int | None, metadata: Any) -> int:
     """1 for data that are grey, else 3."""
     if metadata is not None and dict(metadata.items()).get("grey"):

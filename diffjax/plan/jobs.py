@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,21 @@ from flax import linen as nn
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from diffjax import build, pretrained, trained, weights
+from diffjax import build, embed, pretrained, trained, weights
+from diffjax.data import dataset
 from diffjax.errors import UserError
 from diffjax.nets.unet import UNet
 from diffjax.plan.figures import Part, tree_size
 from diffjax.refine import Heun
+from diffjax.say import counted
+from diffjax.text import CaptionTokenizer
 from diffjax.train.state import create
 from diffjax.train.step import make_step
 from diffjax.weights.folder import component
 from diffjax.weights.scheduler import read_scheduler
 
 VOCABULARY = 8192
+AT_MOST = f"counted with {VOCABULARY} words: the captions are not here yet"
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,8 @@ class Way:
 
 @dataclass(frozen=True)
 class Job:
-    """The parts of a job that makes `steps` steps of `images` images; `loop` is the part that each step calls.
+    """The parts of a job that makes `steps` steps of `images` images; `loop` is the part that each step calls; a `note`
+    says what is not known of it.
 
     Without `ways`, all parts are in memory together.
     """
@@ -63,6 +68,7 @@ class Job:
     loop: str
     steps: int
     images: int
+    note: str = ""
     ways: tuple[Way, ...] = ()
 
 
@@ -78,14 +84,29 @@ def run(folder: str | Path, asked: Asked) -> list[Job]:
 def experiment(config: ConfigDict, asked: Asked) -> list[Job]:
     """The jobs of training an experiment and of drawing with it, before its data are there.
 
-    A text encoder is counted with the largest vocabulary it can have. Raises `UserError` for one that trains a published model.
+    A text encoder is counted with the words of the captions, or, where these are not at hand, with as many as it can have.
+    Raises `UserError` for an experiment that trains a published model.
     """
     if "model" in config:
         raise UserError(f"this trains {config.model}: docs/sd35.md says what it keeps, `diffjax plan --model` what drawing costs")
     shape = (config.data.size, config.data.size, config.data.get("channels", 0) or 3)
     classes = tuple(str(i) for i in range(config.classes))
-    plan = trained.planned(config, shape, classes, _Blank(config.text.tokens) if config.text else None)
-    return [training(plan), drawing(plan, asked, config.name)]
+    own = config.text and not embed.is_frozen(config.text)
+    tokenize = vocabulary(config) if own else _Blank(config.text.tokens) if config.text else None
+    plan = trained.planned(config, shape, classes, tokenize)
+    note = AT_MOST if own and isinstance(tokenize, _Blank) else ""
+    return [replace(job, note=note) for job in (training(plan), drawing(plan, asked, config.name))]
+
+
+def vocabulary(config: ConfigDict) -> "CaptionTokenizer | _Blank":
+    """The tokenizer that a run will have, or the largest one where its captions are not at hand."""
+    try:
+        captions = dataset.captions(config.data)
+    except UserError:
+        captions = None
+    if captions is None:
+        return _Blank(config.text.tokens)
+    return trained.tokenizer(config, captions, config.data.get("templates", ("{}",)))
 
 
 def published(folder: Path, asked: Asked, name: str) -> Job:
@@ -126,7 +147,7 @@ def training(plan: trained.Plan) -> Job:
     batch |= {k: jax.ShapeDtypeStruct((config.train.batch, *v.shape[1:]), v.dtype) for k, v in told.items()}
     step = make_step(plan.objective(), optimizer, config.train.ema, config.train.accumulate)
     part = Part("training", step, state, (batch,), tree_size(state.params), config.train.steps, replaces=True)
-    title = f"training {config.name}: {config.train.steps} steps of {config.train.batch} images"
+    title = f"training {config.name}: {counted(config.train.steps, 'step')} of {counted(config.train.batch, 'image')}"
     return Job(title, (part,), "training", config.train.steps, config.train.batch)
 
 
@@ -156,10 +177,9 @@ def calls(asked: Asked) -> int:
 
 def titled(name: str, shape: tuple[int, ...], asked: Asked) -> str:
     """The job of drawing pictures of a shape, in words."""
-    images = "1 image" if asked.num == 1 else f"{asked.num} images"
-    images += "" if asked.batch == 1 else f" in batches of {asked.batch}"
+    images = counted(asked.num, "image") + ("" if asked.batch == 1 else f" in batches of {asked.batch}")
     guided = "" if asked.guidance is None else f", guided by {asked.guidance:g}"
-    return f"{name}: {images} of {shape[0]} x {shape[1]} pixels, {asked.steps} steps of {asked.sampler}{guided}"
+    return f"{name}: {images} of {shape[0]} x {shape[1]} pixels, {counted(asked.steps, 'step')} of {asked.sampler}{guided}"
 
 
 def _network(name: str, module: nn.Module, inputs: tuple, named: PyTree, calls: float) -> Part:

@@ -33,7 +33,7 @@ def drawing(folder: Path, asked: Asked, name: str) -> Job:
     asked = replace(asked, size=asked.size or network.sample_size * vae.factor)
     parts = components(modules, asked)
     title = titled(name, (asked.size, asked.size), asked)
-    return Job(title, tuple(parts.values()), "transformer", asked.steps, asked.num, ways(parts))
+    return Job(title, tuple(parts.values()), "transformer", asked.steps, asked.num, ways=ways(parts))
 
 
 def described(folder: Path, dtype: str) -> dict[str, nn.Module]:
@@ -72,8 +72,7 @@ def ways(parts: Mapping[str, Part]) -> tuple[Way, ...]:
     large = [name for name in ("transformer", sd3.T5) if name in parts]
     small = {bits: dict(parts) | {name: _quantized(parts[name], bits) for name in large} for bits in SCHEMES}
     staged = lambda parts: (tuple(parts[name] for name in TEXTS if name in parts), (parts["transformer"], parts["vae"]))
-    both, first = " and ".join(large).replace(sd3.T5, "T5"), "texts first"
-    lighter = {}
+    first, lighter = "texts first", {}
     if sd3.T5 in parts:
         lighter["T5 in int8"] = dict(parts) | {sd3.T5: small["int8"][sd3.T5]}
         lighter["no T5"] = {name: part for name, part in parts.items() if name != sd3.T5}
@@ -81,8 +80,8 @@ def ways(parts: Mapping[str, Part]) -> tuple[Way, ...]:
         Way("all components together", (tuple(parts.values()),)),
         Way(first, staged(parts)),
         *(Way(f"{first}, {name}", staged(some)) for name, some in lighter.items()),
-        *(Way(f"{first}, {both} in {bits} (--quantize {bits})", staged(some)) for bits, some in small.items()),
-        *(Way(f"{first}, transformer split over {n} (--shard)", staged(parts), n) for n in COUNTS),
+        *(Way(f"{first}, --quantize {bits}", staged(some)) for bits, some in small.items()),
+        *(Way(f"{first}, --shard over {n}", staged(parts), n) for n in COUNTS),
     )
 
 

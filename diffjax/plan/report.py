@@ -1,25 +1,34 @@
 """A job in words: the table of its parts, its peak memory and its time."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 from diffjax import rates
 from diffjax.plan.figures import Estimate, Part, estimate
 from diffjax.plan.jobs import Job, Way
+from diffjax.say import counted
+
+WIDTH = 60
+"""Letters in a line."""
 
 FEW = 20
 """The number of steps that a sampling job of more is compared with."""
 
 
 def report(job: Job, device: str | None, exact: bool = False) -> str:
-    """The table of a job, what it needs of memory, and its sum in one line."""
+    """The table of a job, what it needs of memory, and its sum, in lines of at most `WIDTH` letters.
+
+    Operations and time are those of all calls.
+    """
     name, speed = rates.of_device(device)
     figures = [estimate(part, exact) for part in job.parts]
-    rows = [("part", "parameters", "bytes", "calls", "FLOPs a call", "FLOPs in all", "time")]
+    rows = [("part", "params", "bytes", "calls", "FLOPs", "time")]
     rows += [_row(figure, speed) for figure in figures]
     room = rates.memory(device)
     how = "as compiled" if exact else "estimated; --compile measures it"
     memory = _ways(job, room, exact, how) if job.ways else [_peak(figures, room, how)]
-    return "\n".join([job.title, "", *_aligned(rows), "", *memory, summary(job, figures, name, speed)])
+    title, note = (textwrap.wrap(text, WIDTH, break_long_words=False) for text in (job.title, job.note))
+    return "\n".join([*title, "", *_aligned(rows), *note, "", *memory, summary(job, figures, name, speed)])
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
@@ -30,7 +39,7 @@ def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
 def _peak(figures: Sequence[Estimate], room: float | None, how: str) -> str:
     memory = sum(figure.held for figure in figures) + max(figure.temporary for figure in figures)
     fits = "" if room is None else f" of {si(room)}B" + ("" if memory < room else ": too much")
-    return f"peak memory: {si(memory)}B{fits} ({how})"
+    return f"peak memory: {si(memory)}B{fits}\n({how})"
 
 
 def _ways(job: Job, room: float | None, exact: bool, how: str) -> list[str]:
@@ -40,12 +49,12 @@ def _ways(job: Job, room: float | None, exact: bool, how: str) -> list[str]:
     peaks = {way.name: peak(way, figures, job.loop) for way in job.ways}
     fits = lambda memory: "" if room is None else "fits" if memory < room else "too much"
     width = max(map(len, peaks))
-    lines = [f"peak memory of a device ({how}):"]
+    lines = ["peak memory of a device", f"({how}):"]
     lines += [f"  {name:{width}}  {si(memory):>8}B  {fits(memory)}".rstrip() for name, memory in peaks.items()]
     if room is None:
         return [*lines, ""]
     first = next((name for name, memory in peaks.items() if memory < room), "nothing here: draw fewer or smaller pictures")
-    return [*lines, f"what fits {si(room)}B: {first}", ""]
+    return [*lines, *textwrap.wrap(f"what fits {si(room)}B: {first}", WIDTH), ""]
 
 
 def peak(way: Way, figures: Mapping[int, Estimate], loop: str) -> float:
@@ -63,11 +72,10 @@ def _row(figure: Estimate, speed: rates.Rates) -> tuple[str, ...]:
     total = figure.cost.times(figure.calls)
     return (
         figure.name,
-        si(figure.parameters),
+        si(figure.parameters).strip(),
         f"{si(figure.held)}B",
         f"{figure.calls:g}",
-        si(figure.cost.flops),
-        si(total.flops),
+        si(total.flops).strip(),
         duration(speed.seconds(total)),
     )
 
@@ -75,9 +83,9 @@ def _row(figure: Estimate, speed: rates.Rates) -> tuple[str, ...]:
 def summary(job: Job, figures: Sequence[Estimate], name: str, speed: rates.Rates) -> str:
     """Such as `1000 steps: 31 min on this CPU; 20 steps: 38 s`."""
     seconds = {figure.name: speed.seconds(figure.cost.times(figure.calls)) for figure in figures}
-    line = f"{job.steps} steps: {duration(sum(seconds.values()))} on {name}"
+    line = f"{counted(job.steps, 'step')}: {duration(sum(seconds.values()))} on {name}"
     if job.loop == "training":
-        return f"{line}, {job.images * job.steps / seconds['training']:.3g} images/s"
+        return f"{line}\n({si(job.images * job.steps / seconds['training']).strip()} images/s)"
     rest = sum(seconds.values()) - seconds[job.loop]
     fewer = f"; {FEW} steps: {duration(rest + seconds[job.loop] * FEW / job.steps)}" if job.steps > FEW else ""
     return line + fewer
@@ -85,7 +93,7 @@ def summary(job: Job, figures: Sequence[Estimate], name: str, speed: rates.Rates
 
 def si(value: float) -> str:
     """Three digits with a prefix: 113.7e6 is `114 M`."""
-    for power, prefix in ((15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
+    for power, prefix in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
         if value >= 10**power:
             return f"{value / 10**power:.3g} {prefix}"
     return f"{value:.3g} "
