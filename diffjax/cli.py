@@ -252,11 +252,15 @@ def _sample(subparsers) -> None:
 
     def run(args) -> int | None:
         from diffjax import generate, mesh
+        from diffjax.loading import run_folder
 
+        if not any((args.replay, args.workdir, args.model, args.cascade, args.config)):
+            parser.error("one of the arguments --run --model --cascade --config --replay is required")
         if args.replay:
-            _refuse_beside("--replay", "from the manifest", args, parser)
+            _refuse_beside("--replay", "from the manifest", args, parser, "workdir", "model")
+            moved = run_folder(args.workdir) if args.workdir else args.model
             mesh.start()
-            return not generate.replay(args.replay, args.out, preview=args.preview, overwrite=args.overwrite)
+            return not generate.replay(args.replay, args.out, moved, preview=args.preview, overwrite=args.overwrite)
         if args.cascade:
             from diffjax import stages
 
@@ -271,9 +275,9 @@ def _sample(subparsers) -> None:
     parser.set_defaults(run=run)
 
 
-def _refuse_beside(flag: str, whence: str, args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+def _refuse_beside(flag: str, whence: str, args: argparse.Namespace, parser: argparse.ArgumentParser, *but: str) -> None:
     given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
-    if given := given - {"command", "debug", flag.lstrip("-"), "out", "preview", "overwrite"}:
+    if given := given - {"command", "debug", flag.lstrip("-"), "out", "preview", "overwrite", *but}:
         raise UserError(f"{flag} takes {', '.join(sorted(given))} {whence}: leave them out")
 
 
@@ -287,12 +291,14 @@ def _add_which(parser: argparse.ArgumentParser) -> None:
 
 def _add_subject(parser: argparse.ArgumentParser) -> None:
     """Which model, and what it is told."""
-    model = parser.add_mutually_exclusive_group(required=True)
+    model = parser.add_mutually_exclusive_group()
     model.add_argument("--run", dest="workdir", metavar="DIR", help="the --workdir of a training")
     model.add_argument("--model", metavar="ID", help="a hub id, a folder in the layout of diffusers, or a single file of SD3.5")
     model.add_argument("--cascade", nargs="+", metavar="DIR", help="trainings whose pictures each enlarges those before")
     model.add_argument("--config", metavar="FILE", help="a sampling experiment; fields are overridden by --config.NAME=value")
-    model.add_argument("--replay", metavar="FILE", help="the manifest.json of an earlier job: the same again")
+    parser.add_argument(
+        "--replay", metavar="FILE", help="the manifest.json of an earlier job: the same again (with --run or --model: moved there)"
+    )
     _add_which(parser)
     parser.add_argument("--dtype", type=one_of("dtype", "float32", "bfloat16"), help="what to compute in")
     parser.add_argument("--quantize", type=one_of("kind", "int8", "int4"), help="keep large weights in fewer bits (SD3.5)")

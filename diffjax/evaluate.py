@@ -71,7 +71,7 @@ def evaluate(
     measure = enlargements if model.low_res else recall
     found, sheet = measure(model, recipe, config, num, seed)
     sampling = {"steps": len(recipe.grid), "guidance": guidance, "sampler": sampler or model.defaults.sampler, "seed": seed}
-    result = {"run": str(run.resolve()), "step": int(model.revision), **found, "sampling": sampling}
+    result = {"run": run.resolve().name, "step": int(model.revision), **found, "sampling": sampling}
     files.write_json(run / "evaluation.json", result)
     image.write_png(run / "evaluation.png", sheet)
     report(result, run)

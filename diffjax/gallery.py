@@ -12,6 +12,7 @@ import io
 import json
 import logging
 import math
+import os
 import shutil
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -45,6 +46,9 @@ IN_METADATA = (
     "revision",
     "checksum",
 )
+
+FILES = ("image", "mask", "low_res", "lora")
+"""What of a recipe names a file, or a folder of an earlier job."""
 
 Recipe = dict[str, Any]
 Subject = tuple[str | None, str | None]
@@ -149,7 +153,7 @@ class Gallery:
 
     def _refuse_another(self, there: Recipe) -> None:
         free = {"num": None}
-        if lines := differences(there | free, self.recipe | free):
+        if lines := unlike(there | free, self.recipe | free):
             found = f"{self.folder} holds pictures of another recipe: {'; '.join(lines)}"
             raise UserError(f"{found}; choose another --out, or --overwrite")
 
@@ -171,7 +175,8 @@ class Gallery:
         if checksums:
             images = [entry | {"sha256": sha256(self.folder / entry["file"])} for entry in images]
         files.write_json(
-            self.folder / "manifest.json", {"recipe": self.recipe, "made_by": description(), "images": images}
+            self.folder / "manifest.json",
+            {"recipe": with_places(self.recipe, self.folder, os.path.relpath), "made_by": description(), "images": images},
         )
 
 
@@ -235,6 +240,22 @@ def read_manifest(path: Path) -> dict[str, Any]:
     except (ValueError, AttributeError):
         pass
     raise UserError(f"{path} is no manifest of a sampling job: give the manifest.json that `diffjax sample` wrote")
+
+
+def unlike(there: Recipe, here: Recipe) -> list[str]:
+    """In what two recipes differ, in words; a place says nothing where a checksum says what is there."""
+    return differences(*({name: value for name, value in recipe.items() if name not in _places(recipe)} for recipe in (there, here)))
+
+
+def with_places(recipe: Recipe, folder: Path, path: Callable[[str, Path], str]) -> Recipe:
+    """The recipe with `path(place, folder)` for each place: in a manifest they are relative to its folder, so that both move."""
+    return recipe | {name: path(recipe[name], folder.resolve()) for name in _places(recipe)}
+
+
+def _places(recipe: Recipe) -> list[str]:
+    """What of a recipe is a place whose content has a checksum: a model that is no hub's, and files."""
+    local = ["model"] if recipe.get("checksum") is not None else []
+    return local + [name for name in FILES if recipe.get(name) and name in recipe.get("files", {})]
 
 
 def file_name(place: int, subject: Subject, number: int) -> str:

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from diffjax import build, image, seeds
 from diffjax.draw import Drawing, Part, Picture, Stage, shown
 from diffjax.errors import UserError, unknown
-from diffjax.gallery import Background, Gallery, file_name, read_manifest, sha256
+from diffjax.gallery import FILES, Background, Gallery, file_name, read_manifest, sha256, unlike, with_places
 from diffjax.guide import Guidance
 from diffjax.interrupt import stop_on_signal
 from diffjax.loading import load, run_folder
@@ -32,13 +32,11 @@ from diffjax.model import Encoded, Guide, Model
 from diffjax.say import counted
 from diffjax.sd3 import SkipLayers
 from diffjax.train.checkpoint import checksum
-from diffjax.train.record import differences
 from diffjax.trained import Prompts
 
 SAVE_SECONDS = 10.0
 PREVIEW_SECONDS = 3.0
 KEPT_STRENGTH = 0.6
-FILES = ("image", "mask", "low_res", "lora")
 
 
 @dataclass(frozen=True)
@@ -176,7 +174,7 @@ def generate(
     request = completed(request, model)
     drawing = prepared(request, model)
     recipe = recipe_of(request, model)
-    if expected is not None and (lines := differences(expected, recipe)):
+    if expected is not None and (lines := unlike(expected, recipe)):
         raise UserError(f"this is not what the manifest was made with: {'; '.join(lines)}")
     gallery = Gallery(Path(out), recipe, request.subjects, request.num)
     if jax.process_index() == 0:
@@ -193,14 +191,19 @@ def generate(
     return gallery
 
 
-def replay(manifest: str | Path, out: str | Path, *, preview: int | None = None, overwrite: bool = False) -> bool:
+def replay(
+    manifest: str | Path, out: str | Path, model: str | None = None, *, preview: int | None = None, overwrite: bool = False
+) -> bool:
     """Draw again what a manifest lists, and compare: whether all files have the same bytes.
 
-    Raises `UserError` when the model is not the one that the manifest names.
+    `model` is where the model is now, if it was moved. Raises `UserError` when it is not there, or not the one of the manifest.
     """
     listed = read_manifest(Path(manifest))
     names = {field.name for field in dataclasses.fields(Request)}
-    asked = {name: value for name, value in listed["recipe"].items() if name in names}
+    recipe = with_places(listed["recipe"], Path(manifest).parent, lambda place, folder: str((folder / place).resolve()))
+    asked = {name: value for name, value in recipe.items() if name in names} | ({"model": model} if model else {})
+    if recipe["checksum"] is not None and not Path(asked["model"]).exists():
+        raise UserError(f"{asked['model']} is not there: say with --run or --model where it is now")
     request = Request(**{name: tuple(value) if isinstance(value, list) else value for name, value in asked.items()})
     gallery = generate(request, out, preview=preview, overwrite=overwrite, expected=listed["recipe"])
     differ = [e["file"] for e in listed["images"] if sha256(gallery.folder / e["file"]) != e.get("sha256")]

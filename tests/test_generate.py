@@ -87,8 +87,8 @@ def test_a_replay_tells_which_pictures_differ(models, tmp_path, capsys):
     generate.generate(Request("plain"), tmp_path / "first")
     manifest = json.loads((tmp_path / "first" / "manifest.json").read_text())
     manifest["images"][0]["sha256"] = "0"
-    (tmp_path / "changed.json").write_text(json.dumps(manifest))
-    assert not generate.replay(tmp_path / "changed.json", tmp_path / "second")
+    (tmp_path / "first" / "changed.json").write_text(json.dumps(manifest))
+    assert not generate.replay(tmp_path / "first" / "changed.json", tmp_path / "second")
     assert "0 of 1 image: the same, byte for byte; not 0000.png" in capsys.readouterr().out
 
 
@@ -477,3 +477,39 @@ def test_a_prompt_that_says_nothing_is_not_drawn(reader, tmp_path, prompts, said
     generate.generate(Request("texts"), tmp_path / "out")
     with pytest.raises(UserError, match="no caption has a word"):
         reader.sample(jax.random.key(0), prompt="zebra")
+
+
+def test_runs_and_what_they_drew_can_be_moved(models, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(generate, "load", lambda name, *_: models["plain"].replace(name=str(Path(name).resolve()), revision="7"))
+    known = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    (tmp_path / "old" / "runs" / "mine").mkdir(parents=True)
+    image.write_png(tmp_path / "old" / "known.png", known)
+    job = lambda root: Request(str(root / "runs" / "mine"), image=str(root / "known.png"), strength=0.5, steps=2)
+    generate.generate(job(tmp_path / "old"), tmp_path / "old" / "out")
+    recipe = read_manifest(tmp_path / "old" / "out" / "manifest.json")["recipe"]
+    assert (recipe["model"], recipe["image"]) == ("../runs/mine", "../known.png")
+
+    (tmp_path / "old").rename(tmp_path / "new")
+    assert generate.replay(tmp_path / "new" / "out" / "manifest.json", tmp_path / "again")
+    generate.generate(job(tmp_path / "new"), tmp_path / "new" / "out")
+    assert "has 1 image already" in capsys.readouterr().out
+
+    (tmp_path / "new" / "runs").rename(tmp_path / "runs")
+    again = ["sample", "--replay", str(tmp_path / "new" / "out" / "manifest.json"), "--out", str(tmp_path / "third")]
+    monkeypatch.setattr(mesh, "start", lambda: None)
+    assert cli.main(again) == 2
+    assert f"{tmp_path / 'new' / 'runs' / 'mine'} is not there: say with --run or --model" in capsys.readouterr().err
+    assert cli.main([*again, "--run", str(tmp_path / "runs" / "mine")]) == 0
+    assert "1 of 1 image: the same, byte for byte" in capsys.readouterr().out
+    models["plain"] = toys.model(seed=1)
+    assert cli.main([*again[:-1], str(tmp_path / "other"), "--model", str(tmp_path / "runs" / "mine")]) == 2
+    assert "checksum is" in capsys.readouterr().err
+
+
+def test_a_manifest_from_when_places_were_absolute_is_replayed(models, tmp_path):
+    generate.generate(Request("plain", steps=2), tmp_path / "first")
+    path = tmp_path / "first" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["recipe"]["model"] = str((tmp_path / "first" / manifest["recipe"]["model"]).resolve())
+    path.write_text(json.dumps(manifest))
+    assert generate.replay(path, tmp_path / "second")
