@@ -77,7 +77,8 @@ class Checkpoints:
         """Why that checkpoint cannot be read; None where it is as it was written."""
         try:
             shapes = self.manager.item_metadata(step)
-            _restore(self.manager, step, {name: _as_numpy(shapes[name].tree) for name in ARRAYS})
+            for name in ARRAYS:  # one after the other, in less memory
+                _restore(self.manager, step, {name: _as_numpy(shapes[name].tree)})
         except Exception as error:  # whatever the reader of a damaged file stumbles over
             return self._why(error)
         return None

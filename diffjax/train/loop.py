@@ -49,11 +49,7 @@ def train(config: ConfigDict, workdir: str | Path, allow_change: bool = False) -
         if done >= config.train.steps and not checkpoints.damage(done):
             print(f"{workdir} is finished: {done} of {config.train.steps} steps are done; raise train.steps to go on")
             return
-        data = diffjax.data.load(config.data)
-        if "model" in config:
-            plan, data = finetune.plan(config, workdir, data)
-        else:
-            plan = trained.plan(config, workdir, data)
+        plan, data = planned(config, workdir)
         optimizer, factor = build.optimizer(config.optimizer, config.train.steps)
         step = make_step(plan.objective(), optimizer, config.train.ema, config.train.accumulate)
         parallel = WAYS[config.train.parallel](step, mesh.data_mesh())
@@ -65,6 +61,14 @@ def train(config: ConfigDict, workdir: str | Path, allow_change: bool = False) -
         state = first_state(config, workdir, plan, optimizer, checkpoints, batches, allow_change)
         log = stack.enter_context(Log(workdir, config, int(state.step), lambda step: float(factor(step))))
         Training(config, workdir, plan, parallel, batches, checkpoints, log, parallel.place(state), int(state.step)).run()
+
+
+def planned(config: ConfigDict, workdir: Path) -> tuple[trained.Plan | finetune.Plan, Any]:
+    """The plan of a run, and its data."""
+    data = diffjax.data.load(config.data)
+    if "model" in config:
+        return finetune.plan(config, workdir, data)
+    return trained.plan(config, workdir, data), data
 
 
 @dataclass
