@@ -1,7 +1,8 @@
 """The one place where the strings of a config, or of a command line, become objects.
 
-A choice is a table with a `name` and that choice's own arguments: `{"name": "logit_normal", "mean": 0.6}`. An unknown name or
-argument raises `UserError`, naming the nearest one.
+A choice is a table with a `name` and that choice's own arguments: `{"name": "logit_normal", "mean": 0.6}`. A name with a colon is
+the user's own: `my_losses:flat` is `flat` of the module `my_losses` (`diffjax.own`). An unknown name or argument raises
+`UserError`, naming the nearest one.
 """
 
 import inspect
@@ -16,7 +17,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, PyTree
 
 from diffjax import grid as grids
-from diffjax import loss, predict
+from diffjax import loss, own, predict, processor
 from diffjax import process as processes
 from diffjax.errors import UserError, unknown
 from diffjax.nets.dit import DiT
@@ -95,18 +96,28 @@ def make(kind: str, table: Mapping[str, Callable], choice: Choice) -> Any:
     """`table[choice["name"]](**the rest of choice)`."""
     arguments = dict(choice)
     maker = named(kind, table, arguments.pop("name"))
-    known = [name for name in inspect.signature(maker).parameters if name not in ("parent", "name")]
+    known = parameters(maker)
     for name in arguments:
-        if name not in known:
+        if known is not None and name not in known:
             raise unknown(f"field of {kind} {choice['name']}", name, known or ["no field"])
     return maker(**arguments)
 
 
 def named(kind: str, table: Mapping[str, Any], name: str) -> Any:
-    """`table[name]`."""
+    """`table[name]`, or what the user's own code has by that name."""
+    if own.is_own(name):
+        return own.find(name)
     if name not in table:
         raise unknown(kind, name, table)
     return table[name]
+
+
+def parameters(maker: Callable) -> dict[str, Any] | None:
+    """The arguments of a maker with their defaults (`inspect.Parameter.empty` without one); None where it takes any."""
+    found = inspect.signature(maker).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in found.values()):
+        return None
+    return {name: parameter.default for name, parameter in found.items() if name not in ("parent", "name")}
 
 
 def process(choice: Choice) -> processes.Process:
@@ -125,17 +136,22 @@ def prediction(choice: Choice) -> predict.Prediction:
 def network(config: Mapping[str, Any], **fixed: Any) -> nn.Module:
     """The network that `config["network"]` names, with the fields of the table of that name (`config["dit"]`, if any) and `fixed`.
 
-    `config["classes"]` is the number of classes, 0 without. Of `fixed`, a network takes what it reads; one that reads no
+    The table of one's own, `my_nets:Mixer`, is `config["Mixer"]`. `config["classes"]` is the number of classes, 0 without. Of `fixed`, a network takes what it reads; one that reads no
     low-res pictures must not be given any.
     """
     name = config["network"]
-    read = inspect.signature(named("network", NETWORKS, name)).parameters
-    if "low_res" in fixed and "low_res" not in read:
+    read = parameters(named("network", NETWORKS, name))
+    if "low_res" in fixed and read is not None and "low_res" not in read:
         raise UserError(f"network {name} reads no low-res pictures: take imagen or subpixel, or leave low_res out")
-    fixed = {field: value for field, value in fixed.items() if field in read}
+    fixed = {field: value for field, value in fixed.items() if read is None or field in read}
     classes = {"num_class_embeds": config["classes"] + 1} if name == "unet" else {"classes": config["classes"]}
-    fields = {key: _static(key, value) for key, value in config.get(name, {}).items()}
+    fields = {key: _static(key, value) for key, value in config.get(table_of(name), {}).items()}
     return make("network", NETWORKS, {"name": name, **fields, **(classes if config["classes"] else {}), **fixed})
+
+
+def table_of(network: str) -> str:
+    """Where a config has the fields of a network: under its name, of one's own under what stands behind the colon."""
+    return network.rpartition(":")[2]
 
 
 def text(choice: Choice, vocabulary: int) -> nn.Module:
@@ -164,14 +180,18 @@ def grid(choice: str | Float[np.ndarray, "steps 2"], of: processes.Process, step
 
 
 def optimizer(choice: Choice, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """The optimizer of a run of `steps` steps, clipping included, and its schedule, a factor of every learning rate."""
+    """The optimizer of a run of `steps` steps and its schedule, a factor of every learning rate.
+
+    Gradients are first scaled down to the norm `clip` where theirs is larger; 0 leaves them as they are.
+    """
     arguments = dict(choice)
     clip = arguments.pop("clip")
     factor = make("schedule", SCHEDULES, {**arguments.pop("schedule"), "steps": steps})
-    return optax.chain(optax.clip_by_global_norm(clip), make("optimizer", OPTIMIZERS, {**arguments, "factor": factor})), factor
+    update = make("optimizer", OPTIMIZERS, {**arguments, "factor": factor})
+    return optax.chain(optax.clip_by_global_norm(clip) if clip else optax.identity(), update), factor
 
 
-def warmup_constant_linear(steps: int, warmup: int, hold: float, final: float) -> optax.Schedule:
+def warmup_constant_linear(steps: int, warmup: int = 100, hold: float = 0.5, final: float = 0.0) -> optax.Schedule:
     """1 from step `warmup` (reached linearly) to step `hold * steps`, then linear to `final` at the last step."""
     start = max(hold * steps, warmup)
 
@@ -183,7 +203,7 @@ def warmup_constant_linear(steps: int, warmup: int, hold: float, final: float) -
     return factor
 
 
-def warmup_cosine(steps: int, warmup: int, final: float) -> optax.Schedule:
+def warmup_cosine(steps: int, warmup: int = 100, final: float = 0.0) -> optax.Schedule:
     """Up to 1 in `warmup` steps, then half a cosine down to `final` at the last step (Loshchilov and Hutter 2017)."""
 
     def factor(step: Array) -> Array:
@@ -194,7 +214,7 @@ def warmup_cosine(steps: int, warmup: int, final: float) -> optax.Schedule:
 
 
 def adamw(
-    factor: optax.Schedule, learning_rate: float, weight_decay: float, b1: float = 0.9, b2: float = 0.99
+    factor: optax.Schedule, learning_rate: float = 1e-3, weight_decay: float = 0.01, b1: float = 0.9, b2: float = 0.99
 ) -> optax.GradientTransformation:
     """AdamW (Loshchilov and Hutter 2019) that decays matrices only."""
     rate = lambda step: learning_rate * factor(step)
@@ -203,9 +223,9 @@ def adamw(
 
 def muon(
     factor: optax.Schedule,
-    learning_rate: float,
-    adam_learning_rate: float,
-    weight_decay: float,
+    learning_rate: float = 0.02,
+    adam_learning_rate: float = 2e-3,
+    weight_decay: float = 0.01,
     momentum: float = 0.95,
     b1: float = 0.9,
     b2: float = 0.99,
@@ -250,7 +270,7 @@ def is_kernel(params: PyTree) -> PyTree:
 def _static(field: str, value: Any) -> Any:
     """A config's value as a module's field: dtypes by name, lists as tuples."""
     if field.endswith("dtype"):
-        return named("dtype", DTYPES, value)
+        return DTYPES[processor.dtype()] if value == processor.AUTO else named("dtype", DTYPES, value)
     return tuple(value) if isinstance(value, (list, tuple)) else value
 
 

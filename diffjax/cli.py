@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import errno
 import os
 import re
@@ -9,7 +10,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from diffjax import interrupt
 from diffjax.errors import UserError, unknown
@@ -54,13 +55,21 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if getattr(args, "config", None):
         from diffjax.config import parse as parse_config
 
-        args.config, rest = parse_config(args.config, rest)
+        args.config, rest = parse_config(args.config, rest, _request)
     if rest:
         word, usage = rest[0].partition("=")[0], commands[args.command].format_help()
         if not word.startswith("-"):
             raise UserError(f"unexpected argument {word} (see `diffjax {args.command} --help`)")
         raise unknown("flag", word, dict.fromkeys(re.findall(r"(?<![\w-])--[a-z][\w-]*", usage)))
     return args
+
+
+def _request() -> dict[str, Any]:
+    """What can be asked of an experiment that only samples, with its defaults."""
+    from diffjax.generate import Request
+
+    fields = dataclasses.fields(Request)
+    return {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -371,9 +380,10 @@ def _evaluate(subparsers) -> None:
     )
     parser.add_argument("--run", dest="workdir", required=True, metavar="DIR", help="the --workdir of a training")
     parser.add_argument("--num", type=int, default=64, help="prompts or pictures (default 64)")
-    parser.add_argument("--steps", type=int, help="steps of the sampler (default 25; enlarging, the run's own)")
-    parser.add_argument("--guidance", type=float, help="scale of classifier-free guidance (default 2; enlarging, the run's own)")
-    parser.add_argument("--sampler", help="the sampler (default: the run's own)")
+    parser.add_argument("--steps", type=int, help="steps of the sampler (default, as for the next three: the run's own)")
+    parser.add_argument("--guidance", type=float, help="scale of classifier-free guidance; 1 is none")
+    parser.add_argument("--sampler", help="ddpm, ddim, euler, heun, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, unipc or ipndm")
+    parser.add_argument("--grid", help="the times: uniform, logsnr, karras, leading, linspace, trailing or fitted")
     parser.add_argument("--seed", type=int, default=0, help="which prompts, and the noise (default 0)")
     parser.add_argument("--step", type=int, help="the checkpoint of this step (default: the newest)")
 
@@ -384,7 +394,7 @@ def _evaluate(subparsers) -> None:
 
         workdir = run_folder(args.workdir)
         mesh.start()
-        evaluate(workdir, args.num, args.steps, args.guidance, args.sampler, args.seed, args.step)
+        evaluate(workdir, args.num, args.steps, args.guidance, args.sampler, args.grid, args.seed, args.step)
 
     parser.set_defaults(run=run)
 
@@ -426,11 +436,20 @@ def _plan(subparsers) -> None:
             jobs = plan.model(args.model, asked, args.revision or None, args.variant)
         elif args.revision or args.variant:
             raise UserError("--revision and --variant are of --model: leave them out")
+        elif args.config:
+            jobs = plan.config(_for_device(args.config, args.device), asked)
         else:
-            jobs = plan.config(args.config, asked) if args.config else plan.run(run_folder(args.workdir), asked)
+            jobs = plan.run(run_folder(args.workdir), asked)
         print("\n\n".join(plan.report(job, args.device, args.compile) for job in jobs))
 
     parser.set_defaults(run=run)
+
+
+def _for_device(config: Any, device: str | None) -> Any:
+    """The config as an accelerator that is not here would train it: a dtype "auto" is bfloat16 there."""
+    from diffjax.config import decided
+
+    return decided(config, lambda _: "bfloat16") if device not in (None, "cpu") else config
 
 
 def _fit_grid(subparsers) -> None:

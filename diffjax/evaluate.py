@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 import diffjax.data
 from diffjax import cascade, files, image, seeds
+from diffjax import config as configs
 from diffjax.draw import Drawing, Picture, shown
 from diffjax.errors import UserError
 from diffjax.loading import load
@@ -48,13 +49,14 @@ def evaluate(
     steps: int | None = None,
     guidance: float | None = None,
     sampler: str | None = None,
+    grid: str | None = None,
     seed: int = 0,
     step: int | None = None,
 ) -> dict[str, Any]:
     """Draw `num` pictures, measure, print a table; `evaluation.json` and `.png` in the run's folder keep it.
 
     Of a run with text its training prompts, of one that enlarges the pictures that it was not trained on (`enlargements`).
-    `steps` and `guidance` are 25 and 2 by default, of a run that enlarges its own.
+    Without `steps`, `guidance`, `sampler` or `grid` it draws as the run's config says.
 
     Raises `UserError` for a run without either, and for what `load` cannot read.
     """
@@ -64,13 +66,13 @@ def evaluate(
     model = load(run.absolute(), revision=None if step is None else str(step))
     if model.text is None and not model.low_res:
         raise UserError(f"{run} was trained without text: only pictures of prompts can be measured, or enlarged ones")
-    config = ConfigDict(files.read_json(run / "config.json")["data"])
-    if not model.low_res:
-        steps, guidance = steps or 25, 2.0 if guidance is None else guidance
-    recipe = model.recipe(steps=steps, guidance=guidance, sampler=sampler)
+    config = configs.read(run).data
+    recipe = model.recipe(steps=steps, guidance=guidance, sampler=sampler, grid=grid)
     measure = enlargements if model.low_res else recall
     found, sheet = measure(model, recipe, config, num, seed)
-    sampling = {"steps": len(recipe.grid), "guidance": guidance, "sampler": sampler or model.defaults.sampler, "seed": seed}
+    asked = {"sampler": sampler, "grid": grid, "guidance": guidance}
+    sampling = {name: getattr(model.defaults, name) if value is None else value for name, value in asked.items()}
+    sampling |= {"steps": len(recipe.grid), "seed": seed}
     result = {"run": run.resolve().name, "step": int(model.revision), **found, "sampling": sampling}
     files.write_json(run / "evaluation.json", result)
     image.write_png(run / "evaluation.png", sheet)
@@ -128,7 +130,7 @@ def training_prompts(data: diffjax.data.Dataset, num: int, seed: int) -> tuple[l
     if not unique:
         raise UserError(f"{data.name} has no caption that belongs to one picture only: nothing can be compared")
     chosen = sorted(np.random.default_rng(seed).permutation(unique)[:num].tolist())
-    return chosen, [data.config.templates[0].format(captions[i]) for i in chosen]
+    return chosen, [data.config.templates[0].replace("{}", captions[i]) for i in chosen]
 
 
 def draw(drawing: Drawing, prompts: Sequence[str]) -> tuple[Pictures, float | None]:

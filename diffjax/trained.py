@@ -1,11 +1,12 @@
 """Our own runs: what a config and its data make of each other, and a run's folder as a model."""
 
+import contextlib
 import functools
 import itertools
 import logging
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 from ml_collections import ConfigDict
 
 from diffjax import build, cascade, embed, files, image, seeds, struct
+from diffjax import config as configs
 from diffjax.cascade import LowRes
 from diffjax.data.pipeline import Tokenize
 from diffjax.denoise import Apply, Denoiser
@@ -29,12 +31,14 @@ from diffjax.reading import Reading, Reworded, Words
 from diffjax.refine import Clip, Refine, Threshold
 from diffjax.text import CaptionTokenizer
 from diffjax.train.checkpoint import load_run
-from diffjax.train.step import Objective
+from diffjax.train.state import create
+from diffjax.train.step import Objective, make_step
 
 TOKENIZER = "tokenizer.json"
 ENCODER = "encoder.json"
 SEEN = "seen.npz"
 SHOWN, AVERAGED = 8, 256
+VOCABULARY = 8192
 
 
 class Seen(NamedTuple):
@@ -88,7 +92,7 @@ class Plan:
             return self.tokenize([""])
         if self.config.text:
             tokens = (1, self.config.text.tokens)
-            states = np.zeros((*tokens, self.network.context_width), np.float16)
+            states = np.zeros((*tokens, embed.width(self.config.text)), np.float16)
             return {"context": states, "mask": np.zeros(tokens, bool)}
         return {"label": np.zeros(1, np.int32)} if self.classes else {}
 
@@ -159,9 +163,9 @@ class Plan:
         return [prompt for prompt in given if not self.text or _can_read(self.tokenize, prompt)] or self.seen.caption
 
     def preview(self, params: PyTree) -> Preview:
-        """Pictures of the config's prompts, of the first classes, or of nothing; the same noise every time.
+        """Pictures of the config's prompts (without any, of captions it has seen), of the first classes, or of nothing.
 
-        Of a stage of a cascade, `panel` of the pictures it has seen.
+        The noise is the same every time. Of a stage of a cascade, `panel` of the pictures it has seen.
         """
         if self.low_res:
             return panel(self.model(params), self.seen, seeds.key(self.config.seed))
@@ -318,7 +322,7 @@ def recalled(workdir: Path) -> Plan:
     """The plan of a run that was begun; no checkpoint is read. Raises `UserError` when there is none."""
     if not (workdir / "data.json").is_file():
         raise UserError(f"{workdir} holds no run (no data.json); train one with: diffjax train --workdir {workdir}")
-    return _plan(ConfigDict(files.read_json(workdir / "config.json")), workdir)
+    return _plan(configs.read(workdir), workdir)
 
 
 def _plan(config: ConfigDict, workdir: Path, table: embed.Table | None = None) -> Plan:
@@ -378,3 +382,50 @@ def planned(
         low_res,
         seen,
     )
+
+
+@dataclass(frozen=True)
+class Blank:
+    """A tokenizer of the largest size, of which only the shapes of its tokens are known."""
+
+    length: int
+    size: int = VOCABULARY
+
+    def __call__(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
+        return {"tokens": np.zeros((len(captions), self.length), np.int32), "mask": np.ones((len(captions), self.length), bool)}
+
+
+def without_data(config: ConfigDict, tokenize: Any = None) -> Plan:
+    """The plan of a config before its data are there: colour pictures unless it says otherwise, and the largest vocabulary."""
+    tokenize = tokenize or (Blank(config.text.tokens) if config.text else None)
+    shape = (config.data.size, config.data.size, config.data.get("channels", 0) or 3)
+    classes = tuple(map(str, range(config.classes)))
+    return planned(config, shape, classes, tokenize)
+
+
+def rehearse(config: ConfigDict) -> None:
+    """Make everything that a training needs but its data, and go through its first step and its sampling on shapes.
+
+    Raises `UserError` for what cannot be.
+    """
+    plan, train = without_data(config), config.train
+    optimizer, _ = build.optimizer(config.optimizer, train.steps)
+    step, key = make_step(plan.objective(), optimizer, train.ema, train.accumulate), jax.random.key(0)
+    with _saying(f"network {config.network} cannot be made for these pictures", f"change the fields of {build.table_of(config.network)}"):
+        params = jax.eval_shape(plan.init, key)
+    batch = {name: jnp.zeros((train.accumulate, *rows.shape[1:]), rows.dtype) for name, rows in plan.blank().items()}
+    batch["image"] = jnp.zeros((train.accumulate, *plan.shape), jnp.uint8)
+    with _saying("loss, process, prediction and optimizer do not go together", "change one"):
+        jax.eval_shape(lambda params: step(create(params, optimizer, key), batch), params)
+    plan.model(params).recipe()
+
+
+@contextlib.contextmanager
+def _saying(what: str, remedy: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # whatever libraries say of numbers that do not fit
+        first = str(error).strip().partition("\n")[0][:200]
+        raise UserError(f"{what} ({type(error).__name__}: {first}): {remedy}") from error

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
@@ -27,8 +26,7 @@ from diffjax.train.step import make_step
 from diffjax.weights.folder import component
 from diffjax.weights.scheduler import read_scheduler
 
-VOCABULARY = 8192
-AT_MOST = f"counted with {VOCABULARY} words: the captions are not here yet"
+AT_MOST = f"counted with {trained.VOCABULARY} words: the captions are not here yet"
 
 
 @dataclass(frozen=True)
@@ -89,23 +87,21 @@ def experiment(config: ConfigDict, asked: Asked) -> list[Job]:
     """
     if "model" in config:
         raise UserError(f"this trains {config.model}: docs/sd35.md says what it keeps, `diffjax plan --model` what drawing costs")
-    shape = (config.data.size, config.data.size, config.data.get("channels", 0) or 3)
-    classes = tuple(str(i) for i in range(config.classes))
     own = config.text and not embed.is_frozen(config.text)
-    tokenize = vocabulary(config) if own else _Blank(config.text.tokens) if config.text else None
-    plan = trained.planned(config, shape, classes, tokenize)
-    note = AT_MOST if own and isinstance(tokenize, _Blank) else ""
+    tokenize = vocabulary(config) if own else None
+    plan = trained.without_data(config, tokenize)
+    note = AT_MOST if own and isinstance(tokenize, trained.Blank) else ""
     return [replace(job, note=note) for job in (training(plan), drawing(plan, asked, config.name))]
 
 
-def vocabulary(config: ConfigDict) -> "CaptionTokenizer | _Blank":
+def vocabulary(config: ConfigDict) -> "CaptionTokenizer | trained.Blank":
     """The tokenizer that a run will have, or the largest one where its captions are not at hand."""
     try:
         captions = dataset.captions(config.data)
     except UserError:
         captions = None
     if captions is None:
-        return _Blank(config.text.tokens)
+        return trained.Blank(config.text.tokens)
     return trained.tokenizer(config, captions, config.data.get("templates", ("{}",)))
 
 
@@ -196,14 +192,3 @@ def apply(module: nn.Module, variables: PyTree, *given: Any) -> PyTree:
 
 def _sized(shape: tuple[int, ...], size: int | None) -> tuple[int, ...]:
     return shape if size is None else (size, size, shape[-1])
-
-
-@dataclass(frozen=True)
-class _Blank:
-    """A tokenizer of the largest size, of which only the shapes of its tokens are known."""
-
-    length: int
-    size: int = VOCABULARY
-
-    def __call__(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
-        return {"tokens": np.zeros((len(captions), self.length), np.int32), "mask": np.ones((len(captions), self.length), bool)}

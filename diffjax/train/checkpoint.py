@@ -22,6 +22,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from diffjax import config as configs
 from diffjax import files
 from diffjax.errors import UserError
 from diffjax.train.state import State
@@ -77,8 +78,7 @@ class Checkpoints:
         """Why that checkpoint cannot be read; None where it is as it was written."""
         try:
             shapes = self.manager.item_metadata(step)
-            for name in ARRAYS:  # one after the other, in less memory
-                _restore(self.manager, step, {name: _as_numpy(shapes[name].tree)})
+            _restore(self.manager, step, {name: _as_numpy(shapes[name].tree) for name in ARRAYS})
         except Exception as error:  # whatever the reader of a damaged file stumbles over
             return self._why(error)
         return None
@@ -182,11 +182,8 @@ def load_run(workdir: str | Path, step: int | None = None, ema: bool = True) -> 
 
     Raises `UserError` when there is no run, no such checkpoint, or it is damaged.
     """
-    from ml_collections import ConfigDict
-
     workdir = Path(workdir).expanduser()
-    if not (workdir / "config.json").is_file():
-        raise UserError(f"{workdir} holds no run (no config.json); train one with: diffjax train --workdir {workdir}")
+    config = configs.read(workdir)
     folder = workdir.absolute() / "checkpoints"
     manager = _manager(folder, clean=False)
     steps = sorted(manager.all_steps())
@@ -204,7 +201,7 @@ def load_run(workdir: str | Path, step: int | None = None, ema: bool = True) -> 
         raise UserError(f"checkpoint {step} in {folder} cannot be read ({why}); choose another of {steps}") from error
     finally:
         manager.close()
-    return Run(ConfigDict(files.read_json(workdir / "config.json")), items[name], step, workdir)
+    return Run(config, items[name], step, workdir)
 
 
 def checksum(tree: PyTree) -> int:

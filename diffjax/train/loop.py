@@ -13,13 +13,14 @@ import optax
 from ml_collections import ConfigDict
 
 import diffjax.data
-from diffjax import build, files, finetune, mesh, seeds, trained
+from diffjax import build, files, finetune, mesh, own, seeds, trained
+from diffjax import config as configs
 from diffjax.data.pipeline import Prefetch
 from diffjax.errors import UserError
 from diffjax.interrupt import Stop, stop_on_signal
 from diffjax.train import record, sanity, transfer
 from diffjax.train.checkpoint import Checkpoints, check_place
-from diffjax.train.metrics import Log, Pending
+from diffjax.train.metrics import Log, Pending, check_installed
 from diffjax.train.parallel import Parallel, by_jit, by_pmap
 from diffjax.train.state import State, create
 from diffjax.train.step import make_step
@@ -38,7 +39,10 @@ def train(config: ConfigDict, workdir: str | Path, allow_change: bool = False) -
     Raises `UserError` for a config that cannot be, a workdir that holds another run, and a loss that is not finite.
     """
     workdir = Path(workdir).expanduser()
+    config = configs.settle(configs.complete(config), workdir)
     check(config)
+    if "model" not in config and not (workdir / "config.json").exists():
+        trained.rehearse(config)
     with record.claim(workdir, config, allow_change), contextlib.ExitStack() as stack:
         checkpoints = Checkpoints(workdir, config.train.keep_last, config.train.keep_best)
         stack.callback(checkpoints.close)
@@ -49,7 +53,12 @@ def train(config: ConfigDict, workdir: str | Path, allow_change: bool = False) -
         if done >= config.train.steps and not checkpoints.damage(done):
             print(f"{workdir} is finished: {done} of {config.train.steps} steps are done; raise train.steps to go on")
             return
-        plan, data = planned(config, workdir)
+        own.keep(config, workdir)
+        data = diffjax.data.load(config.data)
+        if "model" in config:
+            plan, data = finetune.plan(config, workdir, data)
+        else:
+            plan = trained.plan(config, workdir, data)
         optimizer, factor = build.optimizer(config.optimizer, config.train.steps)
         step = make_step(plan.objective(), optimizer, config.train.ema, config.train.accumulate)
         parallel = WAYS[config.train.parallel](step, mesh.data_mesh())
@@ -61,14 +70,6 @@ def train(config: ConfigDict, workdir: str | Path, allow_change: bool = False) -
         state = first_state(config, workdir, plan, optimizer, checkpoints, batches, allow_change)
         log = stack.enter_context(Log(workdir, config, int(state.step), lambda step: float(factor(step))))
         Training(config, workdir, plan, parallel, batches, checkpoints, log, parallel.place(state), int(state.step)).run()
-
-
-def planned(config: ConfigDict, workdir: Path) -> tuple[trained.Plan | finetune.Plan, Any]:
-    """The plan of a run, and its data."""
-    data = diffjax.data.load(config.data)
-    if "model" in config:
-        return finetune.plan(config, workdir, data)
-    return trained.plan(config, workdir, data), data
 
 
 @dataclass
@@ -161,12 +162,12 @@ class Training:
 
 
 def check(config: ConfigDict) -> None:
-    """Raises `UserError` for an experiment that only samples, and for numbers that no run can have."""
+    """Raises `UserError` for an experiment that cannot be trained here, and for numbers that no run can have."""
     if "train" not in config:
         raise UserError("this experiment has nothing to train: `diffjax sample --config` draws with it")
-    for name in ("steps", "batch", "accumulate", "log_every", "save_every", "keep_last"):
-        if config.train[name] < 1:
-            raise UserError(f"train.{name} is {config.train[name]}: it must be at least 1")
+    if "data" not in config:
+        raise UserError("the config has no data: add it, a table such as {'name': 'openmoji'}")
+    check_installed(config)
     build.named("train.parallel", WAYS, config.train.parallel)
     trained.check_conditions(config)
     parts = config.train.accumulate * jax.device_count()

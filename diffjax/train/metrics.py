@@ -233,7 +233,7 @@ class Log:
         if broken is None:
             done = steps[-1].step
             row = {"step": done, **summary([step.values for step in steps])}
-            row["learning_rate"] = self.config.optimizer.learning_rate * self.factor(done - 1)
+            row["learning_rate"] = self.config.optimizer.get("learning_rate", 1.0) * self.factor(done - 1)
             row |= {"images_per_second": self.config.train.batch / seconds, "seconds_per_step": seconds}
             self.losses += [float(step.values["loss"]) for step in steps]
             for writer in self.writers:
@@ -267,18 +267,23 @@ class Log:
 def writers(workdir: Path, config: ConfigDict, step: int) -> list[Writer]:
     """The files of a run that goes on from `step`; of several hosts, the first one writes them.
 
-    Raises `UserError` when wandb is asked for and not installed.
+    Raises `UserError` as `check_installed` does.
     """
+    check_installed(config)
     if jax.process_index():
         return []
     chosen: list[Writer] = [JsonLines(workdir / "metrics.jsonl", step)]
     if config.log.tensorboard:
         chosen.append(TensorBoard(workdir / "tensorboard", step))
     if config.log.wandb:
-        if importlib.util.find_spec("wandb") is None:
-            raise UserError("log.wandb is set and wandb is not installed: pip install wandb, or leave log.wandb empty")
         chosen.append(Wandb(workdir, config))
     return chosen
+
+
+def check_installed(config: ConfigDict) -> None:
+    """Raises `UserError` when wandb is asked for and not installed."""
+    if config.log.wandb and importlib.util.find_spec("wandb") is None:
+        raise UserError("log.wandb is set and wandb is not installed: pip install wandb, or leave log.wandb empty")
 
 
 def summary(rows: Sequence[Row]) -> Row:

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from typing import Any, Iterator
 import jax
 from ml_collections import ConfigDict
 
+from diffjax import config as configs
 from diffjax import files, mesh
 from diffjax.errors import UserError
 
@@ -47,7 +49,7 @@ def claim(workdir: str | Path, config: ConfigDict, allow_change: bool = False) -
         others, begun = set(workdir.iterdir()), _begun(workdir)
         try:
             if (workdir / "config.json").exists():
-                _change(workdir, files.read_json(workdir / "config.json"), wanted, allow_change)
+                _change(workdir, _begun_with(workdir), wanted, allow_change)
             files.write_json(workdir / "config.json", wanted)
             files.write_json(workdir / "run.json", [*_listed(workdir / "run.json"), description()])
             yield
@@ -125,6 +127,14 @@ def forget_plan(workdir: Path) -> None:
         _remove({workdir / name for name in PLAN})
 
 
+def _begun_with(workdir: Path) -> dict[str, Any]:
+    """The config of the run that is there, with the defaults of what it does not say; as it stands where it has other fields."""
+    try:
+        return json.loads(configs.read(workdir).to_json_best_effort())
+    except UserError:
+        return files.read_json(workdir / "config.json")
+
+
 def _begun(workdir: Path) -> int:
     """A number that changes when a job begins to write its metrics."""
     path = workdir / "metrics.jsonl"
@@ -142,8 +152,7 @@ def _listed(path: Path) -> list[dict[str, Any]]:
 
 def _remove(paths: set[Path]) -> None:
     for path in paths:
-        if path.is_file():
-            path.unlink()
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -129,7 +129,7 @@ def test_the_first_checkpoint_is_read_back(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "_restore", lambda manager, step, shapes: read.append(step) or restore(manager, step, shapes))
     for first in (1, 3):  # of each process
         write(tmp_path, (first, 1.0), (first + 1, 1.0))
-    assert read == [1, 1, 1, 3, 3, 3]  # its three items
+    assert read == [1, 3]
     monkeypatch.setattr(checkpoint, "checksum", lambda tree: len(read))
     with pytest.raises(UserError, match="cannot be read back .the checksum.*choose another --workdir"):
         monkeypatch.setattr(checkpoint, "_restore", lambda *rest: read.append(0) or restore(*rest))

@@ -1,0 +1,170 @@
+"""Configs: what a file leaves out, what the command line changes, and what every mistake is told."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from diffjax import build, config, generate, processor
+from diffjax.errors import UserError
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+TRAINED = sorted(file for file in EXPERIMENTS.rglob("*.py") if "train" in config.load(str(file)))
+EMOJI = str(EXPERIMENTS / "emoji.py")
+FINETUNE = str(EXPERIMENTS / "sd35_finetune.py")
+
+
+def parse(*overrides, spec=EMOJI):
+    return config.parse(spec, [f"--config.{override}" for override in overrides])[0]
+
+
+def fields(settings, prefix=""):
+    """The path and the value of every field that is no table."""
+    for name, value in settings.items():
+        path = f"{prefix}{name}"
+        if hasattr(value, "items"):
+            yield from fields(value, f"{path}.")
+        else:
+            yield path, value
+
+
+@pytest.mark.parametrize("file", TRAINED, ids=lambda file: file.stem)
+def test_an_experiment_is_complete_and_stays_itself(file):
+    loaded = config.load(str(file))
+    whole = config.complete(loaded)
+    found = dict(fields(whole))
+    assert found | dict(fields(loaded)) == found and len(found) > len(dict(fields(loaded)))
+    again = (config.complete(whole), config.parse(str(file), [])[0], config.complete(json.loads(whole.to_json_best_effort())))
+    assert all(other.to_dict() == whole.to_dict() for other in again)
+
+
+@pytest.mark.parametrize("file", TRAINED, ids=lambda file: file.stem)
+def test_every_field_can_be_overridden(file):
+    whole = config.complete(config.load(str(file)))
+    same = [f"--config.{path}={value}" for path, value in fields(whole)]
+    found, rest = config.parse(str(file), same)
+    assert (found.to_dict(), rest) == (whole.to_dict(), [])
+
+
+@pytest.mark.parametrize(
+    "overrides, path, expected",
+    [
+        (["loss.weight.name=plain"], "loss.weight", {"name": "plain"}),
+        (["loss.weight.name=velocity"], "loss.weight", {"name": "velocity", "floor": 0.1}),
+        (["loss.weight.name=min_snr"], "loss.weight", {"name": "min_snr", "gamma": 5.0}),
+        (["loss.weight.gamma=3", "loss.weight.name=min_snr"], "loss.weight", {"name": "min_snr", "gamma": 3.0}),
+        (["loss.weight={'name': 'p2', 'k': 2}"], "loss.weight", {"name": "p2", "gamma": 1.0, "k": 2.0}),
+        (["process.name=exploding", "process.sigma_max=9"], "process", {"name": "exploding", "shift": 1.0, "sigma_min": 0.01, "sigma_max": 9.0}),
+        (["optimizer.schedule.name=cosine"], "optimizer.schedule", {"name": "cosine", "warmup": 100, "final": 0.0}),
+        (["data.flip=True"], "data.flip", True),
+        (["data.templates=('a {}', '{}')"], "data.templates", ("a {}", "{}")),
+        (["text=None"], "text", None),
+        (["text.name=t5"], "text", {"name": "t5", "tokens": 12, "path": ""}),
+        (["low_res.size=16"], "low_res", {"size": 16, "most": 0.3}),
+        (["dit.scan=true"], "dit.scan", True),
+        (["dit.depth=2", "network=dit"], "dit.depth", 2),
+        (["unet.dropout=0.1", "network=unet"], "unet.dropout", 0.1),
+        (["unet.attention_head_dim=8", "network=unet"], "unet.attention_head_dim", 8),
+        (["sample.threshold=0.9"], "sample.threshold", 0.9),
+    ],
+)  # fmt: skip
+def test_overrides_in_any_order(overrides, path, expected):
+    for order in (overrides, overrides[::-1]):
+        found = config._at(parse(*order), path)
+        assert (found.to_dict() if hasattr(found, "to_dict") else found) == expected
+
+
+def test_another_optimizer_keeps_clip_and_schedule_alone():
+    found = parse("optimizer.b1=0.8", "optimizer.name=adamw").optimizer
+    assert (found.b1, found.b2, found.learning_rate, found.weight_decay) == (0.8, 0.99, 1e-3, 0.01)
+    assert found.clip == 1.0 and found.schedule.final == 0.02 and "adam_learning_rate" not in found
+    build.optimizer(found, 10)
+
+
+def test_tables_that_can_be_none_come_and_go():
+    assert parse("lora=None", spec=FINETUNE).lora is None
+    assert parse("lora.rank=4", spec=f"{FINETUNE}:full").lora.to_dict() == {"rank": 4, "alpha": 16.0, "targets": "/attn2?/"}
+    without = str(EXPERIMENTS / "cifar10.py")
+    assert parse("text.tokens=7", spec=without).text.to_dict() | {"tokens": 7, "name": "words"} == parse("text.name=words", "text.tokens=7", spec=without).text.to_dict()
+
+
+def test_all_that_can_be_asked_of_a_sampling_experiment_can_be_overridden():
+    from diffjax.cli import _request
+
+    arguments = ["--config.guidance=2.5", "--config.prompts=('a', 'b')", "--config.size=64", "--config.two_passes=True"]
+    settings, _ = config.parse(str(EXPERIMENTS / "ddpm_cat256.py"), arguments, _request)
+    request = generate.configured(settings)
+    assert (request.guidance, request.prompts, request.size, request.two_passes) == (2.5, ("a", "b"), 64, True)
+    assert (request.steps, request.eta) == (25, None)
+
+
+@pytest.mark.parametrize(
+    "overrides, said",
+    [
+        (["text=None", "text.tokens=3"], "unknown config key text.tokens"),
+        (["data=None"], "config key data is a table, not None"),
+        (["optimizer=adamw"], "config key optimizer is a table, not adamw: give its fields, such as --config.optimizer.name="),
+        (["optimizer.name=adam"], "unknown optimizer.name adam: did you mean adamw?"),
+        (["optimizer.name=adamw", "optimizer.momentum=0.9"], "unknown config key optimizer.momentum"),
+        (["dit.dtype=bf16"], "unknown dit.dtype bf16: did you mean bfloat16?"),
+        (["low_res.most=0.2"], "the config has no low_res.size: add it, a whole number"),
+        (["train.ema=1"], "train.ema is 1: it must be at least 0 and below 1"),
+        (["optimizer.clip=-1"], "optimizer.clip is -1: it must be at least 0"),
+        (["optimizer.learning_rate=nan"], "optimizer.learning_rate is nan: it must be above 0"),
+        (["loss.times.mean=inf"], "loss.times.mean is inf: it must be a finite number"),
+        (["sample.num=0"], "sample.num is 0: it must be at least 1"),
+        (["sample.prompts=a cat"], "config key sample.prompts takes a list such as"),
+    ],
+)
+def test_wrong_overrides_name_field_and_remedy(overrides, said):
+    with pytest.raises(UserError) as error:
+        parse(*overrides)
+    assert str(error.value).startswith(said) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("file", TRAINED, ids=lambda file: file.stem)
+def test_a_mistake_in_any_field_of_a_file_is_told_by_its_name(file):
+    whole = config.complete(config.load(str(file))).to_dict()
+    for path, value in fields(whole):
+        if value is None:
+            continue
+        for wrong in ({"x": 1}, [object()] if isinstance(value, str) else "wrong", None):
+            if isinstance(value, str) and wrong is None or wrong == "wrong" and path.endswith("name"):
+                continue
+            broken = config.complete(whole).to_dict()
+            table = broken
+            for name in path.split(".")[:-1]:
+                table = table[name]
+            table[path.rpartition(".")[2]] = wrong
+            if wrong is None and config._place(config.base(whole), path) not in (str, int, float):
+                continue
+            with pytest.raises(UserError, match=path.rpartition(".name")[0] or path):
+                config.complete(broken)
+
+
+@pytest.mark.parametrize("path", ["name", "data", "process", "loss.times", "optimizer", "network", "train.steps", "train.batch"])
+def test_a_missing_field_is_named(path):
+    settings = config.load(EMOJI).to_dict()
+    table = settings
+    for name in path.split(".")[:-1]:
+        table = table[name]
+    del table[path.rpartition(".")[2]]
+    if path == "data":
+        assert config.complete(settings).to_dict() == settings  # `train` says what an experiment needs
+        return
+    with pytest.raises(UserError, match=f"the config has no {path}: add it, "):
+        config.complete(settings)
+
+
+def test_auto_is_settled_said_and_kept(tmp_path, monkeypatch, capsys):
+    settings = parse("dit.dtype=auto", "text.dtype=auto")
+    monkeypatch.setattr(processor, "flags", lambda: frozenset({"avx512_bf16"}))
+    begun = config.settle(settings, tmp_path)
+    assert begun.dit.dtype == begun.text.dtype == "bfloat16" and begun.dit.param_dtype == "float32"
+    assert "dit.dtype is bfloat16: this CPU has avx512_bf16\n" in capsys.readouterr().out
+    (tmp_path / "config.json").write_text(begun.to_json_best_effort())
+    monkeypatch.setattr(processor, "flags", frozenset)
+    assert config.settle(settings, tmp_path) == begun
+    assert "dit.dtype is bfloat16: as the run was begun\n" in capsys.readouterr().out
+    assert config.settle(settings, tmp_path / "another").dit.dtype == "float32"
+    assert "has none of amx_bf16, avx512_bf16, bf16\n" in capsys.readouterr().out
