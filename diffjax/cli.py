@@ -314,7 +314,12 @@ def _add_subject(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shard", type=one_of("way", "fsdp", "tensor", "both"), help="split the weights over all devices (SD3.5)"
     )
-    parser.add_argument("--lora", metavar="FILE", help="add the adapters of this file, in diffusers' format (SD3.5)")
+    parser.add_argument(
+        "--lora",
+        action="append",
+        metavar="FILE[:STRENGTH]",
+        help="add the low-rank adapters of a file, folder or hub id, times STRENGTH (SD3.5); can be repeated",
+    )
     parser.add_argument("--prompt", action="append", dest="prompts", default=[], metavar="TEXT", help="can be repeated")
     parser.add_argument("--prompt-file", metavar="FILE", help="more prompts, one on a line")
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from")

@@ -83,7 +83,7 @@ class Plan:
         adapters = {}
         for path in sorted({name.rpartition("/")[0] for name in trained}):
             a, b = trained[f"{path}/a"], trained[f"{path}/b"]
-            adapters[path] = lora.Adapter(a, b, jnp.full(a.shape[:-2], scale, jnp.float32))
+            adapters[path] = lora.Adapter(a, b, jnp.full(b.shape[:-1], scale, jnp.float32))
         return {"network": lora.join(frozen, adapters)}
 
     def objective(self) -> Objective:

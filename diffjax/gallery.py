@@ -48,7 +48,7 @@ IN_METADATA = (
 )
 
 FILES = ("image", "mask", "low_res", "lora")
-"""What of a recipe names a file, or a folder of an earlier job."""
+"""What of a recipe names a file, or a folder of an earlier job; adapters, several with their strengths."""
 
 Recipe = dict[str, Any]
 Subject = tuple[str | None, str | None]
@@ -176,7 +176,7 @@ class Gallery:
             images = [entry | {"sha256": sha256(self.folder / entry["file"])} for entry in images]
         files.write_json(
             self.folder / "manifest.json",
-            {"recipe": with_places(self.recipe, self.folder, os.path.relpath), "made_by": description(), "images": images},
+            {"recipe": with_places(self.recipe, self.folder, relative), "made_by": description(), "images": images},
         )
 
 
@@ -249,7 +249,19 @@ def unlike(there: Recipe, here: Recipe) -> list[str]:
 
 def with_places(recipe: Recipe, folder: Path, path: Callable[[str, Path], str]) -> Recipe:
     """The recipe with `path(place, folder)` for each place: in a manifest they are relative to its folder, so that both move."""
-    return recipe | {name: path(recipe[name], folder.resolve()) for name in _places(recipe)}
+    moved = lambda place: [moved(one) for one in place] if isinstance(place, list) else path(place, folder.resolve())
+    return recipe | {name: moved(recipe[name]) for name in _places(recipe)}
+
+
+def relative(place: str, folder: Path) -> str:
+    """A whole path as seen from a folder, with a dot before it, by which it differs from a hub id, which stays."""
+    seen = os.path.relpath(place, folder)
+    return place if not os.path.isabs(place) else seen if seen.startswith(os.pardir) else os.path.join(os.curdir, seen)
+
+
+def whole(place: str, folder: Path) -> str:
+    """The whole path of what `relative` wrote."""
+    return str((folder / place).resolve()) if place.startswith(os.curdir) else place
 
 
 def _places(recipe: Recipe) -> list[str]:

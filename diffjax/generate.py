@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from diffjax import build, image, seeds
 from diffjax.draw import Drawing, Part, Picture, Stage, shown
 from diffjax.errors import UserError, unknown
-from diffjax.gallery import FILES, Background, Gallery, file_name, read_manifest, sha256, unlike, with_places
+from diffjax.gallery import FILES, Background, Gallery, file_name, read_manifest, sha256, unlike, whole, with_places
 from diffjax.guide import Guidance
 from diffjax.interrupt import stop_on_signal
 from diffjax.loading import load, run_folder
@@ -33,6 +33,7 @@ from diffjax.say import counted
 from diffjax.sd3 import SkipLayers
 from diffjax.train.checkpoint import checksum
 from diffjax.trained import Prompts
+from diffjax.weights import lora as lora_file
 
 SAVE_SECONDS = 10.0
 PREVIEW_SECONDS = 3.0
@@ -75,7 +76,7 @@ class Request:
     skip_layers: bool = False
     quantize: str | None = None
     shard: str | None = None
-    lora: str | None = None
+    lora: tuple[str, ...] | None = None
 
     def __post_init__(self):
         for name, least in (("num", 1), ("steps", 1), ("batch", 1), ("seed", 0)):
@@ -110,8 +111,10 @@ def configured(config: ConfigDict) -> Request:
 
 
 def whole_paths(given: dict[str, Any]) -> dict[str, Any]:
-    """The same with the files that it names by their whole path."""
-    return given | {name: str(Path(given[name]).resolve()) for name in FILES if given.get(name)}
+    """The same with the files that it names by their whole path, those of adapters with their strength."""
+    paths = {name: str(Path(given[name]).resolve()) for name in FILES if name != "lora" and given.get(name)}
+    loras = {"lora": tuple(map(str, lora_file.sources(given["lora"])))} if given.get("lora") else {}
+    return given | paths | loras
 
 
 def requested(args: Namespace) -> Request:
@@ -200,7 +203,7 @@ def replay(
     """
     listed = read_manifest(Path(manifest))
     names = {field.name for field in dataclasses.fields(Request)}
-    recipe = with_places(listed["recipe"], Path(manifest).parent, lambda place, folder: str((folder / place).resolve()))
+    recipe = with_places(listed["recipe"], Path(manifest).parent, whole)
     asked = {name: value for name, value in recipe.items() if name in names} | ({"model": model} if model else {})
     if recipe["checksum"] is not None and not Path(asked["model"]).exists():
         raise UserError(f"{asked['model']} is not there: say with --run or --model where it is now")
@@ -306,7 +309,9 @@ def recipe_of(request: Request, model: Model) -> dict[str, Any]:
 
     A model of the hub is known by its commit.
     """
-    named = {name: sha256(Path(path)) for name in ("image", "mask", "lora") if (path := getattr(request, name))}
+    named = {name: sha256(Path(path)) for name in ("image", "mask") if (path := getattr(request, name))}
+    if request.lora:
+        named["lora"] = [(source.digest, source.strength) for source in lora_file.sources(request.lora)]
     if request.low_res:
         named["low_res"] = drawn_in(Path(request.low_res))
     recipe = dataclasses.asdict(request) | {"checksum": None, "files": named}

@@ -12,6 +12,7 @@ from diffjax.denoise import Apply
 from diffjax.errors import UserError
 from diffjax.model import Model
 from diffjax.weights import foreign, hub
+from diffjax.weights import lora as lora_file
 
 
 def load(
@@ -21,7 +22,7 @@ def load(
     prompts: Iterable[str] | None = None,
     quantize: str | None = None,
     shard: str | None = None,
-    lora: str | Path | None = None,
+    lora: lora_file.Given | None = None,
     variant: str | None = None,
 ) -> Model:
     """The model of one of our runs, of a folder in a published layout, of a hub id, or of a single file of SD3.5.
@@ -30,26 +31,31 @@ def load(
     network computes as it was trained; else both are `dtype`. `revision` is the step of a run's checkpoint (None: the
     newest) or a branch, tag or commit of the hub. `variant`, as "fp16" or "ema", says which of several forms of the weights is
     read, where a published model has more than one. With `prompts`, a published text-to-image model encodes these while it
-    loads and can draw no others: its text encoders and its denoiser are never in memory together. Of such a model, `quantize` ("int8",
-    "int4") keeps the transformer and T5 in fewer bits, and `shard` ("fsdp", "tensor", "both") splits the transformer over
-    all devices; `lora` is a file of adapters that are added to the transformer. Raises `UserError` for what is not there,
-    cannot be read or is not implemented.
+    loads and can draw no others: its text encoders and its denoiser are never in memory together. Of such a model, `quantize`
+    ("int8", "int4") keeps the transformer and T5 in fewer bits, and `shard` ("fsdp", "tensor", "both") splits the transformer over
+    all devices; `lora` adds adapters to the transformer and the text encoders: FILE or "FILE:STRENGTH", a list of them, or a
+    table {FILE: strength}, in any order, FILE being a file, a folder that holds one, or a hub id. Raises `UserError` for what
+    is not there, cannot be read or is not implemented.
     """
     folder = Path(name).expanduser()
     if is_run(folder):
         if revision is not None and not revision.isdigit():
             raise UserError(f"revision {revision} of a run: give the step of one of its checkpoints")
-        _refuse_kept(str(folder), quantize, shard, lora)
+        if quantize or shard or lora:
+            raise UserError(
+                f"{folder} is a run, drawn with as it was trained: `diffjax convert {folder} OUT` it, and give fewer bits, split"
+                " parameters or adapters with the published model"
+            )
         if variant:
             raise UserError(f"{folder} is a run, which has no variant {variant}: leave it out, or give a step as revision")
         step = None if revision is None else int(revision)
         model = finetune.load(folder, step, prompts) if finetune.is_one(folder) else trained.load(folder, step)
         return _cast(model, dtype).replace(name=str(folder.resolve()))
+    loras = lora_file.sources(lora)
     folder, commit = hub.fetch(name, revision, variant=variant)
     called = str(name) if commit else str(folder.resolve())
     if sd3.is_one(folder):
-        model = sd3.load(folder, sd3.Kept(dtype, quantize, shard, variant), called, prompts)
-        model = sd3.adapted(model, lora) if lora else model
+        model = sd3.load(folder, sd3.Kept(dtype, quantize, shard, variant), called, prompts, loras)
     elif any((folder / part).exists() for part in ("config.json", "model_index.json", "unet")):
         _refuse_kept(called, quantize, shard, lora)
         model = pretrained.ddpm(folder, dtype, variant)

@@ -7,15 +7,17 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from diffjax import grid, predict, process, sample, weights
+from diffjax import grid, predict, process, sample, sd3, weights
 from diffjax.denoise import Apply, Denoiser, table_step
 from diffjax.errors import UserError
 from diffjax.model import Defaults, Model
 from diffjax.nets.unet import UNet
 from diffjax.refine import Clip, Refine, Threshold
+from diffjax.weights.config import class_name, read_json
 from diffjax.weights.folder import component
 from diffjax.weights.scheduler import Scheduler, read_scheduler
 
+PIPELINES = ("DDPMPipeline", "DDIMPipeline")
 PREDICTIONS = {"epsilon": predict.Eps(), "sample": predict.X0(), "v_prediction": predict.V()}
 DEVIATIONS = {
     "fixed_small": sample.small,
@@ -30,9 +32,10 @@ DEVIATIONS = {
 def ddpm(folder: str | Path, dtype: Any = None, variant: str | None = None) -> Model:
     """The model of a DDPMPipeline or DDIMPipeline folder: `unet/` and `scheduler/`, or all files at the root.
 
-    `variant` is which of several forms of the weights is read, as of `weights.load`. Raises `UserError` naming the field of the
-    network's configuration with which nothing can be drawn.
+    `variant` is which of several forms of the weights is read, as of `weights.load`. Raises `UserError` for
+    another pipeline, by its name, and naming the field of the network's configuration with which nothing can be drawn.
     """
+    _refuse_other_pipelines(Path(folder))
     scheduler = read_scheduler(folder)
     unet = component(folder, "unet")
     check(weights.describe(unet), scheduler, unet / "config.json")
@@ -70,6 +73,13 @@ def check(module: UNet, scheduler: Scheduler, path: Path) -> None:
     if out not in (channels, 2 * channels) or (learned and out == channels):
         wanted = f"{2 * channels}, for the variance" if learned else f"{channels}, or {2 * channels} with a variance"
         raise UserError(f"{path}: out_channels = {out} beside in_channels = {channels}; a network that draws has {wanted}")
+
+
+def _refuse_other_pipelines(folder: Path) -> None:
+    index = folder / "model_index.json"
+    name = class_name(read_json(index)) if index.exists() else None
+    if name not in (None, *PIPELINES):
+        raise UserError(f"{folder} holds a {name}: diffjax draws with {', '.join((*PIPELINES, *sd3.PIPELINES))}")
 
 
 def shape(module: UNet) -> tuple[int, int, int]:

@@ -5,7 +5,7 @@ The process is a flow whose time is shifted towards noise. Networks read 1000 si
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -35,7 +35,9 @@ from diffjax.weights.folder import read_tensors
 from diffjax.weights.scheduler import FlowScheduler, read_flow_scheduler
 from diffjax.weights.single_file import Component
 
-PIPELINE = "StableDiffusion3Pipeline"
+PIPELINES = tuple(f"StableDiffusion3{kind}Pipeline" for kind in ("", "Img2Img", "Inpaint"))
+"""The names in an index of the same components."""
+
 CLIPS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 T5, T5_RULES = "text_encoder_3", "tokenizer_3"
 NEEDED = (*CLIPS, "transformer", "vae")
@@ -96,19 +98,22 @@ class Texts:
 class Kept:
     """How weights are kept: in a dtype (None: the files'), those of the transformer and of T5 in fewer bits ("int8", "int4"),
     those of the transformer split over all devices ("fsdp", "tensor", "both"); and which of several forms of them is read, in
-    each component that has the `variant`.
+    each component that has the `variant`. `added` are the adapters that act on them, by component, of each file with its
+    strength.
     """
 
     dtype: Any = None
     quantize: str | None = None
     shard: str | None = None
     variant: str | None = None
+    added: tuple[tuple[Mapping[str, Mapping[str, lora.Adapter | lora.Decomposed]], float], ...] = ()
 
     def read(self, name: str, part: Component, source: Path) -> tuple[nn.Module, dict[str, Any]]:
         """A component's network and parameters."""
         scheme = SCHEMES[self.quantize] if self.quantize and name in ("transformer", T5) else None
         place = shard.over(self.shard) if self.shard and name == "transformer" else None
-        return weights.assemble(part.config, part.tensors, str(source), self.dtype, place, scheme)
+        module, params = weights.assemble(part.config, part.tensors, str(source), self.dtype, place, scheme)
+        return module, lora.add(params, [(adapters.get(name, {}), strength) for adapters, strength in self.added])
 
 
 @dataclass(frozen=True)
@@ -136,34 +141,34 @@ class SkipLayers:
 
 
 def is_one(path: Path) -> bool:
-    """Whether it is a single file, or the folder of a StableDiffusion3Pipeline."""
+    """Whether it is a single file, or the folder of a Stable Diffusion 3 pipeline (text to image, image to image, inpaint)."""
     index = path / "model_index.json"
-    return path.is_file() or (index.exists() and class_name(read_json(index)) == PIPELINE)
+    return path.is_file() or (index.exists() and class_name(read_json(index)) in PIPELINES)
 
 
-def load(path: Path, kept: Kept = Kept(), name: str = "", prompts: Iterable[str] | None = None) -> Model:
+def load(
+    path: Path,
+    kept: Kept = Kept(),
+    name: str = "",
+    prompts: Iterable[str] | None = None,
+    loras: Sequence[lora_file.Source] = (),
+) -> Model:
     """The model of a StableDiffusion3Pipeline folder or of a single file; `name`, as of a hub id, tells its kind.
 
+    Adapters of `loras` are added to the transformer and the text encoders, whose parameters stay as they are kept.
     With `prompts` the model knows these by heart, and the text encoders are let go before the transformer is loaded.
     What a single file lacks comes from the folder it lies in, if that is a pipeline's, else from the hub. Raises one
     `UserError` that lists what is wrong with the components.
     """
     name = name or str(path)
     if path.is_dir():
-        return assemble(components(path, variant=kept.variant), path, read_flow_scheduler(path), kept, name, prompts)
+        return assemble(components(path, variant=kept.variant), path, read_flow_scheduler(path), kept, name, prompts, loras)
     if kept.variant:
         raise UserError(f"{path} is one file, of which there are no variants: leave --variant out")
     parts, folder = single_file.read(path), path.parent
     if not (folder / "model_index.json").exists():
         folder = hub.fetch(home(name, parts), patterns=REST).folder
-    return assemble(components(folder, parts), folder, FlowScheduler(shift=SHIFT), kept, name, prompts)
-
-
-def adapted(model: Model, path: str | Path) -> Model:
-    """The model with the adapters of a LoRA file; its parameters stay as they are kept."""
-    denoiser = model.denoiser
-    adapters = jax.tree.map(jnp.asarray, lora_file.read(path, denoiser.apply.module))
-    return model.replace(denoiser=denoiser.replace(params=lora.join(denoiser.params, adapters)))
+    return assemble(components(folder, parts), folder, FlowScheduler(shift=SHIFT), kept, name, prompts, loras)
 
 
 def home(name: str, parts: Mapping[str, Component]) -> str:
@@ -198,14 +203,17 @@ def assemble(
     kept: Kept,
     name: str,
     prompts: Iterable[str] | None,
+    loras: Sequence[lora_file.Source] = (),
 ) -> Model:
     """The model of components, with the tokenizers of a folder."""
-    _check(parts, folder)
+    modules = _check(parts, folder)
+    kept = replace(kept, added=tuple((lora_file.read(source.file, modules), source.strength) for source in loras))
     load_texts = functools.partial(texts, parts, folder, kept)
     if prompts is None:
         text = load_texts()
     else:
-        text = remembered(_encoder_key(parts, folder, kept, name), ["", *prompts], load_texts)
+        reads = [(source.digest, source.strength) for source, (of, _) in zip(loras, kept.added) if of.keys() - {"transformer"}]
+        text = remembered(_encoder_key(parts, folder, kept, name, *reads), ["", *prompts], load_texts)
     transformer, params = kept.read("transformer", parts["transformer"], folder / "transformer")
     vae, vae_params = kept.read("vae", parts["vae"], folder / "vae")
     process = Shift(Flow(), scheduler.shift)
@@ -234,11 +242,11 @@ def texts(parts: Mapping[str, Component], folder: Path, kept: Kept) -> Texts:
     return Texts(tuple(read(*names) for names in CLIPS.items()), read(T5, T5_RULES) if T5 in parts else None, width)
 
 
-def _encoder_key(parts: Mapping[str, Component], folder: Path, kept: Kept, name: str) -> str:
-    """What the encoded prompts are kept under; a single file may hold text encoders."""
+def _encoder_key(parts: Mapping[str, Component], folder: Path, kept: Kept, name: str, *adapters: tuple[str, float]) -> str:
+    """What the encoded prompts are kept under; a single file may hold text encoders, and `adapters` change them."""
     files = sorted(file for pair in (*CLIPS.items(), (T5, T5_RULES)) for part in pair for file in (folder / part).glob("*"))
     files += [Path(name)] if Path(name).is_file() else []
-    return remember.key(files, sorted(parts), kept.dtype, kept.quantize, kept.variant, T5_TOKENS)
+    return remember.key(files, sorted(parts), kept.dtype, kept.quantize, kept.variant, T5_TOKENS, *adapters)
 
 
 def kind(name: str, module: MMDiT) -> str:
@@ -270,8 +278,11 @@ def published_grid(scheduler: FlowScheduler, steps: int) -> Float[np.ndarray, "s
     return grid.pairs(np.append(np.linspace(1, last, steps), 0.0))
 
 
-def _check(parts: Mapping[str, Component], folder: Path) -> None:
-    """Raise one error for all components whose configuration or keys are wrong, or one for text encoders of another model."""
+def _check(parts: Mapping[str, Component], folder: Path) -> dict[str, nn.Module]:
+    """The networks of the components.
+
+    Raises one error for all whose configuration or keys are wrong, or one for text encoders of another model.
+    """
     modules, wrong = {}, []
     for name, part in parts.items():
         try:
@@ -285,3 +296,4 @@ def _check(parts: Mapping[str, Component], folder: Path) -> None:
     deep = modules[T5].d_model if T5 in modules else transformer.joint_attention_dim
     if width > deep or (deep, pooled) != (transformer.joint_attention_dim, transformer.pooled_projection_dim):
         raise UserError(f"{folder}: the text encoders are of another model than the transformer; download it again")
+    return modules

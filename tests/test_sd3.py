@@ -86,6 +86,24 @@ def test_wrong_keys_are_listed_by_component(folders, tmp_path):
         diffjax.load(folder)
 
 
+@pytest.mark.parametrize("kind", ["Img2Img", "Inpaint"])
+def test_indices_of_other_tasks_name_the_same_components(folders, tmp_path, kind):
+    folder = shutil.copytree(folders("large"), tmp_path / "model")
+    index = folder / "model_index.json"
+    index.write_text(index.read_text().replace("StableDiffusion3Pipeline", f"StableDiffusion3{kind}Pipeline"))
+    ours, same = (diffjax.load(one, prompts=[]).denoiser.params for one in (folder, folders("large")))
+    assert jax.tree.all(jax.tree.map(np.array_equal, ours, same))
+
+
+@pytest.mark.parametrize("name", ["StableDiffusion3ControlNetPipeline", "StableDiffusionXLPipeline", "DiTPipeline"])
+def test_other_pipelines_are_refused_by_name(folders, tmp_path, name):
+    folder = shutil.copytree(folders("large"), tmp_path / "model")
+    index = folder / "model_index.json"
+    index.write_text(index.read_text().replace("StableDiffusion3Pipeline", name))
+    with pytest.raises(UserError, match=f"holds a {name}: diffjax draws with DDPMPipeline, .*StableDiffusion3InpaintPipeline"):
+        diffjax.load(folder)
+
+
 def test_kinds_are_told_by_name_and_layers(folders):
     large, medium = sd3_folder.TRANSFORMERS["large"], sd3_folder.TRANSFORMERS["medium"]
     assert sd3.kind("/turbo/sd3.5-large", large) == "large" and sd3.kind("x/large", medium) == "medium"

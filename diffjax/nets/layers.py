@@ -98,9 +98,7 @@ def matmul(
     cotangent to a float32 product), and only reverse mode is defined.
     """
     if isinstance(kernel, LowRank):
-        adapter = kernel.adapter
-        low = matmul(matmul(x, adapter.a, dtype), adapter.b, dtype)
-        return matmul(x, kernel.kernel, dtype) + adapter.scale * low
+        return _adapted_matmul(x, kernel, dtype)
     rows = x.reshape(-1, x.shape[-1])
     kernel = kernel.astype(dtype) if isinstance(kernel, Quantized) else kernel
     if jnp.dtype(dtype).itemsize < 4:
@@ -108,6 +106,13 @@ def matmul(
     else:
         y = rows.astype(dtype) @ kernel.astype(dtype)
     return y.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+def _adapted_matmul(x: Float[Array, "*batch i"], whole: LowRank, dtype: Dtype) -> Float[Array, "*batch o"]:
+    adapter, y = whole.adapter, matmul(x, whole.kernel, dtype)
+    y = y if adapter.gain is None else adapter.gain * y
+    y = y + matmul(matmul(x, adapter.a, dtype) * adapter.scale, adapter.b, dtype)
+    return y if adapter.bias is None else y + adapter.bias
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

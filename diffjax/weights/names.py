@@ -4,7 +4,7 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -291,7 +291,12 @@ def _complain(problems: dict[str, list[str]], source: str) -> None:
     said = []
     for what, keys in problems.items():
         if keys:
-            more = f" and {len(keys) - LISTED} more" if len(keys) > LISTED else ""
-            said.append(f"{len(keys)} {what}: {', '.join(ascii(key)[1:-1] for key in keys[:LISTED])}{more}")
+            said.append(f"{len(keys)} {what}: {listed(keys)}")
     if said:
         raise UserError(f"{source} does not fit its configuration; {'; '.join(said)}")
+
+
+def listed(keys: Sequence[str]) -> str:
+    """The first of the keys, and how many more there are."""
+    more = f" and {len(keys) - LISTED} more" if len(keys) > LISTED else ""
+    return f"{', '.join(ascii(key)[1:-1] for key in keys[:LISTED])}{more}"

@@ -149,7 +149,7 @@ def _exchange(tensor: np.ndarray) -> np.ndarray:
     return np.concatenate(np.split(tensor, 2)[::-1])
 
 
-def _part(tensor: np.ndarray, place: Place) -> np.ndarray:
+def part_of(tensor: np.ndarray, place: Place) -> np.ndarray:
     if place.exchanged and len(tensor) % 2 == 0:
         return _exchange(tensor)
     third = len(tensor) // 3 if tensor.ndim else 0
@@ -163,7 +163,7 @@ def _under(tensors: Tensors, prefix: str) -> dict[str, np.ndarray]:
 def _taken_apart(tensors: Tensors, places: Mapping[str, Place]) -> dict[str, np.ndarray]:
     """Tensors under the names of folders; what has no place keeps its name, to be complained of."""
     known = {place.key for place in places.values()}
-    found = {key: _part(tensors[place.key], place) for key, place in places.items() if place.key in tensors}
+    found = {key: part_of(tensors[place.key], place) for key, place in places.items() if place.key in tensors}
     return found | {key: tensor for key, tensor in tensors.items() if key not in known}
 
 
