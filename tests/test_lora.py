@@ -213,3 +213,65 @@ def test_jobs_record_their_adapters_and_are_replayed(model, tmp_path):
     assert cli.main(["sample", "--replay", str(tmp_path / "out" / "other.json"), "--out", str(tmp_path / "weaker")]) == 2
     safetensors.write(paths[0], lora_files.write(lora_files.NAMINGS["kohya"], 5)[0])
     assert cli.main(["sample", "--replay", str(tmp_path / "out" / "manifest.json"), "--out", str(tmp_path / "third")]) == 2
+
+
+@pytest.mark.reference
+def test_diffusers_reads_and_computes_the_same(tmp_path, base):
+    pytest.importorskip("peft")
+    from diffusers import SD3Transformer2DModel
+
+    weights.save(tmp_path / "transformer", MODULE, base)
+    some = adapters("/attn/|proj_out|linear_1|norm1_linear")
+    lora_file.write(tmp_path / lora_file.FILE, MODULE, some)
+    theirs = SD3Transformer2DModel.from_pretrained(tmp_path / "transformer")
+    theirs.load_lora_adapter(tmp_path, weight_name=lora_file.FILE)
+    assert reference.relative(output(lora.join(base, some)), published(theirs)) <= 1e-5
+
+
+def published(network):
+    """What diffusers' network makes of `inputs`."""
+    import torch
+
+    x, t, context, pooled = map(torch.from_numpy, inputs())
+    with torch.no_grad():
+        return network(x.permute(0, 3, 1, 2), context, pooled, t).sample.permute(0, 2, 3, 1).numpy()
+
+
+SETTINGS = {
+    "plain": {},
+    "stabilised": {"use_rslora": True},
+    "patterns": {"rank_pattern": {"to_q": 3}, "alpha_pattern": {r"^transformer_blocks\.1\..*": 5, "to_k": 2}},
+    "dora": {"use_dora": True, "use_rslora": True},
+    "bias": {"lora_bias": True},
+    "alpha 0": {"lora_alpha": 0},
+}
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("header", [True, False], ids=["header", "config"])
+def test_what_peft_trained_is_computed_as_peft_does(tmp_path, base, name, header):
+    """Settings in the header, as diffusers' `save_lora_adapter` writes them, or in PEFT's own adapter_config.json."""
+    peft = pytest.importorskip("peft")
+    import torch
+    from diffusers import SD3Transformer2DModel
+
+    weights.save(tmp_path / "transformer", MODULE, base)
+    theirs = SD3Transformer2DModel.from_pretrained(tmp_path / "transformer")
+    targets = ["to_q", "to_k", "add_v_proj", "to_out.0", "proj_out", "norm1.linear", "net.0.proj"]
+    config = peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": targets} | SETTINGS[name])
+    random = torch.Generator().manual_seed(0)
+    if header:
+        theirs.add_adapter(config)
+    whole = theirs if header else peft.get_peft_model(theirs, config)
+    for key, value in whole.named_parameters():
+        if "lora_" in key:
+            noise = torch.randn(value.shape, generator=random)
+            value.data = value.data * (1 + noise / 5) if "magnitude" in key else noise / 5
+    if header:
+        theirs.save_lora_adapter(tmp_path / "out")
+    else:
+        whole.save_pretrained(tmp_path / "out")
+    (source,) = lora_file.sources(tmp_path / "out")
+    ours = lora.add(base, [(lora_file.read(source.file, {"transformer": MODULE})["transformer"], 1.0)])
+    assert reference.relative(output(ours), published(theirs)) <= 1e-5
