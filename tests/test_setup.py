@@ -184,3 +184,13 @@ sys.exit(f"imported {sorted(slow)}" if slow else "a device was started" if xla_b
 """
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_the_container_is_made_of_what_is_there():
+    lines = (ROOT / "Dockerfile").read_text().replace("\\\n", " ").splitlines()
+    copied = [name for line in lines if line.startswith("COPY ") for name in line.split()[1:-1]]
+    assert copied and all((ROOT / name).exists() for name in copied)
+    assert not set(copied) & set((ROOT / ".dockerignore").read_text().split())
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = re.findall(r"EXTRAS=([\w,]+)", "\n".join(lines))
+    assert named == ["emoji,cuda", "emoji"] and all(name in extras for each in named for name in each.split(","))

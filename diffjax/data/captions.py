@@ -17,6 +17,7 @@ from diffjax.data.images import READ, SUFFIXES
 from diffjax.data.rows import CAPTION_KEYS, TABLES, captions_in, json_in, named, rows, text_in, unreadable
 from diffjax.data.walk import composed, loosely, printable, relative, walk
 from diffjax.errors import UserError
+from diffjax.say import counted
 
 PROSE = frozenset({"readme", "license", "licence", "attribution", "notice", "credits", "copyright"})
 SPLITS = frozenset({"train", "training", "test", "testing", "val", "valid", "validation", "dev"})
@@ -160,7 +161,7 @@ class Pictures:
 def without_picture(path: Path, missing: list[str]) -> UserError:
     """The error for captions whose pictures are not there."""
     remedy = "put the pictures back or remove their captions"
-    return UserError(f"{path}: {len(missing)} captions have no picture, the first is {missing[0]}; {remedy}")
+    return UserError(f"{path}: {counted(len(missing), 'caption')} without a picture, the first is {missing[0]}; {remedy}")
 
 
 def gather(known: list[str], captions: list[str]) -> None:

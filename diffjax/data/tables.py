@@ -21,6 +21,7 @@ from diffjax.data.prepare import in_parallel, track
 from diffjax.data.rows import TABLES, Inside, rows
 from diffjax.data.walk import ARCHIVES, relative
 from diffjax.errors import UserError
+from diffjax.say import counted
 
 HELD_GROUPS = 2
 _reading = threading.Lock()
@@ -135,7 +136,7 @@ class Table:
             return {}
         if not self.log.exists():
             raise UserError(
-                f"{self.path} names {len(self.links)} pictures on the web, which training does not fetch: "
+                f"{self.path} names {counted(len(self.links), 'picture')} on the web, which training does not fetch: "
                 "run `diffjax prepare` with the same --config first"
             )
         failures = map(json.loads, self.log.read_text(encoding="utf-8").splitlines())
@@ -152,7 +153,7 @@ class Table:
         failed |= download.fetch(absent) if absent else {}
         told = (json.dumps({"url": url, "reason": reason}) + "\n" for url, reason in failed.items())
         files.write_atomic(self.log, "".join(told).encode())
-        print(f"{len(self.links) - len(failed)} of {len(self.links)} pictures are fetched")
+        print(f"{len(self.links) - len(failed)} of {counted(len(self.links), 'picture')} fetched")
         if failed:
             print(f"why not the others: {self.log} (--retry tries them again)")
 

@@ -70,7 +70,7 @@ def test_other_files_are_left_alone(folder):
 
 
 BROKEN = {
-    "lost.txt": ("a lost caption", r"1 captions have no picture, the first is lost\.\* \(named by lost.txt\); put"),
+    "lost.txt": ("a lost caption", r"1 caption without a picture, the first is lost\.\* \(named by lost.txt\); put"),
     "metadata.csv": ("file_name,text\nmissing.png,x\n", "the first is missing.png"),
     "m.csv": ("a,b\n1,2\n", "m.csv: line 2 has a, b and needs one each of file_name"),
     "x.jsonl": ('{"file_name": "a.png"', "cannot read the captions in .*x.jsonl"),

@@ -191,7 +191,7 @@ def test_what_was_fetched_or_failed_is_not_asked_for_again_but_on_demand(site, t
     table = write(tmp_path, rows, ".jsonl")
     data.fetch(settings(table))
     said = capsys.readouterr().out
-    assert "2 of 3 pictures are fetched" in said and "(--retry tries them again)" in said
+    assert "2 of 3 pictures fetched" in said and "(--retry tries them again)" in said
     server.asked.clear()
     data.fetch(settings(table))
     assert len(data.load(settings(table))) == 2 and not server.asked
@@ -307,14 +307,14 @@ def test_the_command(site, tmp_path, capsys):
         f"    return ConfigDict({{'data': {settings(table)!r}, 'text': None}})\n"
     )
     assert cli.main(["prepare", "--config", str(tmp_path / "config.py")]) == 0
-    assert capsys.readouterr().out == "3 of 3 pictures are fetched\nready: 3 pictures of 16 pixels\n"
+    assert capsys.readouterr().out == "3 of 3 pictures fetched\nready: 3 pictures of 16 pixels\n"
     (tmp_path / "config.py").write_text("import ml_collections\nget_config = ml_collections.ConfigDict\n")
     assert cli.main(["prepare", "--config", str(tmp_path / "config.py")]) == 2
     assert "there is nothing to prepare" in capsys.readouterr().err
 
 
 WRONG = {
-    "missing.csv": ("file,text\nnowhere.png,x\n", r"1 captions have no picture, the first is .*nowhere.png"),
+    "missing.csv": ("file,text\nnowhere.png,x\n", r"1 caption without a picture, the first is .*nowhere.png"),
     "number.jsonl": ('{"url": 3, "text": "x"}\n', "line 1 has url, text and needs .* the first a path or URL"),
     "list.jsonl": ("[1]\n", "line 1 is no object with names"),
     "not.parquet": ("nothing", "cannot read the captions in .*not.parquet"),
