@@ -126,7 +126,7 @@ def command() -> Iterator[None]:
     finally:
         signal.set_wakeup_fd(before)
         os.close(send)
-        watcher.join()
+        watcher.join(timeout=1)  # longer only where a forked process holds the other end
         os.close(receive)
         _Heard.command = outer
 

@@ -47,10 +47,20 @@ def compiled_once(tmp_path_factory):
     compilation_cache.reset_cache()
 
 
-@pytest.fixture(autouse=True)
-def few_devices(monkeypatch):
+@pytest.fixture(scope="module", autouse=True)
+def few_devices():
     """Two are as good as eight here, and their programs smaller."""
-    monkeypatch.setattr(loop.mesh, "data_mesh", functools.partial(loop.mesh.data_mesh, jax.devices()[:2]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.mesh, "data_mesh", functools.partial(loop.mesh.data_mesh, jax.devices()[:2]))
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(pictures, few_devices, tmp_path_factory):
+    """A run that is not to be changed."""
+    workdir = tmp_path_factory.mktemp("runs") / "finished"
+    train(pictures, workdir)
+    return workdir
 
 
 def command(pictures, workdir, **changes):
@@ -211,9 +221,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(pictures, tmp_path):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(load_run(tmp_path, ema=False).params))
 
 
-def test_more_steps_go_on_and_another_config_does_not(pictures, tmp_path, capsys):
+def test_more_steps_go_on_and_another_config_does_not(pictures, finished, tmp_path, capsys):
     run, moved, other = (tmp_path / name for name in ("run", "moved", "other"))
-    train(pictures, run)
+    shutil.copytree(finished, run)
     config = (run / "config.json").read_bytes()
     with pytest.raises(UserError, match="train.batch is 8 there and 16 here.*--allow-change"):
         train(pictures, run, **{"train.batch": 16})
@@ -233,12 +243,11 @@ def test_more_steps_go_on_and_another_config_does_not(pictures, tmp_path, capsys
     assert sorted(entry["changes"]) == ["data.path", "optimizer.learning_rate", "train.steps"] and entry["step"] == 8
 
 
-def test_a_run_begins_from_the_weights_of_another(pictures, tmp_path, capsys):
-    train(pictures, tmp_path / "first", **{"train.steps": 1})
-    begin = {"init_from": {"run": str(tmp_path / "first"), "step": 0, "weights": "ema"}}
+def test_a_run_begins_from_the_weights_of_another(pictures, finished, tmp_path, capsys):
+    begin = {"init_from": {"run": str(finished), "step": 0, "weights": "ema"}}
     train(pictures, tmp_path / "second", **begin, **{"train.steps": 1, "optimizer.learning_rate": 1e-30})
     assert "arrays are taken" in capsys.readouterr().out
-    before, after = load_run(tmp_path / "first").params, load_run(tmp_path / "second", ema=False).params
+    before, after = load_run(finished).params, load_run(tmp_path / "second", ema=False).params
     assert jax.tree.all(jax.tree.map(lambda a, b: np.allclose(a, b, rtol=0, atol=1e-20), before, after))
     with pytest.raises(UserError, match="init_from"):
         train(pictures, tmp_path / "second", **{"train.steps": 2, "optimizer.learning_rate": 1e-30})
