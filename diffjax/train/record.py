@@ -108,17 +108,25 @@ def _change(workdir: Path, there: dict, here: dict, allow: bool) -> None:
     if not allow and (lines := differences(there, here)):
         remedy = "choose another --workdir, or go on with these changes by --allow-change"
         raise UserError(f"{workdir} holds a run of another config: {'; '.join(lines)}; {remedy}")
-    if found := changes(there, here):
+    found = changes(there, here)
+    if _newest(workdir) and any(name.startswith("init_from") for name in found):
+        raise UserError(f"init_from says how a run begins, and {workdir} has begun: choose another --workdir for one that begins so")
+    if found:
         note(workdir, found)
 
 
 def note(workdir: Path, found: dict[str, tuple[Any, Any]]) -> None:
     """Print changes, name: (old, new), and add them to `changes.json` with the time and the newest checkpoint's step."""
-    steps = [int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()]
     for name, (old, new) in found.items():
         print(f"changed: {name} was {json.dumps(old)} and is {json.dumps(new)}")
-    entry = {"time": time.strftime(TIME), "step": max(steps, default=0), "changes": found}
+    entry = {"time": time.strftime(TIME), "step": _newest(workdir), "changes": found}
     files.write_json(workdir / "changes.json", [*_listed(workdir / "changes.json"), entry])
+
+
+def _newest(workdir: Path) -> int:
+    """The step of the newest checkpoint, 0 without."""
+    folder = workdir / "checkpoints"
+    return max((int(path.name) for path in folder.iterdir() if path.name.isdigit()), default=0) if folder.is_dir() else 0
 
 
 def forget_plan(workdir: Path) -> None:

@@ -13,7 +13,8 @@ def config(**changes):
     base = {"seed": 0, "train": {"steps": 10, "batch": 4}, "dit": {"width": 8, "sizes": (1, 2)}}
     base |= {"data": {"path": "here", "workers": 0}, "sample": {"prompts": ("b",)}}
     config = ConfigDict(base)
-    config.update_from_flattened_dict(changes)
+    config.update_from_flattened_dict({name: value for name, value in changes.items() if name != "init_from"})
+    config.update({name: value for name, value in changes.items() if name == "init_from"})
     return config
 
 
@@ -56,6 +57,17 @@ def test_what_may_change_is_noted_and_what_is_allowed_too(tmp_path, capsys):
         begin(**{"dit.width": 16})
     assert [one["changes"] for one in begin(allow=True, **{"dit.width": 16})][1]["dit.width"] == [8, 16]
     assert "changed: dit.width was 8 and is 16\n" in capsys.readouterr().out
+
+
+def test_what_a_run_begins_from_changes_until_it_has_begun(tmp_path):
+    claim(tmp_path)
+    with record.claim(tmp_path, config(init_from={"run": "a"}), allow_change=True):
+        pass
+    (tmp_path / "checkpoints" / "7").mkdir(parents=True)
+    claim(tmp_path, init_from={"run": "a"})
+    for other in ({"run": "b"}, None):
+        with pytest.raises(UserError, match="has begun"), record.claim(tmp_path, config(init_from=other), allow_change=True):
+            pass
 
 
 def test_changes_that_could_not_begin_leave_the_run_as_it_was(tmp_path):
