@@ -173,7 +173,7 @@ def generate(
     after Ctrl-C.
     """
     kept = request.quantize, request.shard, request.lora
-    model = load(request.model, request.dtype, request.revision or None, request.texts, *kept, request.variant)
+    model = load(request.model, request.dtype, request.revision or None, request.texts, *kept, variant=request.variant)
     request = completed(request, model)
     drawing = prepared(request, model)
     recipe = recipe_of(request, model)

@@ -196,12 +196,15 @@ class Repo:
         return [name for name in self.needed(names) if not (snapshot / name).is_file()]
 
     def needed(self, names: Sequence[str]) -> list[str]:
-        """`needed` of this repository. Raises `UserError` when it has no weights that can be read, or not the variant."""
+        """`needed` of this repository. Raises `UserError` when it has not the variant, no weights that can be read, or nothing."""
         wanted = needed(names, self.patterns, self.variant, self.name)
         found = [form for folder in _folders(names) for form in forms(_inside(names, folder))]
         check_variant(self.variant, found, self.name)
         if self.patterns == PATTERNS and not found:
             raise UserError(f"{self.name} {nothing(os.path.basename(name) for name in names)}")
+        if not wanted:
+            listed = ", ".join(sorted(names)[:5]) or "nothing"
+            raise UserError(f"{self.name} holds no {' or '.join(self.patterns)}; it holds {listed}: name another")
         return wanted
 
     def note(self, commit: str, names: Sequence[str]) -> None:

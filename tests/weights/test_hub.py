@@ -214,6 +214,14 @@ def test_gated(served, at, monkeypatch):
         assert holds(hub.fetch(NAME).folder)
 
 
+def test_files_by_their_names(served):
+    served.add("some/adapters", {"README.md": b"", "pytorch_lora_weights.safetensors": WEIGHTS[:9], "more.safetensors": b"more"})
+    patterns = ("pytorch_lora_weights.safetensors", "adapter_config.json")
+    assert holds(hub.fetch("some/adapters", None, patterns).folder, patterns[:1], {patterns[0]: WEIGHTS[:9]})
+    with pytest.raises(UserError, match="someone/cats holds no .*adapter_config.json; it holds README.md, config.json"):
+        hub.fetch(NAME, None, patterns)
+
+
 def test_refused_without_a_word(served):
     served.busy = [403]
     with pytest.raises(UserError, match="does not let this login have .* accept its licence"):
