@@ -100,6 +100,8 @@ def _locate(path: Path, name: str) -> Path:
     owner, repo, *inside = name.split("/")
     wanted = ["/".join(inside)] if inside else FILES
     folder = hub.fetch(f"{owner}/{repo}", patterns=(*wanted, CONFIG)).folder
+    if inside and not folder.joinpath(*inside).is_file():
+        raise UserError(f"the hub's {owner}/{repo} has no file {wanted[0]}; look at its page for the names of its files")
     return folder.joinpath(*inside) if inside else _only(folder)
 
 

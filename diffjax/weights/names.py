@@ -21,6 +21,7 @@ from diffjax.quantize import Quantized, Scheme
 Params = Mapping[str, Any]
 Placement = Callable[[str, tuple[int, ...]], Sharding]
 LISTED = 8
+LONGEST = 150
 SHOWN_FROM = 500_000_000
 """Bytes from which on loading shows a bar."""
 
@@ -297,6 +298,6 @@ def _complain(problems: dict[str, list[str]], source: str) -> None:
 
 
 def listed(keys: Sequence[str]) -> str:
-    """The first of the keys, and how many more there are."""
+    """The first of the keys, cut off where they are very long, and how many more there are."""
     more = f" and {len(keys) - LISTED} more" if len(keys) > LISTED else ""
-    return f"{', '.join(ascii(key)[1:-1] for key in keys[:LISTED])}{more}"
+    return f"{', '.join(ascii(key)[1:-1][:LONGEST] for key in keys[:LISTED])}{more}"

@@ -3,7 +3,9 @@
 import copy
 import json
 import random
+import sys
 import tracemalloc
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,9 +14,13 @@ import torchfile
 from diffjax import weights
 from diffjax.errors import UserError
 from diffjax.nets.unet import UNet
-from diffjax.weights import safetensors, torchzip, unet2d
+from diffjax.weights import lora, safetensors, torchzip, unet2d
 from diffjax.weights.folder import read_tensors
+from diffjax.weights.peft import METADATA
 from diffjax.weights.scheduler import Scheduler, read_scheduler, write_scheduler
+
+sys.path[:0] = [str(Path(__file__).parents[1])]
+import sd3_folder
 
 MANY = pytest.mark.parametrize("rounds", [150, pytest.param(10_000, marks=pytest.mark.slow)])
 TENSORS = {f"layers.{i}.weight": np.arange(12, dtype=np.float32).reshape(3, 4) + i for i in range(4)}
@@ -154,3 +160,32 @@ def test_indices_of_shards(tmp_path, rounds):
     for seed in range(rounds):
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps(altered(random.Random(seed), sound)))
         outcome(read_tensors, tmp_path)
+
+
+@MANY
+def test_adapters(tmp_path, rounds):
+    """A file's header and its settings changed at random; what is read is finite."""
+    path, draw = tmp_path / "some.safetensors", np.random.RandomState(0)
+    tensors = {}
+    for layer in ("transformer_blocks.0.attn.to_q", "transformer_blocks.2.attn.to_k", "proj_out"):
+        a, b = draw.standard_normal((2, 2, 16)).astype(np.float32)
+        tensors |= {f"transformer.{layer}.lora_A.weight": a, f"transformer.{layer}.lora_B.weight": b.T}
+    tensors |= {"transformer.proj_out.alpha": np.float32(2), "transformer.proj_out.dora_scale": np.ones((16, 1), np.float32)}
+    said = {"transformer.r": 2, "transformer.lora_alpha": 2, "transformer.alpha_pattern": {"to_q": 1.5}, "transformer.use_rslora": False}
+    safetensors.write(path, tensors, {"format": "pt", METADATA: json.dumps(said)})
+    sound = path.read_bytes()
+    length = int.from_bytes(sound[:8], "little")
+    header, rest, read_some = json.loads(sound[8 : 8 + length]), sound[8 + length :], 0
+    for seed in range(rounds):
+        draw, changed = random.Random(seed), copy.deepcopy(header)
+        if seed % 3 == 0:
+            changed["__metadata__"][METADATA] = json.dumps(altered(draw, said))
+        elif seed % 3 == 1:
+            changed = altered(draw, header)
+        text = json.dumps(changed).encode() if seed % 3 < 2 else damaged(draw, sound[8 : 8 + length])
+        path.write_bytes(len(text).to_bytes(8, "little") + text + rest)
+        found = outcome(lora.read, path, {"transformer": sd3_folder.TRANSFORMERS["medium"]})
+        read_some += found is not None
+        plain = [getattr(one, "adapter", one) for of in (found or {}).values() for one in of.values()]
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(plain))
+    assert read_some > rounds / 20

@@ -20,7 +20,7 @@ import pytest
 import served_hub
 from diffjax import cli, files, weights
 from diffjax.errors import UserError
-from diffjax.weights import download, hub, published
+from diffjax.weights import download, hub, lora, published
 from huggingface_hub import constants
 
 NAME = "someone/cats"
@@ -510,3 +510,24 @@ def test_a_model_of_the_hub_draws_as_its_folder_does(served, offline, at, tmp_pa
     assert (recipe["model"], recipe["revision"], recipe["variant"]) == ("some/ddpm", sha, None)
     assert cli.main(["convert", "some/ddpm", str(tmp_path / "again"), "--revision", sha[:9]]) == 0
     np.testing.assert_array_equal(draw(loading.load(tmp_path / "again")), draw(local))
+
+
+def test_adapters_come_by_their_repository_or_by_a_file_in_it(served, at, offline):
+    usual = {"pytorch_lora_weights.safetensors": b"usual", "adapter_config.json": b"{}", "README.md": b"style"}
+    served.add("someone/style", usual | {"other.safetensors": b"other", "checkpoint/other.safetensors": b"earlier"})
+    served.add("someone/odd", {"odd.safetensors": b"odd"})
+    given = {"someone/style:0.5": b"usual", "someone/style/other.safetensors": b"other", "someone/odd/odd.safetensors:-1": b"odd"}
+    for turn in ("online", "offline"):
+        for name, content in given.items():
+            (source,) = lora.sources(name)
+            assert source.file.read_bytes() == content and str(source) in (name, f"{name}:1.0", f"{name}.0"), turn
+        with pytest.raises(UserError, match="someone/odd has no file missing.safetensors"):
+            lora.sources("someone/odd/missing.safetensors")
+        offline()
+    assert served.sent["README.md"] == 0
+
+
+def test_adapters_of_another_name_must_be_named(served):
+    served.add("someone/odd", {"odd.safetensors": b"odd"})
+    with pytest.raises(UserError, match="it holds none; name the file itself"):
+        lora.sources("someone/odd")
