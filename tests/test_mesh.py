@@ -179,8 +179,8 @@ def test_every_command_that_computes_says_in_one_line_that_there_is_no_gpu(platf
     code = f"""
 from diffjax import cli
 for command in (["train", "--config", {str(emoji)!r}, "--workdir", "w"], ["plan", "--config", {str(emoji)!r}],
-                ["sample", "--model", ".", "--out", "o"], ["evaluate", "--run", "w"], ["convert", "w", "o"],
-                ["fit-grid", "--run", "w", "--steps", "2"]):
+                ["sample", "--model", ".", "--out", "o"], ["evaluate", "--run", {str(tmp_path)!r}], ["convert", "w", "o"],
+                ["fit-grid", "--run", {str(tmp_path)!r}, "--steps", "2"]):
     assert cli.main(command) == 2, command
 """
     process = run_python(code, JAX_PLATFORMS=platform, DIFFJAX_HOME=str(tmp_path))
