@@ -172,8 +172,8 @@ def generate(
     `out` holds something else, and when the recipe is not the `expected` one; `KeyboardInterrupt` once all is saved
     after Ctrl-C.
     """
-    kept = request.quantize, request.shard, request.lora
-    model = load(request.model, request.dtype, request.revision or None, request.texts, *kept, variant=request.variant)
+    kept = request.quantize, request.shard, request.lora, request.variant
+    model = load(request.model, request.dtype, request.revision or None, request.texts, *kept)
     request = completed(request, model)
     drawing = prepared(request, model)
     recipe = recipe_of(request, model)
