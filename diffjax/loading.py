@@ -32,20 +32,21 @@ def load(
     newest) or a branch, tag or commit of the hub. `variant`, as "fp16" or "ema", says which of several forms of the weights is
     read, where a published model has more than one. With `prompts`, a published text-to-image model encodes these while it
     loads and can draw no others: its text encoders and its denoiser are never in memory together. Of such a model, `quantize`
-    ("int8", "int4") keeps the transformer and T5 in fewer bits, and `shard` ("fsdp", "tensor", "both") splits the transformer over
-    all devices; `lora` adds adapters to the transformer and the text encoders: FILE or "FILE:STRENGTH", a list of them, or a
-    table {FILE: strength}, in any order, FILE being a file, a folder that holds one, or a hub id. Raises `UserError` for what
-    is not there, cannot be read or is not implemented.
+    ("int8", "int4") keeps the transformer and T5 in fewer bits, and `shard` ("fsdp", "tensor", "both") splits the
+    transformer over all devices; `lora` adds adapters to the transformer and the text encoders: FILE or "FILE:STRENGTH", a
+    list of them, or a table {FILE: strength}, in any order, FILE being a file, a folder that holds one, or a hub id. Raises
+    `UserError` for what is not there, cannot be read or is not implemented.
     """
     folder = Path(name).expanduser()
     if is_run(folder):
         if revision is not None and not revision.isdigit():
             raise UserError(f"revision {revision} of a run: give the step of one of its checkpoints")
-        if quantize or shard or lora:
+        if finetune.is_one(folder) and (quantize or shard or lora):
             raise UserError(
-                f"{folder} is a run, drawn with as it was trained: `diffjax convert {folder} OUT` it, and give fewer bits, split"
+                f"{folder} is drawn with as it was trained: `diffjax convert {folder} OUT` it, and give fewer bits, split"
                 " parameters or adapters with the published model"
             )
+        _refuse_kept(str(folder), quantize, shard, lora)
         if variant:
             raise UserError(f"{folder} is a run, which has no variant {variant}: leave it out, or give a step as revision")
         step = None if revision is None else int(revision)

@@ -75,6 +75,8 @@ def test_adapters_are_trained_beside_a_frozen_model(place, tmp_path):
     convert.convert(str(tmp_path / "run"), tmp_path / "out")
     again = diffjax.load(place / "model", prompts=[], lora=tmp_path / "out" / lora_file.FILE)
     assert jax.tree.all(jax.tree.map(np.array_equal, again.denoiser.params, model.denoiser.params))
+    with pytest.raises(UserError, match="`diffjax convert .*run OUT` it, and give .* adapters with the published model"):
+        diffjax.load(tmp_path / "run", lora=tmp_path / "out")
 
 
 @pytest.mark.slow

@@ -177,7 +177,8 @@ def test_text_encoders_are_adapted_as_their_merged_weights_are(tmp_path):
             outputs, inputs = kept[f"{layer}.weight"].shape
             a, b = (np.random.RandomState(i).standard_normal(shape).astype(np.float32) for shape in ((2, inputs), (outputs, 2)))
             dotted = prefix.endswith(".")
-            stem, ends = prefix + (layer if dotted else layer.replace(".", "_")), ("lora_A", "lora_B") if dotted else ("lora_down", "lora_up")
+            stem = prefix + (layer if dotted else layer.replace(".", "_"))
+            ends = ("lora_A", "lora_B") if dotted else ("lora_down", "lora_up")
             tensors |= {f"{stem}.{ends[0]}.weight": a, f"{stem}.{ends[1]}.weight": b}
             kept[f"{layer}.weight"] = np.float32(kept[f"{layer}.weight"] + 0.25 * (b.astype(np.float64) @ a))
         (tmp_path / "merged" / name).mkdir(parents=True)

@@ -262,7 +262,8 @@ def _row(tensor: np.ndarray | None, outputs: int, what: str, path: Path) -> np.n
     if tensor is None:
         return None
     if tensor.shape[:1] != (outputs,) or tensor.size != outputs:
-        raise UserError(f"{path}: {what} has the shape {list(tensor.shape)}: only one number for each of {outputs} outputs is read")
+        shape = list(tensor.shape)
+        raise UserError(f"{path}: {what} has the shape {shape}: only one number for each of {outputs} outputs is read")
     return tensor.reshape(outputs)
 
 

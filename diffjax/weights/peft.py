@@ -64,10 +64,12 @@ class Settings:
             return 1.0 if alpha is None else alpha / rank
         told = self._number("rank_pattern", "r", layer)
         if told != rank:
-            raise UserError(f"{self.source} says r = {told:g} of {layer!a}, whose tensors have rank {rank}: they are not of one run")
-        scale = self._number("alpha_pattern", "lora_alpha", layer) / (math.sqrt(rank) if self.fields.get("use_rslora") else rank)
+            raise UserError(f"{self.source} says r = {told:g} of {layer!a}, and its tensors have rank {rank}: download both again")
+        stable = self.fields.get("use_rslora")
+        scale = self._number("alpha_pattern", "lora_alpha", layer) / (math.sqrt(rank) if stable else rank)
         if alpha is not None and not math.isclose(scale, alpha / rank, rel_tol=1e-3):
-            raise UserError(f"{self.source} says two scales of {layer!a}: {scale:g} in its settings, {alpha / rank:g} by its alpha")
+            own = alpha / rank
+            raise UserError(f"{self.source} says two scales of {layer!a}: {scale:g} in its settings, {own:g} by its alpha")
         return scale
 
     @property
