@@ -82,13 +82,14 @@ QUALITIES = {
 }
 """How to draw for a budget of evaluations, by docs/nfe.md; `reference` takes the publisher's own grid."""
 GRIDS = {
-    "uniform": lambda process, steps: grids.uniform(steps),
-    "logsnr": lambda process, steps: _from_noise(grids.logsnr(process, steps, *ends(process))),
-    "karras": lambda process, steps: _from_noise(grids.karras(process, steps, *_sigmas(process))),
-    "leading": lambda process, steps: grids.leading(steps, _table(process)),
-    "linspace": lambda process, steps: grids.linspace(steps, _table(process)),
-    "trailing": lambda process, steps: grids.trailing(steps, _table(process)),
+    "uniform": lambda process, steps, first: grids.uniform(steps, first),
+    "logsnr": lambda process, steps, first: _within(process, steps, first, lambda n: grids.logsnr(process, n, *ends(process))),
+    "karras": lambda process, steps, first: _within(process, steps, first, lambda n: grids.karras(process, n, *_sigmas(process))),
+    "leading": lambda process, steps, first: grids.spaced("leading", steps, _table(process)),
+    "linspace": lambda process, steps, first: grids.spaced("linspace", steps, _table(process)),
+    "trailing": lambda process, steps, first: grids.spaced("trailing", steps, _table(process)),
 }
+"""Grids of a process by their names, from the time `first`; those of a table stand where its entries do."""
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 
@@ -174,9 +175,21 @@ def sampler(choice: str | Refine | Sampler, eta: float | None = None) -> Sampler
     return found if eta is None else found.replace(eta=float(eta))
 
 
-def grid(choice: str | Float[np.ndarray, "steps 2"], of: processes.Process, steps: int) -> Float[np.ndarray, "steps 2"]:
-    """A grid of `steps` steps by its name, or as it is."""
-    return named("grid", GRIDS, choice)(of, steps) if isinstance(choice, str) else np.asarray(choice)
+def grid(
+    choice: str | Float[np.ndarray, "steps 2"], of: processes.Process, steps: int, first: float = 1.0
+) -> Float[np.ndarray, "steps 2"]:
+    """A grid of `steps` steps from the time `first`, by its name, or as it is."""
+    return named("grid", GRIDS, choice)(of, steps, first) if isinstance(choice, str) else np.asarray(choice)
+
+
+def start(denoiser: Any) -> float:
+    """The time at which drawing begins: t = 1, or where sigma / alpha is 80 if the denoiser `is_blind` at t = 1."""
+    return ends(denoiser.process)[0] if is_blind(denoiser, 1.0) else 1.0
+
+
+def is_blind(denoiser: Any, t: float) -> bool:
+    """Whether a denoiser's prediction says nothing of x0 at t; one in closed form, which makes none, says all."""
+    return hasattr(denoiser, "prediction") and predict.is_blind(denoiser.prediction, denoiser.process, t)
 
 
 def optimizer(choice: Choice, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
@@ -285,9 +298,11 @@ def _table(of: processes.Process) -> int:
     return of.steps
 
 
-def _from_noise(times: grids.Grid) -> grids.Grid:
-    """The grid with its first step taken from t = 1."""
-    times[0, 0] = 1.0
+def _within(of: processes.Process, steps: int, first: float, make: Callable[[int], grids.Grid]) -> grids.Grid:
+    """The grid that `make` makes of a number of steps, with its first step taken from the time `first`. One that reaches t = 0
+    (where a process has noise left) before its last step does without that step."""
+    times = make(steps + 1)[:-1] if ends(of)[1] == 0 else make(steps)
+    times[0, 0] = first
     return times
 
 

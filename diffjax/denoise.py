@@ -57,7 +57,7 @@ class Denoiser:
     """A network with its process, prediction, clock and input scale; a pytree, so it passes through `jit` as an argument.
 
     `apply(params, x, clock(t), **cond) -> y` must be a function of stable identity, since it is static. When y has twice the
-    channels of x, the second half is a learned variance.
+    channels of x, the second half says what the variance is.
     """
 
     process: Process
@@ -77,7 +77,7 @@ class Denoiser:
         y = self.network(x, t, cond)
         channels = x.shape[-1]
         est = estimate(self.prediction, self.process, x, y[..., :channels].astype(x.dtype), t)
-        return est._replace(logvar=y[..., channels:]) if y.shape[-1] == 2 * channels else est
+        return est._replace(variance=y[..., channels:]) if y.shape[-1] == 2 * channels else est
 
 
 @dataclass(frozen=True)

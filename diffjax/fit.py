@@ -56,16 +56,17 @@ class Remembered:
 
 @struct.dataclass
 class Times:
-    """theta -> grid: from t = 1, over steps - 1 times between the log-SNRs `low` and `high`, to t = 0."""
+    """theta -> grid: from the time `first`, over steps - 1 times between the log-SNRs `low` and `high`, to t = 0."""
 
     process: Process
     low: Float[Array, ""]
     high: Float[Array, ""]
+    first: float = 1.0
 
     def grid(self, theta: Float[Array, "steps"]) -> Float[Array, "steps 2"]:
         """The grid of these parameters."""
         inner = self.low + (self.high - self.low) * jnp.cumsum(jax.nn.softmax(theta))[:-1]
-        times = jnp.concatenate([jnp.ones(1), self.process.inverse(inner), jnp.zeros(1)])
+        times = jnp.concatenate([jnp.full(1, self.first), self.process.inverse(inner), jnp.zeros(1)])
         return jnp.stack([times[:-1], times[1:]], axis=1)
 
     def theta(self, grid: Float[np.ndarray, "steps 2"]) -> Float[np.ndarray, "steps"]:
@@ -103,7 +104,7 @@ def fit(
         known["published"] = recipe(steps=steps)
     examples = solved(np.arange(seeds))
     best = min(known.values(), key=lambda one: error(one, examples))
-    times = between(model.denoiser.process)
+    times = between(model.denoiser.process).replace(first=build.start(model.denoiser))
     grid = np.asarray(times.grid(descend(best, times, times.theta(best.grid), examples, shown(range(iterations)))))
     known[FITTED] = best.replace(grid=grid)
     others = solved(np.arange(seeds, 2 * seeds))

@@ -220,7 +220,7 @@ def completed(request: Request, model: Model) -> Request:
     """The request with the model's choices filled in, so that it means the same whatever the defaults become."""
     default = model.defaults
     first = lambda *values: next((value for value in values if value is not None), None)
-    recipe = model.recipe(steps=request.steps, sampler=request.sampler, eta=request.eta)
+    recipe = model.recipe(steps=request.steps, sampler=request.sampler, grid=request.grid, eta=request.eta)
     return dataclasses.replace(
         request,
         model=model.name,

@@ -14,7 +14,7 @@ from diffjax.denoise import Denoiser
 from diffjax.errors import UserError
 from diffjax.predict import Estimate
 from diffjax.process import Process, perturb
-from diffjax.refine import Chain, Clip, Clock, Extrapolate, Refine
+from diffjax.refine import Chain, Clip, Clock, Extrapolate, Refine, Threshold
 
 Guide = float | Callable[[Denoiser], guide.Denoise]
 """The scale of classifier-free guidance, or a guide of one's own."""
@@ -83,7 +83,7 @@ class Recipe:
         return sample.run(state, self.grid, noise, *given)
 
     def advance_part(self, inputs: "Inputs", state: sample.State) -> sample.State:
-        """The same for a grid that ends in rows with t = s, which are left out: one program for any part of a run."""
+        """The same for a grid that ends in rows of (0, 0), which are left out: one program for any part of a run."""
         given = self._denoise(inputs), self.process, self.sampler, inputs.cond, inputs.keys
         return sample.run_part(state, self.grid, *given)
 
@@ -143,22 +143,31 @@ class Model:
         grid = self.defaults.grid if grid is None else grid
         if isinstance(grid, str) and grid == fit.FITTED:
             grid = fit.stored(self.name, str(sampler), steps)
-        times = grid(steps) if callable(grid) else build.grid(grid, process, steps)
-        times = grids.after(times, strength) if strength < 1 else times
+        times = grid(steps) if callable(grid) else build.grid(grid, process, steps, build.start(self.denoiser))
+        times = np.asarray(grids.after(times, strength) if strength < 1 else times, np.float32)
+        self._check(times)
         shape = self.shape if size is None else self.state_shape(size)
-        times = np.asarray(times, np.float32)
         return Recipe(self._guided(guidance), process, chosen, times, shape, self.defaults.unit_start)
 
+    def _check(self, times: Float[np.ndarray, "steps 2"]) -> None:
+        """Raises `UserError` for times that are no grid, or that begin where the prediction says nothing of the picture."""
+        grids.check(times, self.denoiser.process)
+        if build.is_blind(self.denoiser, times[0, 0]):
+            raise UserError(
+                f"this grid begins at t = {times[0, 0]:g}, pure noise, of which {type(self.denoiser.prediction).__name__} prediction "
+                f"makes no picture: take the grid logsnr, karras or uniform, which begin at {build.start(self.denoiser):.4g}"
+            )
+
     def _sampler(self, choice: str | Refine | sample.Sampler, eta: float | None) -> sample.Sampler:
-        """The sampler with the publisher's variance, clock and bound."""
+        """The sampler with the publisher's bound and clock, and in ancestral steps its variance."""
         default, chosen = self.defaults, build.sampler(choice, eta)
-        if chosen.deviation is sample.small:
+        if chosen.deviation is sample.small and sample.is_ancestral(chosen):
             chosen = chosen.replace(deviation=default.deviation)
         if default.clock is not None and isinstance(choice, str) and isinstance(chosen.refine, Extrapolate):
             chosen = chosen.replace(refine=chosen.refine.replace(clock=default.clock))
         if (bound := default.bound) is None:
             return chosen
-        if isinstance(bound, Clip) and choice == "ddim":
+        if isinstance(bound, (Clip, Threshold)) and chosen.law is sample.ddim_law:
             bound = bound.replace(keep_eps=True)
         return chosen.replace(refine=Chain((bound, chosen.refine)))
 

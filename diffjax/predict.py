@@ -20,13 +20,13 @@ from diffjax.process import Process, Time, expand
 class Estimate(NamedTuple):
     """What a denoiser returns: the pair, so that nothing is divided by sigma afterwards.
 
-    `logvar` is a learned variance, when the network has one; `branches` the estimates that a guide combined, the
-    conditional one first.
+    `variance` is what a network with twice the channels says of the variance of an ancestral step (`sample.learned`,
+    `sample.learned_range`); `branches` the estimates that a guide combined, the conditional one first.
     """
 
     x0: Float[Array, "b ..."]
     eps: Float[Array, "b ..."]
-    logvar: Float[Array, "b ..."] | None = None
+    variance: Float[Array, "b ..."] | None = None
     branches: tuple["Estimate", ...] = ()
 
 
@@ -105,6 +105,11 @@ def determinant(prediction: Prediction, process: Process, t: Time) -> Time:
     """det = alpha b - sigma a; 0 where the prediction does not determine x0 (eps at alpha = 0)."""
     a, b = prediction.point(process, t)
     return process.alpha(t) * b - process.sigma(t) * a
+
+
+def is_blind(prediction: Prediction, process: Process, t: Time) -> bool:
+    """Whether det is 0 at t, so that the prediction says nothing of x0 there: eps and score where alpha is 0."""
+    return bool(jnp.abs(determinant(prediction, process, t)) < 1e-6)
 
 
 def target(prediction: Prediction, process: Process, x0: Float[Array, "b ..."], eps: Float[Array, "b ..."], t: Time) -> Array:

@@ -92,7 +92,7 @@ def defaults(scheduler: Scheduler, module: UNet) -> Defaults:
     """What a scheduler's configuration means for sampling."""
     ancestral = scheduler.class_name == "DDPMScheduler"
     return Defaults(
-        steps=1000 if ancestral else 50,
+        steps=most_steps(scheduler, 1000 if ancestral else 50),
         sampler="ddpm" if ancestral else "ddim",
         grid=functools.partial(published_grid, scheduler),
         bound=_bound(scheduler),
@@ -103,14 +103,20 @@ def defaults(scheduler: Scheduler, module: UNet) -> Defaults:
 
 
 def published_grid(scheduler: Scheduler, steps: int) -> Float[np.ndarray, "steps 2"]:
-    """The grid of a scheduler's configuration: its spacing, its offset, and where it ends."""
+    """The grid of a scheduler's configuration: its spacing, its offset, and where it ends.
+
+    Raises `UserError` for more steps than the table has, or than its offset leaves.
+    """
     table = scheduler.num_train_timesteps
-    if scheduler.timestep_spacing == "leading":
-        times = grid.leading(steps, table, scheduler.steps_offset)
-    else:
-        times = {"linspace": grid.linspace, "trailing": grid.trailing}[scheduler.timestep_spacing](steps, table)
+    times = grid.spaced(scheduler.timestep_spacing, steps, table, scheduler.steps_offset)
     times[-1, 1] = 0.0 if scheduler.set_alpha_to_one else 1 / table
     return times
+
+
+def most_steps(scheduler: Scheduler, steps: int) -> int:
+    """The most steps, up to `steps`, that the published grid can have."""
+    offset = scheduler.steps_offset if scheduler.timestep_spacing == "leading" else 0
+    return grid.most_leading(steps, scheduler.num_train_timesteps, offset)
 
 
 def _bound(scheduler: Scheduler) -> Refine | None:

@@ -251,7 +251,7 @@ class Shift(Process):
 
     def _inner(self, t: Time) -> Time:
         t = jnp.asarray(t)
-        return self.by * t / (1 + (self.by - 1) * t)
+        return t / (t + (1 - t) / self.by)
 
     def alpha(self, t: Time) -> Time:
         return self.process.alpha(self._inner(t))
@@ -261,4 +261,4 @@ class Shift(Process):
 
     def inverse(self, logsnr: Time) -> Time:
         inner = self.process.inverse(logsnr)
-        return inner / (self.by - (self.by - 1) * inner)
+        return inner / (inner + self.by * (1 - inner))

@@ -90,21 +90,26 @@ class Clip(Refine):
 
     def update(self, state: Any, est: Estimate, x: Array, t: Time, s: Time, *, process: Process, **_: Any) -> tuple[Any, Estimate, Array]:
         x0 = jnp.clip(est.x0, -self.radius, self.radius)
-        return state, est._replace(x0=x0) if self.keep_eps else with_x0(est, x0, process, t), x
+        return state, _bounded(est, x0, self.keep_eps, process, t), x
 
 
 @struct.dataclass
 class Threshold(Refine):
     """Dynamic thresholding: x0 clipped to [-q, q] and divided by q, q = max(1, the quantile of |x0|) per image, at most `limit`
-    (Saharia et al. 2022, Imagen, section 2.3)."""
+    (Saharia et al. 2022, Imagen, section 2.3); eps as in `Clip`."""
 
     quantile: Scale = 0.995
     limit: Scale = jnp.inf
+    keep_eps: bool = struct.field(pytree_node=False, default=False)
 
     def update(self, state: Any, est: Estimate, x: Array, t: Time, s: Time, *, process: Process, **_: Any) -> tuple[Any, Estimate, Array]:
         size = jnp.abs(est.x0).reshape(x.shape[0], -1)
         q = expand(jnp.clip(jnp.quantile(size, self.quantile, axis=1), 1.0, self.limit), x)
-        return state, with_x0(est, jnp.clip(est.x0, -q, q) / q, process, t), x
+        return state, _bounded(est, jnp.clip(est.x0, -q, q) / q, self.keep_eps, process, t), x
+
+
+def _bounded(est: Estimate, x0: Array, keep_eps: bool, process: Process, t: Time) -> Estimate:
+    return est._replace(x0=x0) if keep_eps else with_x0(est, x0, process, t)
 
 
 @struct.dataclass

@@ -3,6 +3,8 @@
     x_s = alpha_s x0 + sigma_s (r^eta eps + sqrt(1 - r^(2 eta)) z),    r = alpha_t sigma_s / (alpha_s sigma_t)
 
 eta = 0 is DDIM (Euler for flows), eta = 1 the posterior of DDPM (Song et al. 2020, eq. 12, with the law of eta below).
+A publisher's variance replaces the deviation of z in the steps of DDPM (`is_ancestral`). Every deviation is, at eta = 1, the
+published one, and otherwise sqrt(tau / (1 - r^2)) times it, with tau the share of fresh noise: at eta = 0 there is none.
 """
 
 from typing import Any, Callable
@@ -32,26 +34,34 @@ def ddim_law(r: Float[Array, ""], eta: Scale) -> Float[Array, ""]:
     return jnp.asarray(eta) ** 2 * (1 - r**2)
 
 
+def ratio(process: Process, t: Time, s: Time) -> Time:
+    """r = alpha_t sigma_s / (alpha_s sigma_t), from 1 (no step) to 0 (from pure noise, or to the image)."""
+    return process.alpha(t) * process.sigma(s) / (process.alpha(s) * process.sigma(t))
+
+
 def small(process: Process, est: Estimate, t: Time, s: Time, tau: Array) -> Array:
     """The move's own deviation, sigma_s sqrt(tau): the posterior's (`fixed_small`) at eta = 1."""
     return process.sigma(s) * root(tau)
 
 
 def large(process: Process, est: Estimate, t: Time, s: Time, tau: Array) -> Array:
-    """sqrt(1 - (alpha_t / alpha_s)^2), and 0 at sigma_s = 0: `fixed_large` (Ho et al. 2020, section 3.2)."""
-    return root(1 - (process.alpha(t) / process.alpha(s)) ** 2) * (process.sigma(s) > 0)
+    """sigma_t sqrt(tau), and 0 at sigma_s = 0: at eta = 1 sqrt(sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2), the noise that
+    the process adds from s to t (`fixed_large`; Ho et al. 2020, section 3.2)."""
+    return process.sigma(t) * root(tau) * (process.sigma(s) > 0)
 
 
 def learned(process: Process, est: Estimate, t: Time, s: Time, tau: Array) -> Array:
-    """exp(logvar / 2) of the network's second half, and 0 at sigma_s = 0."""
-    return jnp.exp(est.logvar / 2) * (process.sigma(s) > 0)
+    """sqrt(v), v the network's second half (0 where it is negative), and 0 at sigma_s = 0; v is the variance itself, not its
+    logarithm, as diffusers reads it."""
+    fresh = 1 - ratio(process, t, s) ** 2
+    return root(est.variance) * root(tau / jnp.where(fresh > 0, fresh, 1)) * (process.sigma(s) > 0)
 
 
 def learned_range(process: Process, est: Estimate, t: Time, s: Time, tau: Array) -> Array:
-    """The logarithms of `large` and `small` mixed by the network's second half, -1 small, 1 large (Nichol and Dhariwal 2021, eq. 15)."""
-    share = (est.logvar + 1) / 2
-    low, high = (jnp.log(jnp.maximum(f(process, est, t, s, tau), 1e-10)) for f in (small, large))
-    return jnp.exp(share * high + (1 - share) * low) * (process.sigma(s) > 0)
+    """The logarithms of `small` and `large` mixed by the network's second half, -1 small, 1 large (Nichol and Dhariwal 2021,
+    eq. 15): sigma_t^share sigma_s^(1 - share) sqrt(tau), and 0 at sigma_s = 0."""
+    share, there = (est.variance + 1) / 2, process.sigma(s) > 0
+    return process.sigma(t) ** share * jnp.where(there, process.sigma(s), 1) ** (1 - share) * root(tau) * there
 
 
 @struct.dataclass
@@ -62,6 +72,12 @@ class Sampler:
     eta: Scale = 0.0
     law: Law = struct.field(pytree_node=False, default=power_law)
     deviation: Deviation = struct.field(pytree_node=False, default=small)
+
+
+def is_ancestral(sampler: Sampler) -> bool:
+    """Whether it takes the plain steps of DDPM, to which a publisher's variance belongs; DDIM and the stochastic multistep
+    solvers have a variance of their own, eta times the posterior's."""
+    return sampler.law is power_law and sampler.refine == Chain(())
 
 
 @struct.dataclass
@@ -83,11 +99,9 @@ def move(
     process: Process, est: Estimate, t: Time, s: Time, sampler: Sampler, z: Float[Array, "b ..."]
 ) -> Float[Array, "b ..."]:
     """x_s from the estimate at t and unit noise z."""
-    alpha_s, sigma_s = process.alpha(s), process.sigma(s)
-    r = process.alpha(t) * sigma_s / (alpha_s * process.sigma(t))
-    tau = sampler.law(r, sampler.eta)
+    tau = sampler.law(ratio(process, t, s), sampler.eta)
     noise = sampler.deviation(process, est, t, s, tau)
-    return alpha_s * est.x0 + sigma_s * root(1 - tau) * est.eps + noise * z
+    return process.alpha(s) * est.x0 + process.sigma(s) * root(1 - tau) * est.eps + noise * z
 
 
 def normal(keys: Key[Array, "b"], index: Int[Array, ""], shape: tuple[int, ...], dtype: Any) -> Float[Array, "b ..."]:
@@ -141,13 +155,13 @@ def advance_part(
     cond: Any,
     keys: Key[Array, "b"],
 ) -> State:
-    """`advance` for a grid that ends in rows with t = s, which are left out: one program for any number of steps.
+    """`advance` for a grid that ends in rows of (0, 0), which are left out: one program for any number of steps.
 
     The loop's length is traced, so it has no reverse derivative.
     """
     grid = jnp.asarray(grid, state.x.dtype)
     body = lambda i, state: step(state, grid[i], None, denoise, process, sampler, cond, keys)
-    return jax.lax.fori_loop(0, jnp.sum(grid[:, 0] != grid[:, 1]), body, state)
+    return jax.lax.fori_loop(0, jnp.sum(grid[:, 0] > 0), body, state)
 
 
 run = jax.jit(advance)

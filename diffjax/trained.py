@@ -25,7 +25,7 @@ from diffjax.data.pipeline import Tokenize
 from diffjax.denoise import Apply, Denoiser
 from diffjax.errors import UserError
 from diffjax.model import Defaults, Model
-from diffjax.predict import Prediction
+from diffjax.predict import Prediction, is_blind
 from diffjax.process import Discrete, Process
 from diffjax.reading import Reading, Reworded, Words
 from diffjax.refine import Clip, Refine, Threshold
@@ -253,7 +253,8 @@ def check_conditions(config: ConfigDict) -> None:
 def plan(config: ConfigDict, workdir: Path, data: Any) -> Plan:
     """The plan of a run on a data set; what it takes from the data is kept in `workdir`, where `load` finds it.
 
-    Raises `UserError` when the config asks for classes or text that the data have not.
+    Raises `UserError` when the config asks for classes or text that the data have not, and for a run of which no preview
+    could be drawn.
     """
     if config.classes and config.classes != data.num_classes:
         raise UserError(f"classes is {config.classes} and {data.name} has {data.num_classes}: set classes to that")
@@ -265,10 +266,10 @@ def plan(config: ConfigDict, workdir: Path, data: Any) -> Plan:
     if embed.is_frozen(config.text):
         digest = embed.digest(embed.folder(config.text))
         files.write_json(workdir / ENCODER, {"name": config.text.name, "digest": digest})
-        return _plan(config, workdir, embed.encoded(config.text, embed.captions(data, config.sample.prompts)))
+        return _drawn(_plan(config, workdir, embed.encoded(config.text, embed.captions(data, config.sample.prompts))))
     if config.text and not (workdir / TOKENIZER).exists():
         files.write_atomic(workdir / TOKENIZER, tokenizer(config, data.captions(), data.config.templates).to_json().encode())
-    found = _plan(config, workdir)
+    found = _drawn(_plan(config, workdir))
     if lost := [prompt for prompt in config.sample.prompts if config.text and not _can_read(found.tokenize, prompt)]:
         warnings.warn(f"no caption has a word of {', '.join(map(repr, lost))} in sample.prompts: previews go without", stacklevel=2)
     return found
@@ -278,6 +279,12 @@ def tokenizer(config: ConfigDict, captions: Iterable[Sequence[str]], templates: 
     """The tokenizer of the captions of all pictures, in all templates."""
     filled = (template.replace("{}", text) for text in itertools.chain.from_iterable(captions) for template in templates)
     return CaptionTokenizer.train(filled, config.text.tokens)
+
+
+def _drawn(made: Plan) -> Plan:
+    """The plan. Raises `UserError` when its sampler, grid and steps do not go together with its process and prediction."""
+    made.model({"network": None, "text": None}).recipe()
+    return made
 
 
 def _keep_seen(path: Path, data: Any) -> None:
@@ -357,7 +364,8 @@ def planned(
 ) -> Plan:
     """The plan of a config for data of that shape and those classes; `tokenize.size` is the vocabulary's.
 
-    Raises `UserError` for a low-res size that does not divide the pictures'.
+    Raises `UserError` for a low-res size that does not divide the pictures', and for a table that ends in pure noise with a
+    prediction that says nothing of the picture there.
     """
     frozen = embed.is_frozen(config.text)
     text = build.text(config.text, tokenize.size) if config.text and not frozen else None
@@ -366,14 +374,20 @@ def planned(
     if low_res and shape[0] % low_res.size:
         raise UserError(f"low_res.size={low_res.size} does not divide data.size={shape[0]}: choose one that does")
     widths = {"context_width": width, "pooled_width": width} if width else {}
+    process, prediction = build.process(config.process), build.prediction(config.prediction)
+    if isinstance(process, Discrete) and is_blind(prediction, process, 1.0):
+        raise UserError(
+            f"the table of process ends in pure noise, of which prediction.name={config.prediction.name} says nothing: "
+            "set prediction.name to v or x0, or process.zero_terminal_snr to False"
+        )
     network = build.network(config, **widths, **({"low_res": True} if low_res else {}))
     if shape[0] % multiple(network):
         said = f"data.size={shape[0]}: this {config.network} reads multiples of {multiple(network)} pixels"
         raise UserError(f"{said}; change data.size, or the fields of {config.network}")
     return Plan(
         config,
-        build.process(config.process),
-        build.prediction(config.prediction),
+        process,
+        prediction,
         network,
         text,
         tokenize,

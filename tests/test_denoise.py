@@ -55,8 +55,8 @@ def test_twice_the_channels_hold_a_variance():
     network = lambda params, x, t, **cond: jnp.concatenate([0.5 * x, x + 7], axis=-1)
     est = Denoiser(Flow(), Eps(), None, network)(X, 0.5, {})
     np.testing.assert_allclose(est.eps, 0.5 * X, rtol=1e-6)
-    np.testing.assert_allclose(est.logvar, X + 7, rtol=1e-6)
-    assert Denoiser(Flow(), X0(), 0.0, report)(X, 0.5, {}).logvar is None
+    np.testing.assert_allclose(est.variance, X + 7, rtol=1e-6)
+    assert Denoiser(Flow(), X0(), 0.0, report)(X, 0.5, {}).variance is None
 
 
 def test_half_precision_outputs_are_converted_before_the_algebra():

@@ -114,15 +114,15 @@ def test_ddim_noise_is_its_papers(float64):
 
 
 def test_learned_deviations(float64):
-    est, z = Estimate(jnp.zeros((1, 3)), jnp.zeros((1, 3)), logvar=jnp.asarray([[-1.0, 0.2, 1.0]])), jnp.ones((1, 3))
+    est, z = Estimate(jnp.zeros((1, 3)), jnp.zeros((1, 3)), variance=jnp.asarray([[-1.0, 0.2, 1.0]])), jnp.ones((1, 3))
     t, s = 0.5, 0.45
     small, large, between, direct = (
         sample.move(DDPM, est, t, s, Sampler(eta=1.0, deviation=deviation), z)[0]
         for deviation in (sample.small, sample.large, sample.learned_range, sample.learned)
     )
-    share = (np.asarray(est.logvar[0]) + 1) / 2
+    share = (np.asarray(est.variance[0]) + 1) / 2
     np.testing.assert_allclose(between, large**share * small ** (1 - share), rtol=1e-9)
-    np.testing.assert_allclose(direct, np.exp(np.asarray(est.logvar[0]) / 2), rtol=1e-9)
+    np.testing.assert_allclose(direct, np.sqrt(np.maximum(est.variance[0], 0)), rtol=1e-9)
     for deviation in (sample.small, sample.large, sample.learned_range, sample.learned):
         last = sample.move(DDPM, est, 0.001, 0.0, Sampler(eta=1.0, deviation=deviation), z)
         np.testing.assert_array_equal(last, 0)
