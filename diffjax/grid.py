@@ -59,15 +59,8 @@ def trailing(steps: int, table: int = 1000) -> Grid:
 
 
 def spaced(spacing: str, steps: int, table: int, offset: int = 0) -> Grid:
-    """The grid of that name among the three of a table; `offset` is `leading`'s.
-
-    Raises `UserError` for one step of `leading` or `linspace`: it stands at the clean end of the table, where noise is no start.
-    """
-    if spacing == "trailing":
-        return trailing(steps, table)
-    if steps == 1:
-        raise UserError(f"the one step of a {spacing} grid stands where pictures have no noise: take 2 steps or more, or the trailing grid")
-    return linspace(steps, table) if spacing == "linspace" else leading(steps, table, offset)
+    """The grid of that name among the three of a table; `offset` is `leading`'s."""
+    return leading(steps, table, offset) if spacing == "leading" else {"linspace": linspace, "trailing": trailing}[spacing](steps, table)
 
 
 def _integers(k: np.ndarray, table: int) -> Grid:

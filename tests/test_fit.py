@@ -83,7 +83,7 @@ def test_what_cannot_be_fitted(mixture):
 
 
 def test_the_command_fits_a_guided_network(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("diffjax.loading.load", lambda name: toys.model(text=True).replace(name=name))
+    monkeypatch.setattr("diffjax.loading.load", lambda name, **_: toys.model(text=True).replace(name=name))
     asked = ["--steps", "3", "--sampler", "dpmpp_2m", "--seeds", "2", "--iterations", "2", "--guidance", "2"]
     assert cli.main(["fit-grid", "--run", str(tmp_path), *asked, "--prompt", "one", "--prompt", "two"]) == 0
     said = capsys.readouterr().out
