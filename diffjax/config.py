@@ -119,6 +119,7 @@ def _of_new() -> dict[str, Any]:
             "grid": "uniform",
             "steps": 25,
             "guidance": 1.0,
+            "guide": Maybe(Open({"name": "cfg"})),
             "clip": 0.0,
             "threshold": 0.0,
             "level": 0.0,
@@ -400,11 +401,15 @@ def _is_choice(place: Any) -> bool:
     return isinstance(place.of if isinstance(place, Maybe) else place, Choice)
 
 
+def _is_open(place: Any) -> bool:
+    return isinstance(place.of if isinstance(place, Maybe) else place, Open)
+
+
 def _shapes(path: str, of: Mapping[str, Any]) -> bool:
-    """Whether a field decides which others there are."""
+    """Whether a field decides which others there are, or is of a table that can have any."""
     above, _, last = path.rpartition(".")
-    named = last == "name" and above and _is_choice(_place(of, above))
-    return bool(named) or path == "network" or isinstance(_place(of, path), (Maybe, Choice, Mapping, Open))
+    free = above and (last == "name" and _is_choice(_place(of, above)) or _is_open(_place(of, above)))
+    return bool(free) or path == "network" or isinstance(_place(of, path), (Maybe, Choice, Mapping, Open))
 
 
 def _put(config: dict[str, Any], path: str, text: str) -> Any:
@@ -415,6 +420,8 @@ def _put(config: dict[str, Any], path: str, text: str) -> Any:
         if own.is_own(before := config.get("network")) and before != text:
             config.pop(build.table_of(before), None)
         config["network"] = text
+    elif above and _is_open(_place(base(config), above)):
+        _table(config, above)[last] = _literal(text)
     elif last == "name" and not isinstance(place, (Maybe, Choice, Mapping)):
         choice, table = _place(base(config), above), _table(config, above)
         common = choice.of.common if isinstance(choice, Maybe) else choice.common

@@ -3,7 +3,8 @@
     diffjax train --config experiments/emoji64.py --workdir runs/emoji64
 
 Time: 27 minutes on one H100 as `diffjax plan` predicts it; not measured. The transformer of `emoji.py`, with patches
-of 4, in bfloat16.
+of 4. How many steps to draw with, and which guidance, was not measured; that of `emoji.py`
+draws best in 4 steps without guidance.
 """
 
 from ml_collections import ConfigDict
@@ -21,7 +22,7 @@ def get_config() -> ConfigDict:
             "process": {"name": "flow", "shift": 1.0},
             "prediction": {"name": "x0"},
             "network": "dit",
-            "dit": {"patch": 4, "width": 512, "depth": 12, "heads": 8, "hidden": 1376, "rank": 64, "dtype": "bfloat16"},
+            "dit": {"patch": 4, "width": 512, "depth": 12, "heads": 8, "hidden": 1376, "rank": 64, "dtype": "auto"},
             "loss": {
                 "weight": {"name": "velocity", "floor": 0.1},
                 "times": {"name": "logit_normal", "mean": 0.6, "std": 1.0},

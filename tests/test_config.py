@@ -66,6 +66,7 @@ def test_every_field_can_be_overridden(file):
         (["unet.dropout=0.1", "network=unet"], "unet.dropout", 0.1),
         (["unet.attention_head_dim=8", "network=unet"], "unet.attention_head_dim", 8),
         (["sample.threshold=0.9"], "sample.threshold", 0.9),
+        (["sample.guide.name=apg", "sample.guide.momentum=-0.5"], "sample.guide", {"name": "apg", "momentum": -0.5}),
     ],
 )  # fmt: skip
 def test_overrides_in_any_order(overrides, path, expected):
@@ -168,3 +169,17 @@ def test_auto_is_settled_said_and_kept(tmp_path, monkeypatch, capsys):
     assert "dit.dtype is bfloat16: as the run was begun\n" in capsys.readouterr().out
     assert config.settle(settings, tmp_path / "another").dit.dtype == "float32"
     assert "has none of amx_bf16, avx512_bf16, bf16\n" in capsys.readouterr().out
+
+
+def test_the_page_names_every_field_and_its_commands_are_read():
+    page = (EXPERIMENTS.parent / "docs" / "configs.md").read_text()
+    whole = config.complete(config.load(EMOJI))
+    for path, _ in fields(whole):
+        section, _, name = path.partition(".")
+        if section not in ("data", "dit") and config._place(config.base(whole), path) is not None:
+            assert name.rpartition(".")[2] in page and section in page, path
+    commands = [line.split() for line in page.splitlines() if line.startswith("    diffjax train")]
+    overrides = [[word for word in words if word.startswith("--config.")] for words in commands]
+    found = [config.parse(EMOJI, words)[0] for words in overrides]
+    assert (found[0].train.steps, found[0].data.flip) == (1000, True)
+    assert found[1].optimizer.name == "adamw" and found[2].text is None and found[2].loss.weight.to_dict() == {"name": "plain"}

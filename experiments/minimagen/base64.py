@@ -3,7 +3,7 @@
     diffjax train --config experiments/minimagen/base64.py --workdir runs/base64 --config.data.path=PICTURES
 
 PICTURES is a folder of pictures with captions; any TFDS data set with captions does too (--config.data.name).
-For accelerators; it has not been trained to its end.
+For accelerators; it has not been trained to its end, and how best to draw was not measured.
 """
 
 from ml_collections import ConfigDict
@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
             "process": {"name": "cosine", "shift": 1.0},
             "prediction": {"name": "v"},
             "network": "imagen",
-            "imagen": {**MINIMAGEN_BASE, "dtype": "bfloat16", "remat": True},
+            "imagen": {**MINIMAGEN_BASE, "dtype": "auto", "remat": True},
             "loss": {
                 "weight": {"name": "sigmoid", "bias": -1.0},
                 "times": {"name": "uniform"},

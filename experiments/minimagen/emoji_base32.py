@@ -5,7 +5,8 @@
 The pixel transformer, which a CPU trains best; Imagen's own U-Net with --config.network=imagen.
 
 Time: 18 minutes of CPU time, 30 on two cores that others used too, compilation included. Result, by `diffjax evaluate`: of 64
-training prompts 98.4% find their own picture among 1,000; PSNR 26.5 dB (the mean picture: 11.3 dB).
+training prompts 98.4% find their own picture among 1,000; PSNR 26.5 dB (the mean picture: 11.3 dB), in 25 steps
+with guidance 2; others were not measured: `emoji.py`, the same network, draws best in 4 without.
 """
 
 from ml_collections import ConfigDict
@@ -23,7 +24,7 @@ def get_config() -> ConfigDict:
             "process": {"name": "flow", "shift": 1.0},
             "prediction": {"name": "x0"},
             "network": "dit",
-            "dit": {"patch": 8, "width": 256, "depth": 6, "heads": 4, "hidden": 672, "rank": 32, "dtype": "bfloat16"},
+            "dit": {"patch": 8, "width": 256, "depth": 6, "heads": 4, "hidden": 672, "rank": 32, "dtype": "auto"},
             "imagen": {
                 "dim": 64,
                 "mults": (1, 2, 3),

@@ -3,7 +3,7 @@
     diffjax train --config experiments/minimagen/super256.py --workdir runs/super256 --config.data.path=PICTURES
     diffjax sample --cascade runs/base64 runs/super256 --prompt "a lighthouse at dusk" --out pictures
 
-For accelerators; it has not been trained to its end.
+For accelerators; it has not been trained to its end, and how best to draw was not measured.
 """
 
 from ml_collections import ConfigDict
@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
             "process": {"name": "cosine", "shift": 1.0},
             "prediction": {"name": "v"},
             "network": "imagen",
-            "imagen": {**MINIMAGEN_SUPER, "dtype": "bfloat16", "remat": True},
+            "imagen": {**MINIMAGEN_SUPER, "dtype": "auto", "remat": True},
             "loss": {
                 "weight": {"name": "sigmoid", "bias": -1.0},
                 "times": {"name": "uniform"},
