@@ -156,7 +156,7 @@ class Repo:
         cached = None if refused.final else self.cached()
         if cached is None or self.absent(*cached):
             raise UserError(str(refused)) from None
-        warnings.warn(f"{refused}; meanwhile the copy in the cache is used, commit {cached[1]}", stacklevel=2)
+        warnings.warn(f"the copy of {self.name} in the cache is used, commit {cached[1]}, for {refused}", stacklevel=2)
         return Fetched(*cached)
 
     def offline(self) -> Fetched:
@@ -204,7 +204,7 @@ class Repo:
             raise UserError(f"{self.name} {nothing(os.path.basename(name) for name in names)}")
         if not wanted:
             listed = ", ".join(sorted(names)[:5]) or "nothing"
-            raise UserError(f"{self.name} holds no {' or '.join(self.patterns)}; it holds {listed}: name another")
+            raise UserError(f"{self.name} has no file {' or '.join(self.patterns)}; it holds {listed}; name the file itself")
         return wanted
 
     def note(self, commit: str, names: Sequence[str]) -> None:
