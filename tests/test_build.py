@@ -129,6 +129,13 @@ def test_clipping_clips_the_global_norm(scale, expected):
     assert np.isclose(optax.tree.norm(moments), expected, rtol=1e-5)
 
 
+def test_a_clip_of_0_leaves_gradients_as_they_are():
+    optimizer, _ = build.optimizer(CONSTANT | {"clip": 0.0} | ADAMW | {"b1": 0.0}, 10)
+    params = {"kernel": jnp.zeros((4, 4))}
+    _, state = optimizer.update({"kernel": jnp.full((4, 4), 7.0)}, optimizer.init(params), params)
+    assert np.allclose(optax.tree.get(state, "mu")["kernel"], 7.0)
+
+
 def test_only_kernels_decay():
     optimizer, _ = build.optimizer(CONSTANT | ADAMW, 10)
     params = {"layer": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}, "null": jnp.ones(4)}

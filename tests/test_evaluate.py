@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import jax
@@ -130,6 +131,19 @@ def test_prompts_belong_to_one_picture_each(config):
     assert sorted(prompts) == ["blue", "dark grey", "green", "light grey", "red"]
     assert [data.captions()[i][0] for i in chosen] == prompts
     assert len(evaluate.training_prompts(data, 2, 1)[0]) == 2
+
+
+def test_every_brace_of_a_template_is_the_caption(config):
+    twice = config.data.copy_and_resolve_references()
+    twice.templates = ("{} beside {}", "{0} {x}")
+    data = dataclasses.replace(diffjax.data.load(config.data), config=twice)
+    assert "red beside red" in evaluate.training_prompts(data, 64, 0)[1]
+
+
+def test_a_run_is_measured_as_its_config_draws(run):
+    sampling = evaluate.evaluate(run, num=2)["sampling"]
+    assert sampling == {"sampler": "dpmpp_2m", "grid": "uniform", "guidance": 1.0, "steps": 4, "seed": 0}
+    assert evaluate.evaluate(run, num=2, steps=3, grid="logsnr")["sampling"] == sampling | {"steps": 3, "grid": "logsnr"}
 
 
 def test_perfect_pictures_and_the_floors(config):

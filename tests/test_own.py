@@ -127,10 +127,11 @@ def test_two_runs_in_one_process_have_each_their_own(project, tmp_path):
 
 def test_a_run_does_not_go_on_with_other_code(project, tmp_path):
     settings = configs.parse(str(project / "own.py"), [])[0]
-    loop.train(settings, tmp_path / "run")
+    own.keep(settings, tmp_path / "run")
+    own.keep(settings, tmp_path / "run")
     (project / "my_layers.py").write_text(LAYERS.replace("0.0", "1.0"))
     with pytest.raises(UserError, match="my_layers.py is not what .* was begun with"):
-        loop.train(configs.parse(str(project / "own.py"), ["--config.train.steps=3"])[0], tmp_path / "run")
+        own.keep(settings, tmp_path / "run")
 
 
 @pytest.mark.parametrize(
