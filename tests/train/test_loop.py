@@ -320,6 +320,10 @@ def test_damaged_files_of_a_run_are_one_line(tmp_path):
         ({"train.accumulate": 3}, "choose a multiple of 24"),
         ({"train.parallel": "pmpa"}, "did you mean pmap"),
         ({"network": "uunet"}, "did you mean unet"),
+        ({"log.wandb": "project"}, "wandb is not installed: pip install wandb"),
+        ({"sample.num": 0}, "sample.num is 0: it must be at least 1"),
+        ({"sample.sampler": "dpmpp2m"}, "did you mean dpmpp_2m"),
+        ({"dit.width": 33}, "network dit cannot be made for these pictures"),
         ({"classes": 10}, "classes is 10 and captioned_folder has 0"),
     ],
 )
