@@ -5,9 +5,11 @@ the user's own: `my_losses:flat` is `flat` of the module `my_losses` (`diffjax.o
 `UserError`, naming the nearest one.
 """
 
+import functools
 import inspect
+import math
 import re
-from typing import Any, Callable, Mapping
+from typing import Any, Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, PyTree
 
 from diffjax import grid as grids
+from diffjax import guide as guides
 from diffjax import loss, own, predict, processor
 from diffjax import process as processes
 from diffjax.errors import UserError, unknown
@@ -93,14 +96,14 @@ GRIDS = {
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 
-def make(kind: str, table: Mapping[str, Callable], choice: Choice) -> Any:
-    """`table[choice["name"]](**the rest of choice)`."""
+def make(kind: str, table: Mapping[str, Callable], choice: Choice, others: Sequence[str] = ()) -> Any:
+    """`table[choice["name"]](**the rest of choice)`; `others` are fields that the caller reads, known to the error message."""
     arguments = dict(choice)
     maker = named(kind, table, arguments.pop("name"))
     known = parameters(maker)
     for name in arguments:
         if known is not None and name not in known:
-            raise unknown(f"field of {kind} {choice['name']}", name, known or ["no field"])
+            raise unknown(f"field of {kind} {choice['name']}", name, [*known, *others] or ["no field"])
     return maker(**arguments)
 
 
@@ -164,8 +167,10 @@ def text(choice: Choice, vocabulary: int) -> nn.Module:
 def sampler(choice: str | Refine | Sampler, eta: float | None = None) -> Sampler:
     """A sampler by its name, of a refinement, or as it is; `eta` other than None replaces its amount of noise.
 
-    Raises `UserError` for a noisy multistep or Heun method that has no stochastic form.
+    Raises `UserError` for an amount outside [0, 1], and for a noisy multistep or Heun method that has no stochastic form.
     """
+    if eta is not None:
+        within("eta", eta, 0.0, 1.0)
     if isinstance(choice, str):
         found = named("sampler", SAMPLERS, choice)
         if eta and choice in DETERMINISTIC:
@@ -190,6 +195,77 @@ def start(denoiser: Any) -> float:
 def is_blind(denoiser: Any, t: float) -> bool:
     """Whether a denoiser's prediction says nothing of x0 at t; one in closed form, which makes none, says all."""
     return hasattr(denoiser, "prediction") and predict.is_blind(denoiser.prediction, denoiser.process, t)
+
+
+def within(name: str, value: float, low: float, high: float) -> float:
+    """The value. Raises `UserError` for one that is not a number from `low` to `high`, as NaN is not."""
+    if not (_is_number(value) and low <= value <= high):
+        ends = f"from {low:g} to {high:g}" if math.isfinite(high) else f"of {low:g} or more"
+        raise UserError(f"{name} is {value}: it must be a number {ends}")
+    return float(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) or getattr(value, "ndim", None) == 0
+
+
+def scale(guidance: float | None) -> float | None:
+    """A scale of guidance; None, 0 and 1 are no guidance, which evaluates the conditional branch alone.
+
+    Raises `UserError` for a negative one, NaN and infinity.
+    """
+    if guidance is None:
+        return None
+    if not (_is_number(guidance) and 0 <= guidance < math.inf):
+        raise UserError(f"guidance is {guidance}: give a scale above 1, such as 3; 0 or 1 is no guidance")
+    return None if guidance in (0, 1) else float(guidance)
+
+
+def guide(choice: str | Choice) -> Callable[..., guides.Guide]:
+    """`(denoiser, scale, weak) -> guide` by a name of `GUIDES`, or a table of its name and fields.
+
+    Every guide can be limited to times `low` < t <= `high`, outside of which only the conditional branch is evaluated, and
+    have its output rescaled by `rescale` (phi of `guide.Rescale`). All numbers are traced.
+    """
+    arguments = {"name": choice} if isinstance(choice, str) else {"name": "cfg", **choice}
+    given = {name: arguments.pop(name) for name in AROUND if name in arguments}
+    around = {name: within(f"{name} of the guide", value, 0.0, 1.0) for name, value in given.items()}
+    low, high = around.pop("low", 0.0), around.pop("high", 1.0)
+    if low >= high:
+        raise UserError(f"the guide acts while {low:g} < t <= {high:g}, which is never: give low below high")
+    interval = (low, high) if {"low", "high"} & given.keys() else None
+    return functools.partial(_guided, make("guide", GUIDES, arguments, AROUND), interval, around.get("rescale"))
+
+
+def _guided(
+    rule: Callable, interval: tuple[float, float] | None, rescale: float | None, denoiser: Any, scale: float, weak: Any = None
+) -> guides.Guide:
+    found = rule(denoiser, jnp.float32(scale), weak)
+    found = guides.Interval(found, *map(jnp.float32, interval)) if interval else found
+    return found if rescale is None else guides.Rescale(found, denoiser.prediction, denoiser.process, jnp.float32(rescale))
+
+
+def _cfg(two_passes: bool = False) -> Callable[..., guides.Guide]:
+    return lambda denoiser, scale, weak: guides.Guidance(denoiser, scale, not two_passes)
+
+
+def _cfg_zero(still: float = 1.0, two_passes: bool = False) -> Callable[..., guides.Guide]:
+    still = within("still of the guide", still, 0.0, 1.0)
+    return lambda denoiser, scale, weak: guides.CFGZero(denoiser, denoiser.process, scale, jnp.float32(still), not two_passes)
+
+
+def _apg(
+    momentum: float = 0.0, radius: float = math.inf, parallel: float = 0.0, two_passes: bool = False
+) -> Callable[..., guides.Guide]:
+    ranges = {"momentum": (momentum, -1.0, 1.0), "radius": (radius, 0.0, math.inf), "parallel": (parallel, 0.0, 1.0)}
+    given = [within(f"{name} of the guide", *values) for name, values in ranges.items()]
+    return lambda denoiser, scale, weak: guides.APG(denoiser, denoiser.process, scale, *map(jnp.float32, given), not two_passes)
+
+
+def _autoguidance(step: int = -1) -> Callable[..., guides.Guide]:
+    if not isinstance(step, int) or step < 0:
+        raise UserError(f"step of the guide is {step}: give the step of an earlier checkpoint of the run")
+    return lambda denoiser, scale, weak: guides.Autoguidance(denoiser, weak, scale)
 
 
 def optimizer(choice: Choice, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
@@ -325,5 +401,8 @@ PROCESSES = {
     "linear": processes.Linear,
     "discrete": _discrete,
 }
+GUIDES = {"cfg": _cfg, "cfg_zero": _cfg_zero, "apg": _apg, "autoguidance": _autoguidance}
+"""Classifier-free guidance, CFG-Zero*, adaptive projected guidance, and an earlier checkpoint of the same run, of that `step`."""
+AROUND = ("low", "high", "rescale")
 SCHEDULES = {"linear": warmup_constant_linear, "cosine": warmup_cosine}
 OPTIMIZERS = {"adamw": adamw, "muon": muon}

@@ -23,7 +23,9 @@ from diffjax.process import Time, expand
 
 
 def shrink(x: Float[Array, "b h w c"], size: int) -> Float[Array, "b {size} {size} c"]:
-    """Means of squares of h / size pixels a side. Raises `UserError` when the size does not divide."""
+    """Means of squares of h / size pixels a side. Raises `UserError` when the size does not divide, and for another shape."""
+    if jnp.ndim(x) != 4:
+        raise UserError(f"a picture or mask has the shape {jnp.shape(x)}: give (1, height, width, channels)")
     b, h, w, c = x.shape
     if h % size or w % size:
         raise UserError(f"{h} x {w} pixels cannot be shrunk to {size}: choose a size that divides both")
@@ -94,15 +96,21 @@ class Cascade:
         low_res: Float[Array, "#b h w c"] | None = None,
         image: Float[Array, "#b h w c"] | None = None,
         mask: Float[Array, "#b h w 1"] | None = None,
+        feather: int | None = None,
         strength: float = 1.0,
         each: Sequence[dict[str, Any]] = (),
     ) -> list[Float[Array, "num h w c"]]:
         """What every stage draws, the last being the picture; stage i has the key `fold_in(key, i)`.
 
-        `low_res` starts at a first stage that enlarges. `image`, of the last stage's size: with `mask` (1 where it stays)
-        every stage draws the rest anew; without, the first stage starts from it as far as `strength` says. `each` are
-        further arguments of every stage's `Model.sample`: steps, sampler, guidance, level.
+        `low_res` starts at a first stage that enlarges. `image`, of the last stage's size: with `mask` every stage draws anew
+        what the mask covers (1) and keeps the rest (0), the last one with an edge of `feather` pixels; without, the first
+        stage starts from it as far as `strength` says. `each` are further arguments of every stage's `Model.sample`: steps,
+        sampler, guidance, guide, level.
         """
+        if image is None and (mask is not None or feather or strength != 1):
+            raise UserError("mask, feather and strength say what may change of a picture: give the `image` too")
+        if prompt is not None and all(stage.text is None for stage in self.stages):
+            raise UserError("no stage of this cascade was trained with text: leave the prompt out")
         drawn: list[Array] = []
         for i, stage in enumerate(self.stages):
             told = dict(each[i]) if each else {}
@@ -113,6 +121,7 @@ class Cascade:
             if image is not None and (mask is not None or i == 0):
                 size = stage.shape[0]
                 told |= {"image": shrink(image, size), "strength": strength}
-                told |= {} if mask is None else {"mask": jnp.floor(shrink(mask, size))}
+                told |= {} if mask is None else {"mask": jnp.ceil(shrink(mask, size))}
+                told |= {"feather": feather} if i + 1 == len(self.stages) else {}
             drawn.append(stage.sample(jax.random.fold_in(key, i), num=num, **told))
         return drawn

@@ -119,6 +119,35 @@ def pixels(word: str) -> int | tuple[int, int]:
     return int(word) if len(sides) == 1 else (int(sides[1]), int(sides[0]))
 
 
+GUIDANCE = "guidance scale: 0 or 1 is none (half the evaluations), 2 to 8 follow the prompt or class more closely"
+GUIDE = (
+    "how guidance combines its branches: cfg, cfg_zero [still=T], apg [momentum=M radius=R parallel=P], or autoguidance step=N (an earlier "
+    "checkpoint of the run); each with [low=T high=T] to act at these times only, and [rescale=PHI]"
+)
+
+
+def add_guide(parser: argparse.ArgumentParser) -> None:
+    """The flag `--guide NAME FIELD=VALUE ...`."""
+    parser.add_argument("--guide", nargs="+", action=Table, metavar=("NAME", "FIELD=VALUE"), help=GUIDE)
+
+
+class Table(argparse.Action):
+    """Words NAME FIELD=VALUE ... as a table such as `{"name": "apg", "momentum": -0.5}`."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        name, *fields = values
+        table = {"name": name}
+        for field in fields:
+            key, is_field, value = field.partition("=")
+            if not is_field:
+                parser.error(f"{option_string}: {field} is no FIELD=VALUE")
+            try:
+                table[key] = int(value) if key == "step" else float(value)
+            except ValueError:
+                parser.error(f"{option_string}: {key} is {value!r}: it must be a number")
+        setattr(namespace, self.dest, table)
+
+
 def _doctor(subparsers) -> None:
     parser = subparsers.add_parser(
         "doctor",
@@ -248,6 +277,7 @@ def _sample(subparsers) -> None:
         "  diffjax sample --model google/ddpm-cat-256 --quality good --num 4 --out cats\n"
         "  diffjax sample --config experiments/ddpm_cat256.py --config.num=4 --out cats\n"
         '  diffjax sample --model stabilityai/stable-diffusion-3.5-large --prompt "a lighthouse" --size 1344x768 --out pictures\n'
+        "  diffjax sample --run runs/emoji --prompt pizza --guidance 4 --guide apg momentum=-0.5 low=0.2 rescale=0.7 --out pictures\n"
         '  diffjax sample --cascade runs/base64 runs/super256 --prompt "a lighthouse" --out pictures\n'
         "  diffjax sample --replay pictures/manifest.json --out again\n",
     )
@@ -326,8 +356,9 @@ def _add_subject(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--label", action="append", dest="labels", default=[], help="a class by name or number")
     parser.add_argument("--size", type=pixels, help="pixels a side, or WIDTHxHEIGHT (default: what the model was trained on)")
     parser.add_argument("--image", metavar="FILE", help="start from this picture")
-    parser.add_argument("--strength", type=float, help="how much of --image may change, 0 to 1 (default 0.6)")
-    parser.add_argument("--mask", metavar="FILE", help="change --image only where this picture is white")
+    parser.add_argument("--strength", type=float, help="how much of --image may change, above 0 to 1 (default 0.6, with a mask 1)")
+    parser.add_argument("--mask", metavar="FILE", help="draw --image anew where this picture is white; where it is black its pixels stay")
+    parser.add_argument("--feather", type=int, metavar="N", help="pixels around the white over which the drawn passes into the kept (default 0)")
     parser.add_argument("--low-res", metavar="PATH", help="a picture to enlarge, or the folder of an earlier job")
     parser.add_argument("--level", type=float, help="noise in what is enlarged, from 0 to below 1")
 
@@ -345,7 +376,8 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="steps of the sampler")
     parser.add_argument("--sampler", help="ddpm, ddim, euler, heun, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, unipc or ipndm")
     parser.add_argument("--grid", help="the times: uniform, logsnr, karras, leading, linspace, trailing or fitted")
-    parser.add_argument("--guidance", type=float, help="scale of classifier-free guidance; 1 is none")
+    parser.add_argument("--guidance", type=float, metavar="W", help=GUIDANCE)
+    add_guide(parser)
     parser.add_argument("--two-passes", action="store_true", help="guidance's two branches in turn: less memory")
     parser.add_argument(
         "--skip-layers", action="store_true", help="guide away from the network without layers 7 to 9 too (SD3.5 medium)"
@@ -385,8 +417,9 @@ def _evaluate(subparsers) -> None:
     )
     parser.add_argument("--run", dest="workdir", required=True, metavar="DIR", help="the --workdir of a training")
     parser.add_argument("--num", type=int, default=64, help="prompts or pictures (default 64)")
-    parser.add_argument("--steps", type=int, help="steps of the sampler (default, as for the next three: the run's own)")
-    parser.add_argument("--guidance", type=float, help="scale of classifier-free guidance; 1 is none")
+    parser.add_argument("--steps", type=int, help="steps of the sampler (default, as for the next four: the run's own)")
+    parser.add_argument("--guidance", type=float, metavar="W", help=GUIDANCE)
+    add_guide(parser)
     parser.add_argument("--sampler", help="ddpm, ddim, euler, heun, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, unipc or ipndm")
     parser.add_argument("--grid", help="the times: uniform, logsnr, karras, leading, linspace, trailing or fitted")
     parser.add_argument("--seed", type=int, default=0, help="which prompts, and the noise (default 0)")
@@ -399,7 +432,7 @@ def _evaluate(subparsers) -> None:
 
         workdir = run_folder(args.workdir)
         mesh.start()
-        evaluate(workdir, args.num, args.steps, args.guidance, args.sampler, args.grid, args.seed, args.step)
+        evaluate(workdir, args.num, args.steps, args.guidance, args.sampler, args.grid, args.seed, args.step, args.guide)
 
     parser.set_defaults(run=run)
 
@@ -425,7 +458,8 @@ def _plan(subparsers) -> None:
     for name, meaning in (("steps", "of sampling"), ("num", "pictures in all"), ("batch", "pictures at once"), ("size", "pixels")):
         parser.add_argument(f"--{name}", type=int, metavar="N", help=meaning, default=1 if name == "num" else None)
     parser.add_argument("--sampler", metavar="NAME", help="the solver (heun calls the network twice a step)")
-    parser.add_argument("--guidance", type=float, metavar="W", help="guidance scale: twice the rows")
+    parser.add_argument("--guidance", type=float, metavar="W", help=GUIDANCE)
+    add_guide(parser)
     parser.add_argument("--dtype", metavar="TYPE", help="float32 or bfloat16 (default: float32, of latent models bfloat16)")
     parser.add_argument("--device", metavar="NAME", help="h100, h200, a100, t4, v5e or cpu; default: the one found here")
     parser.add_argument("--compile", action="store_true", help="compile, for the exact peak memory")
@@ -435,7 +469,7 @@ def _plan(subparsers) -> None:
         from diffjax.loading import run_folder
 
         mesh.find()
-        names = ("steps", "num", "batch", "size", "guidance", "sampler", "dtype")
+        names = ("steps", "num", "batch", "size", "guidance", "guide", "sampler", "dtype")
         asked = plan.Asked(**{name: getattr(args, name) for name in names})
         if args.model:
             jobs = plan.model(args.model, asked, args.revision or None, args.variant)
@@ -474,7 +508,8 @@ def _fit_grid(subparsers) -> None:
     _add_which(parser)
     parser.add_argument("--steps", type=int, required=True, metavar="N", help="steps of the grid")
     parser.add_argument("--sampler", default="unipc", metavar="NAME", help="a sampler without noise (default unipc)")
-    parser.add_argument("--guidance", type=float, metavar="W", help="guidance scale (default: the model's own)")
+    parser.add_argument("--guidance", type=float, metavar="W", help=f"{GUIDANCE} (default: the model's own)")
+    add_guide(parser)
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="can be repeated: the images take turns")
     parser.add_argument("--seeds", type=int, default=8, metavar="N", help="images to fit to (default 8)")
     parser.add_argument("--iterations", type=int, default=60, metavar="N", help="of the descent (default 60)")
@@ -485,12 +520,12 @@ def _fit_grid(subparsers) -> None:
 
         name = run_folder(args.workdir) if args.workdir else args.model
         mesh.start()
-        told = {name: getattr(args, name) for name in ("guidance", "prompt", "seeds", "iterations")}
+        told = {name: getattr(args, name) for name in ("guidance", "guide", "prompt", "seeds", "iterations")}
         loaded = load(name, revision=args.revision or None, variant=args.variant)
         found = fit.fit(loaded, args.steps, args.sampler, shown=fit.progress, **told)
         print(fit.report(found))
         print(f"kept in {fit.keep(loaded.name, args.sampler, found)}: sample with")
-        print(f"  --steps {args.steps} --sampler {args.sampler} --grid fitted")
+        print(f"  --steps {args.steps} --sampler {args.sampler} --grid fitted{fit.flags(found.to)}")
 
     parser.set_defaults(run=run)
 

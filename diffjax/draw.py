@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Key, PyTree, UInt8
 
 from diffjax import image, mesh, sample
 from diffjax.errors import UserError
-from diffjax.model import Inputs, Model, Recipe
+from diffjax.model import Inputs, Model, Paste, Recipe
 
 CHUNK = 8
 SECONDS = 1.0
@@ -79,7 +79,8 @@ class Stage:
 @dataclass(frozen=True)
 class Drawing:
     """How a job draws; `conditions` (negative_prompt, image, mask, low_res, level) are common to all its pictures, or a
-    function of them. A model that enlarges is not told the prompts and labels that it does not read.
+    function of them; `paste` puts the kept pixels of a masked picture back. A model that enlarges is not told the prompts
+    and labels that it does not read.
     """
 
     model: Model
@@ -87,6 +88,7 @@ class Drawing:
     key: Key[Array, ""]
     batch: int
     conditions: Mapping[str, Any]
+    paste: Paste | None = None
 
     @property
     def steps(self) -> int:
@@ -113,8 +115,7 @@ class Drawing:
             if getattr(rows[0], name) is not None and (read or not self.model.low_res)
         }
         common = {name: value(rows) if callable(value) else value for name, value in self.conditions.items()}
-        guided = self.recipe.denoise is not self.model.denoiser
-        return self.model.inputs(self.key, [row.number for row in rows], guided=guided, **told, **common)
+        return self.model.inputs(self.key, [row.number for row in rows], reads=self.recipe.reads, **told, **common)
 
     def blank(self, part: Part) -> sample.State:
         """The shapes of a part's state; nothing is computed."""
@@ -158,7 +159,8 @@ class Drawing:
 
     def images(self, stage: Stage) -> UInt8[np.ndarray, "n h w c"]:
         """The pictures of a stage."""
-        return _pictures(stage, stage.state.x, self.model.images)
+        paste = self.paste or (lambda images: images)
+        return _pictures(stage, stage.state.x, lambda x: paste(self.model.images(x)))
 
     def previews(self, stage: Stage) -> UInt8[np.ndarray, "n h w c"]:
         """What they will look like, by the estimates of x0: small pictures of latent models."""

@@ -24,7 +24,7 @@ from diffjax import config as configs
 from diffjax.draw import Drawing, Picture, shown
 from diffjax.errors import UserError
 from diffjax.loading import load
-from diffjax.model import Model, Recipe
+from diffjax.model import Model, Recipe, Rule
 from diffjax.say import counted
 
 Pictures = UInt8[np.ndarray, "n h w c"]
@@ -52,6 +52,7 @@ def evaluate(
     grid: str | None = None,
     seed: int = 0,
     step: int | None = None,
+    guide: Rule | None = None,
 ) -> dict[str, Any]:
     """Draw `num` pictures, measure, print a table; `evaluation.json` and `.png` in the run's folder keep it.
 
@@ -63,16 +64,16 @@ def evaluate(
     if num < 1:
         raise UserError(f"--num is {num}: it must be at least 1")
     run = Path(run)
-    model = load(run.absolute(), revision=None if step is None else str(step))
+    model = load(run.absolute(), revision=None if step is None else str(step)).against(guide)
     if model.text is None and not model.low_res:
         raise UserError(f"{run} was trained without text: only pictures of prompts can be measured, or enlarged ones")
     config = configs.read(run).data
-    recipe = model.recipe(steps=steps, guidance=guidance, sampler=sampler, grid=grid)
+    recipe = model.recipe(steps=steps, guidance=guidance, guide=guide, sampler=sampler, grid=grid)
     measure = enlargements if model.low_res else recall
     found, sheet = measure(model, recipe, config, num, seed)
     asked = {"sampler": sampler, "grid": grid, "guidance": guidance}
     sampling = {name: getattr(model.defaults, name) if value is None else value for name, value in asked.items()}
-    sampling |= {"steps": len(recipe.grid), "seed": seed}
+    sampling |= {"steps": len(recipe.grid), "seed": seed} | ({"guide": dict(model.rule(guide))} if recipe.reads else {})
     result = {"run": run.resolve().name, "step": int(model.revision), **found, "sampling": sampling}
     files.write_json(run / "evaluation.json", result)
     image.write_png(run / "evaluation.png", sheet)

@@ -7,9 +7,11 @@ gradient descent through the sampler on a few seeds (the idea of Watson et al. 2
 import functools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -22,9 +24,11 @@ from diffjax import build, files, struct
 from diffjax import grid as grids
 from diffjax.errors import UserError
 from diffjax.process import Process
+from diffjax.train.checkpoint import checksum
+from diffjax.train.record import differences
 
 if TYPE_CHECKING:
-    from diffjax.model import Inputs, Model, Recipe
+    from diffjax.model import Inputs, Model, Recipe, Rule
 
 FITTED = "fitted"
 NAMED = ("logsnr", "karras", "uniform")
@@ -37,11 +41,12 @@ LEAST = 1e-3
 
 @dataclass(frozen=True)
 class Fit:
-    """A fitted grid, and the error of it and of others on seeds that it was not fitted to: the root mean square of the
-    difference from the fine solution."""
+    """A fitted grid, the error of it and of others on seeds that it was not fitted to (the root mean square of the
+    difference from the fine solution), and what it was fitted `to` (`fitted_to`)."""
 
     grid: Float[np.ndarray, "steps 2"]
     errors: dict[str, float]
+    to: dict[str, Any]
 
 
 @struct.dataclass
@@ -49,6 +54,9 @@ class Remembered:
     """A denoiser that is computed again in the backward pass, so that only its inputs are kept."""
 
     denoise: Callable
+
+    def init(self, x: Array) -> Any:
+        return self.denoise.init(x) if hasattr(self.denoise, "init") else ()
 
     def __call__(self, x: Array, t: Array, cond: Any) -> Any:
         return jax.checkpoint(lambda denoise, *given: denoise(*given))(self.denoise, x, t, cond)
@@ -87,13 +95,14 @@ def fit(
 ) -> Fit:
     """Fit a grid of `steps` steps on `seeds` images, and measure it on as many others; Adam makes `iterations` steps.
 
-    `told` is what `Model.sample` takes (guidance, prompt, label); `shown` may show the progress of an iterable. Raises
+    `told` is what `Model.sample` takes (guidance, guide, prompt, label); `shown` may show the progress of an iterable. Raises
     `UserError` for a sampler that adds noise.
     """
     if steps < 2:
         raise UserError("a grid of one step has no time to fit: take 2 steps or more")
-    guidance = told.pop("guidance", None)
-    recipe = functools.partial(model.recipe, sampler=sampler, guidance=guidance)
+    guidance, rule = told.pop("guidance", None), told.pop("guide", None)
+    model = model.against(rule)
+    recipe = functools.partial(model.recipe, sampler=sampler, guidance=guidance, guide=rule)
     if recipe().sampler.eta:
         raise UserError(f"sampler {sampler} adds noise, so it has no fine solution: take unipc, dpmpp_2m, ipndm or another one")
     batches = functools.partial(_batches, model, recipe(), told)
@@ -108,7 +117,7 @@ def fit(
     grid = np.asarray(times.grid(descend(best, times, times.theta(best.grid), examples, shown(range(iterations)))))
     known[FITTED] = best.replace(grid=grid)
     others = solved(np.arange(seeds, 2 * seeds))
-    return Fit(grid, {name: error(one, others) for name, one in known.items()})
+    return Fit(grid, {name: error(one, others) for name, one in known.items()}, fitted_to(model, guidance, rule))
 
 
 def descend(
@@ -146,36 +155,76 @@ def error(recipe: "Recipe", examples: list) -> float:
 
 def _batches(model: "Model", recipe: "Recipe", told: dict[str, Any], numbers: np.ndarray) -> Iterator["Inputs"]:
     """What the images of these numbers have of their own, in batches that divide them."""
-    guided = recipe.denoise is not model.denoiser
     batch = next(size for size in range(min(model.defaults.batch, len(numbers)), 0, -1) if len(numbers) % size == 0)
     cycled = {name: [values[i % len(values)] for i in range(len(numbers))] for name, values in told.items() if values}
     if model.classes and "label" not in cycled:
         cycled["label"] = [i % len(model.classes) for i in range(len(numbers))]
-    return model.inputs(jax.random.key(0), numbers, guided=guided, **cycled).parts(batch)
+    return model.inputs(jax.random.key(0), numbers, reads=recipe.reads, **cycled).parts(batch)
 
 
-def path(name: str, sampler: str, steps: int) -> Path:
-    """Where the fitted grid of the model called `name` lies: in its folder, or in the cache folder for models of the hub."""
+def fitted_to(model: "Model", guidance: float | None, guide: "Rule | None") -> dict[str, Any]:
+    """What a fitted grid belongs to, in JSON types: the model's parameters, its size, and its guidance.
+
+    Parameters are known by a run's step or a hub's commit, those of a folder by the checksum of their bfloat16 too, which is the
+    same in whatever dtype they were loaded. Raises `UserError` for a guide of one's own, which has no name.
+    """
+    guidance = model.defaults.guidance if guidance is None else guidance
+    if callable(guidance):
+        raise UserError("a fitted grid belongs to guidance by a scale: give a scale, or a grid of another name")
+    short = lambda leaf: np.asarray(leaf, jnp.bfloat16) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) else leaf
+    local = Path(model.name).is_dir()
+    return {
+        "revision": model.revision,
+        "checksum": checksum(jax.tree.map(short, model.denoiser)) if local else None,
+        "shape": list(model.shape),
+        "guidance": (scale := build.scale(guidance)),
+        "guide": None if scale is None else dict(model.rule(guide)),
+    }
+
+
+def path(name: str, sampler: str, steps: int, to: Mapping[str, Any] = MappingProxyType({})) -> Path:
+    """Where the fitted grid of the model called `name` lies: in its folder, or in the cache folder for models of the hub.
+
+    One that is fitted `to` some guidance has a file of its own.
+    """
     folder = Path(name) if Path(name).is_dir() else files.home()
     inner = "grids" if Path(name).is_dir() else f"grids/{re.sub(r'[^A-Za-z0-9.-]+', '__', name)}"
-    return folder / inner / f"{sampler}-{steps}.json"
+    guided = json.dumps([to["guidance"], to["guide"]], sort_keys=True) if to.get("guidance") else ""
+    return folder / inner / f"{sampler}-{steps}{guided and f'-{zlib.crc32(guided.encode()):08x}'}.json"
 
 
 def keep(name: str, sampler: str, found: Fit) -> Path:
     """Write a fit where `stored` finds it."""
-    place = path(name, sampler, len(found.grid))
-    files.write_json(place, {"times": [float(t) for t in (*found.grid[:, 0], found.grid[-1, 1])], "errors": found.errors})
+    place = path(name, sampler, len(found.grid), found.to)
+    times = [float(t) for t in (*found.grid[:, 0], found.grid[-1, 1])]
+    files.write_json(place, {"times": times, "errors": found.errors, "to": found.to})
     return place
 
 
-def stored(name: str, sampler: str, steps: int) -> Float[np.ndarray, "steps 2"]:
-    """The grid that was fitted to this model, sampler and number of steps. Raises `UserError` when none was."""
-    place = path(name, sampler, steps)
+def stored(
+    model: "Model", sampler: str, steps: int, guidance: float | None = None, guide: "Rule | None" = None
+) -> Float[np.ndarray, "steps 2"]:
+    """The grid that was fitted to this model, sampler, number of steps and guidance.
+
+    Raises `UserError` when none was, and when the model's parameters have changed since.
+    """
+    to = fitted_to(model, guidance, guide)
+    place = path(model.name, sampler, steps, to)
+    again = f"diffjax fit-grid --steps {steps} --sampler {sampler}{flags(to)} makes one"
     if not place.exists():
-        raise UserError(
-            f"no grid of {steps} steps was fitted to {name} for {sampler}: diffjax fit-grid --steps {steps} --sampler {sampler} makes one"
-        )
-    return grids.pairs(np.asarray(json.loads(place.read_text())["times"]))
+        raise UserError(f"no grid of {steps} steps was fitted to {model.name} for {sampler}{flags(to)}: {again}")
+    kept = json.loads(place.read_text())
+    if lines := differences(kept.get("to", {}), to):
+        raise UserError(f"the grid of {steps} steps for {sampler} was fitted to another state of {model.name} ({'; '.join(lines)}): {again}")
+    return grids.pairs(np.asarray(kept["times"]))
+
+
+def flags(to: Mapping[str, Any]) -> str:
+    """The guidance that a grid was fitted `to`, as on the command line; "" for none."""
+    if to["guidance"] is None:
+        return ""
+    fields = " ".join(value if name == "name" else f"{name}={value:g}" for name, value in to["guide"].items())
+    return f" --guidance {to['guidance']:g}" + ("" if fields == "cfg" else f" --guide {fields}")
 
 
 def report(found: Fit) -> str:

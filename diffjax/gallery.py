@@ -39,6 +39,7 @@ IN_METADATA = (
     "sampler",
     "grid",
     "guidance",
+    "guide",
     "eta",
     "strength",
     "batch",

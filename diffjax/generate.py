@@ -18,17 +18,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.multihost_utils import sync_global_devices
-from jaxtyping import Float, UInt8
+from jaxtyping import Array, Float, UInt8
 from ml_collections import ConfigDict
 
 from diffjax import build, image, seeds
 from diffjax.draw import Drawing, Part, Picture, Stage, shown
 from diffjax.errors import UserError, unknown
 from diffjax.gallery import FILES, Background, Gallery, file_name, read_manifest, sha256, unlike, whole, with_places
-from diffjax.guide import Guidance
 from diffjax.interrupt import stop_on_signal
 from diffjax.loading import load, run_folder
-from diffjax.model import Encoded, Guide, Model
+from diffjax.model import Encoded, Model
 from diffjax.say import counted
 from diffjax.sd3 import SkipLayers
 from diffjax.train.checkpoint import checksum
@@ -45,7 +44,8 @@ class Request:
     """What is asked for; None is the model's own choice. `num` images of each prompt (or label, or pair of both).
 
     `size` is a number of pixels, or (height, width). `image` is where to start from, `strength` how much of it may change;
-    `mask` is white where it is drawn anew.
+    `mask` is white where it is drawn anew, and `feather` how many pixels around that pass over into the kept ones. `guidance` is
+    the scale of the `guide` (a table, see `build.guide`), 0 and 1 none.
     A model that enlarges does so with the picture `low_res`, or with those of an earlier job in that folder, `level` the
     noise in them. `two_passes` evaluates the branches of guidance one after the other, in less memory. `skip_layers` is SD3.5's
     skip-layer guidance, `quantize`, `shard`, `lora` and `variant` are those of `diffjax.load`.
@@ -63,12 +63,14 @@ class Request:
     sampler: str | None = None
     grid: str | None = None
     guidance: float | None = None
+    guide: dict[str, Any] | None = None
     eta: float | None = None
     seed: int = 0
     batch: int | None = None
     size: int | tuple[int, int] | None = None
     image: str | None = None
     mask: str | None = None
+    feather: int | None = None
     strength: float | None = None
     low_res: str | None = None
     level: float | None = None
@@ -87,6 +89,13 @@ class Request:
             raise UserError("a prompt is empty: say what to draw, or leave --prompt out to draw without a text")
         if self.image is None and (self.mask is not None or self.strength not in (None, 1.0)):
             raise UserError("--mask and --strength say what may change of a picture: give the picture with --image")
+        if self.mask is None and self.feather:
+            raise UserError("--feather softens the edge of a mask: give the mask with --mask")
+        for name, value in (("eta", self.eta), ("strength", self.strength)):
+            if value is not None:
+                build.within(f"--{name}", value, 0.0, 1.0)
+        build.scale(self.guidance)
+        build.guide(self.guide or "cfg")
 
     @property
     def texts(self) -> list[str]:
@@ -107,7 +116,7 @@ def configured(config: ConfigDict) -> Request:
     names = [field.name for field in dataclasses.fields(Request)]
     if wrong := next((name for name in config if name not in names), None):
         raise unknown("field of a sampling experiment", wrong, names)
-    return Request(**whole_paths({name: config[name] for name in config}))
+    return Request(**whole_paths(config.to_dict()))
 
 
 def whole_paths(given: dict[str, Any]) -> dict[str, Any]:
@@ -173,7 +182,7 @@ def generate(
     after Ctrl-C.
     """
     kept = request.quantize, request.shard, request.lora, request.variant
-    model = load(request.model, request.dtype, request.revision or None, request.texts, *kept)
+    model = load(request.model, request.dtype, request.revision or None, request.texts, *kept).against(request.guide)
     request = completed(request, model)
     drawing = prepared(request, model)
     recipe = recipe_of(request, model)
@@ -220,7 +229,11 @@ def completed(request: Request, model: Model) -> Request:
     """The request with the model's choices filled in, so that it means the same whatever the defaults become."""
     default = model.defaults
     first = lambda *values: next((value for value in values if value is not None), None)
-    recipe = model.recipe(steps=request.steps, sampler=request.sampler, grid=request.grid, eta=request.eta)
+    guidance = first(request.guidance, SkipLayers.guidance if request.skip_layers else default.guidance)
+    usual = None if default.guide is None or build.scale(guidance) is None else dict(model.rule())
+    request = dataclasses.replace(request, guidance=guidance, guide=first(request.guide, usual))
+    how = {name: getattr(request, name) for name in ("steps", "sampler", "grid", "eta")}
+    recipe = model.recipe(**how, **guided(request))
     return dataclasses.replace(
         request,
         model=model.name,
@@ -228,7 +241,6 @@ def completed(request: Request, model: Model) -> Request:
         steps=first(request.steps, default.steps),
         sampler=first(request.sampler, default.sampler),
         grid=first(request.grid, default.grid if isinstance(default.grid, str) else None),
-        guidance=first(request.guidance, SkipLayers.guidance if request.skip_layers else default.guidance),
         eta=float(recipe.sampler.eta),
         batch=first(request.batch, default.batch),
         strength=first(request.strength, KEPT_STRENGTH if request.image and not request.mask else 1.0),
@@ -238,24 +250,30 @@ def completed(request: Request, model: Model) -> Request:
 def prepared(request: Request, model: Model) -> Drawing:
     """How to draw a completed request, prompts encoded. Raises `UserError` for what the model cannot be told."""
     how = ("steps", "sampler", "grid", "eta", "strength", "size")
-    recipe = model.recipe(**{name: getattr(request, name) for name in how}, guidance=guided(request))
+    recipe = model.recipe(**{name: getattr(request, name) for name in how}, **guided(request))
     model = encoded(model, request.texts)
-    common = conditions(request, model, recipe.shape)
-    drawing = Drawing(model, recipe, seeds.key(request.seed), request.batch, common)
+    height, width, channels = recipe.shape
+    picture, mask = masked(request, (height * model.factor, width * model.factor), channels if model.encode is None else 3)
+    common = conditions(request, model) | ({} if picture is None else {"image": model.known(picture)})
+    common |= {} if mask is None else {"mask": mask}
+    paste = model.paste(picture, mask, request.feather)
+    drawing = Drawing(model, recipe, seeds.key(request.seed), request.batch, common, paste)
     for subject in request.subjects:
         drawing.inputs(Part((Picture(0, *subject),)))
     return drawing
 
 
-def guided(request: Request) -> Guide | None:
-    """The scale of guidance, or how to guide where that is not all. Raises `UserError` for two passes without guidance."""
-    if request.two_passes and request.guidance is None:
-        raise UserError("--two-passes is about guidance, and this model draws without: give --guidance, or leave it out")
-    if request.skip_layers:
-        return SkipLayers(request.guidance, together=not request.two_passes)
+def guided(request: Request) -> dict[str, Any]:
+    """The arguments of `Model.recipe` that say how to guide. Raises `UserError` for what is about guidance, without any."""
+    about, rule = {}, request.guide
     if request.two_passes:
-        return functools.partial(Guidance, scale=jnp.float32(request.guidance), together=False)
-    return request.guidance
+        about, rule = {"--two-passes": True}, {**(rule or {}), "two_passes": True}
+    if request.skip_layers:
+        return {"guidance": SkipLayers(request.guidance, guide=rule or "cfg")}
+    if build.scale(request.guidance) is None and (about or rule):
+        flag = next(iter(about), "--guide")
+        raise UserError(f"{flag} is about guidance, and this draws without: give --guidance above 1, or leave it out")
+    return {"guidance": request.guidance, "guide": rule}
 
 
 def encoded(model: Model, prompts: Sequence[str]) -> Model:
@@ -269,18 +287,27 @@ def encoded(model: Model, prompts: Sequence[str]) -> Model:
             raise UserError(f"{cut}: say it in fewer words") from cut
 
 
-def conditions(request: Request, model: Model, shape: tuple[int, ...]) -> dict[str, Any]:
-    """What all pictures of a request, with states of that shape, have in common."""
-    height, width, channels = shape
+def masked(request: Request, size: tuple[int, int], channels: int) -> tuple[Array | None, Array | None]:
+    """The picture to start from, in [-1, 1], and its mask, 1 where it is drawn anew, both of `size` pixels, with a first axis of 1.
+
+    Raises `UserError` for a mask that is black everywhere.
+    """
+    if request.image is None:
+        return None, None
+    picture = jnp.asarray(image.from_uint8(image.read(request.image, size, channels)[None]))
+    if request.mask is None:
+        return picture, None
+    mask = image.read(request.mask, size, 1)[None]
+    if not mask.any():
+        raise UserError(f"{request.mask} is black everywhere, so nothing would be drawn: make white what is to be drawn anew")
+    return picture, jnp.asarray(mask / 255, jnp.float32)
+
+
+def conditions(request: Request, model: Model) -> dict[str, Any]:
+    """What all pictures of a request are told in common."""
     common: dict[str, Any] = {}
     if request.negative_prompt is not None:
         common["negative_prompt"] = request.negative_prompt
-    if request.image is not None:
-        size = height * model.factor, width * model.factor
-        known = image.read(request.image, size, channels if model.encode is None else 3)
-        common["image"] = model.known(jnp.asarray(image.from_uint8(known)[None]))
-    if request.mask is not None:
-        common["mask"] = jnp.asarray(1 - image.read(request.mask, (height, width), 1)[None] / 255, jnp.float32)
     if request.low_res is not None:
         common["low_res"] = functools.partial(earlier, request, model)
     if request.level is not None:

@@ -110,5 +110,6 @@ def _of_logsnr(process: Process, values: np.ndarray) -> Grid:
 
 
 def after(grid: Grid, strength: float) -> Grid:
-    """The last `strength` of the steps: image-to-image starts there (Meng et al. 2021, SDEdit)."""
-    return grid[len(grid) - max(1, round(strength * len(grid))) :]
+    """The steps from number int(N - N strength) on, where image-to-image starts (Meng et al. 2021, SDEdit): at least one, rounded
+    as the pipelines of Stable Diffusion 3 and Flux do."""
+    return grid[int(len(grid) - len(grid) * strength) :]

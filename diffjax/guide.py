@@ -6,6 +6,9 @@ guides compose by application, and an estimate carries the branches it was made 
 evaluation:
 
     guided = Rescale(Interval(Guidance(denoise, 3.0), 0.1, 0.9), prediction, process, 0.7)
+
+A guide with momentum remembers: `init(x)` is its memory before the first step, the estimate of every step carries the next
+one, and the sampler hands it back as `cond["past"]`.
 """
 
 from typing import Any, Callable
@@ -52,20 +55,48 @@ def _dot(a: Array, b: Array) -> Array:
     return jnp.sum(a * b, axis=_axes(a), keepdims=True)
 
 
+def _over(a: Array, b: Array) -> Array:
+    """a / b, and a where b is 0."""
+    return a / jnp.where(b == 0, 1.0, b)
+
+
+class Guide:
+    """What guides have in common: the branches of `cond` that they read, what they remember, the conditional estimate alone."""
+
+    reads = ("cond", "null")
+
+    def init(self, x: Float[Array, "b ..."]) -> Any:
+        """The memory before the first step."""
+        return ()
+
+    def alone(self, x: Array, t: Time, cond: dict[str, Any]) -> Estimate:
+        """The conditional estimate; no other branch is evaluated."""
+        return self.denoise(x, t, cond["cond"])
+
+    def pair(self, x: Array, t: Time, cond: dict[str, Any]) -> list[Estimate]:
+        """The conditional and the null estimate."""
+        return branches(self.denoise, x, t, [cond["cond"], cond["null"]], self.together)
+
+
+class Over(Guide):
+    """A guide that changes what another one, `guided`, returns."""
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The branches that the inner guide reads."""
+        return self.guided.reads
+
+    def init(self, x: Float[Array, "b ..."]) -> Any:
+        """The inner guide's memory."""
+        return self.guided.init(x)
+
+    def alone(self, x: Array, t: Time, cond: dict[str, Any]) -> Estimate:
+        """The inner guide's conditional estimate."""
+        return self.guided.alone(x, t, cond)
+
+
 @struct.dataclass
-class Branches:
-    """The conditional estimate with both branches attached, uncombined: what `refine.Momentum` guides by."""
-
-    denoise: Denoise
-    together: bool = struct.field(pytree_node=False, default=True)
-
-    def __call__(self, x: Array, t: Time, cond: dict[str, dict[str, Array]]) -> Estimate:
-        pair = branches(self.denoise, x, t, [cond["cond"], cond["null"]], self.together)
-        return pair[0]._replace(branches=tuple(pair))
-
-
-@struct.dataclass
-class Guidance:
+class Guidance(Guide):
     """Classifier-free guidance: u + w (c - u) (Ho and Salimans 2022, eq. 6, with w there one less)."""
 
     denoise: Denoise
@@ -73,31 +104,35 @@ class Guidance:
     together: bool = struct.field(pytree_node=False, default=True)
 
     def __call__(self, x: Array, t: Time, cond: dict[str, dict[str, Array]]) -> Estimate:
-        c, u = branches(self.denoise, x, t, [cond["cond"], cond["null"]], self.together)
+        c, u = self.pair(x, t, cond)
         return mix(u, c, self.scale)._replace(branches=(c, u))
 
 
 @struct.dataclass
-class Autoguidance:
-    """weak + w (strong - weak), with a smaller or less trained network for weak (Karras et al. 2024, eq. 3)."""
+class Autoguidance(Guide):
+    """weak + w (strong - weak), with a smaller or less trained network for weak (Karras et al. 2024, eq. 3).
 
-    strong: Denoise
+    The branch `cond["weak"]` is what that network is told: the same prompt or class, in its own text encoder's words.
+    """
+
+    denoise: Denoise
     weak: Denoise
     scale: Scale
+    reads = ("cond", "weak")
 
-    def __call__(self, x: Array, t: Time, cond: Any) -> Estimate:
-        strong, weak = self.strong(x, t, cond), self.weak(x, t, cond)
+    def __call__(self, x: Array, t: Time, cond: dict[str, dict[str, Array]]) -> Estimate:
+        strong, weak = self.alone(x, t, cond), self.weak(x, t, cond["weak"])
         return mix(weak, strong, self.scale)._replace(branches=(strong, weak))
 
 
 @struct.dataclass
-class Skip:
+class Skip(Over):
     """g + s (c - c_skip) for start < 1 - t <= stop, c_skip a network with layers left out (Stability AI's SD3.5 medium).
 
     It is evaluated where it counts alone.
     """
 
-    guided: Denoise
+    guided: Guide
     skip: Denoise
     scale: Scale
     start: Scale = 0.0
@@ -112,25 +147,30 @@ class Skip:
 
 
 @struct.dataclass
-class Interval:
-    """The guided estimate for low < t <= high, the conditional one elsewhere (Kynkaanniemi et al. 2024, eq. 4)."""
+class Interval(Over):
+    """The guided estimate for low < t <= high, the conditional one elsewhere (Kynkaanniemi et al. 2024, eq. 4), where nothing
+    else is evaluated."""
 
-    guided: Denoise
+    guided: Guide
     low: Scale
     high: Scale
 
     def __call__(self, x: Array, t: Time, cond: Any) -> Estimate:
-        g = self.guided(x, t, cond)
-        inside = expand((jnp.asarray(t) > self.low) & (jnp.asarray(t) <= self.high), x)
-        c = g.branches[0]
+        inside = (jnp.asarray(t) > self.low) & (jnp.asarray(t) <= self.high)
+        g = jax.lax.cond(jnp.any(inside), lambda: self.guided(x, t, cond), lambda: self._outside(x, t, cond))
+        c, inside = g.branches[0], expand(inside, x)
         return g._replace(x0=jnp.where(inside, g.x0, c.x0), eps=jnp.where(inside, g.eps, c.eps))
+
+    def _outside(self, x: Array, t: Time, cond: Any) -> Estimate:
+        c = self.alone(x, t, cond)
+        return c._replace(branches=(c, c), memory=cond.get("past", self.init(x)))
 
 
 @struct.dataclass
-class Rescale:
+class Rescale(Over):
     """y' = phi y std(c) / std(y) + (1 - phi) y in the network's own y, one deviation per image (Lin et al. 2024, eq. 15-16)."""
 
-    guided: Denoise
+    guided: Guide
     prediction: Prediction
     process: Process
     phi: Scale = 0.7
@@ -139,13 +179,13 @@ class Rescale:
         g = self.guided(x, t, cond)
         y, c = (target(self.prediction, self.process, est.x0, est.eps, t) for est in (g, g.branches[0]))
         deviation = lambda value: jnp.std(value, axis=_axes(value), keepdims=True)
-        y = y * (self.phi * deviation(c) / deviation(y) + 1 - self.phi)
+        y = y * (self.phi * _over(deviation(c), deviation(y)) + 1 - self.phi)
         pair = estimate(self.prediction, self.process, x, y, t)
         return g._replace(x0=pair.x0, eps=pair.eps)
 
 
 @struct.dataclass
-class CFGZero:
+class CFGZero(Guide):
     """CFG-Zero*: s u + w (c - s u) of the velocity, s = <c, u> / |u|^2, and no motion at all while t > still
     (Fan et al. 2025, eq. 11 and section 4.2)."""
 
@@ -156,9 +196,9 @@ class CFGZero:
     together: bool = struct.field(pytree_node=False, default=True)
 
     def __call__(self, x: Array, t: Time, cond: dict[str, dict[str, Array]]) -> Estimate:
-        pair = branches(self.denoise, x, t, [cond["cond"], cond["null"]], self.together)
+        pair = self.pair(x, t, cond)
         c, u = (target(Velocity(), self.process, est.x0, est.eps, t) for est in pair)
-        best = _dot(c, u) / _dot(u, u)
+        best = _over(_dot(c, u), _dot(u, u))
         v = best * u + self.scale * (c - best * u)
         v = jnp.where(expand(jnp.asarray(t) > self.still, x), 0.0, v)
         est = estimate(Velocity(), self.process, x, v, t)
@@ -167,37 +207,28 @@ class CFGZero:
 
 def project(c: Array, delta: Array, scale: Scale, radius: Scale, parallel: Scale) -> Array:
     """c + (w - 1) (d_perp + eta d_par), d = delta min(1, radius / |delta|), split along c (Sadat et al. 2024, eq. 7-10)."""
-    delta = delta * jnp.minimum(1.0, radius / jnp.sqrt(_dot(delta, delta)))
-    along = _dot(delta, c) / _dot(c, c) * c
+    delta = delta * jnp.minimum(1.0, _over(radius, jnp.sqrt(_dot(delta, delta))))
+    along = _over(_dot(delta, c), _dot(c, c)) * c
     return c + (scale - 1) * (delta - along + parallel * along)
 
 
 @struct.dataclass
-class APG:
-    """Adaptive projected guidance of x0, without momentum (with it: `refine.Momentum`); `project` is its formula."""
+class APG(Guide):
+    """Adaptive projected guidance of x0: `project` of d <- (c - u) + beta d_previous (Sadat et al. 2024, eq. 7-11)."""
 
     denoise: Denoise
     process: Process
     scale: Scale
+    momentum: Scale = 0.0
     radius: Scale = jnp.inf
     parallel: Scale = 0.0
     together: bool = struct.field(pytree_node=False, default=True)
 
-    def __call__(self, x: Array, t: Time, cond: dict[str, dict[str, Array]]) -> Estimate:
-        c, u = branches(self.denoise, x, t, [cond["cond"], cond["null"]], self.together)
-        x0 = project(c.x0, c.x0 - u.x0, self.scale, self.radius, self.parallel)
-        return with_x0(c, x0, self.process, t)._replace(branches=(c, u))
+    def init(self, x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
+        return jnp.zeros_like(x)
 
-
-@struct.dataclass
-class Inpaint:
-    """x0 is the known image where mask is 1 (Lugmayr et al. 2022, eq. 8, on x0): the known part follows its exact path."""
-
-    denoise: Denoise
-    process: Process
-    image: Float[Array, "b ..."]
-    mask: Float[Array, "b ..."]
-
-    def __call__(self, x: Array, t: Time, cond: Any) -> Estimate:
-        est = self.denoise(x, t, cond)
-        return with_x0(est, self.mask * self.image + (1 - self.mask) * est.x0, self.process, t)
+    def __call__(self, x: Array, t: Time, cond: dict[str, Any]) -> Estimate:
+        c, u = self.pair(x, t, cond)
+        delta = c.x0 - u.x0 + self.momentum * cond.get("past", 0.0)
+        x0 = project(c.x0, delta, self.scale, self.radius, self.parallel)
+        return with_x0(c, x0, self.process, t)._replace(branches=(c, u), memory=delta)

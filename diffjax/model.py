@@ -1,6 +1,7 @@
 """The facade: a model is a denoiser with what its publisher meant for it, and `sample` draws from it."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Callable, Iterable, Iterator
 
 import jax
@@ -8,16 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from diffjax import build, cascade, fit, guide, sample, struct
+from diffjax import build, cascade, fit, sample, struct
 from diffjax import grid as grids
+from diffjax import guide as guides
 from diffjax.denoise import Denoiser
 from diffjax.errors import UserError
 from diffjax.predict import Estimate
 from diffjax.process import Process, perturb
-from diffjax.refine import Chain, Clip, Clock, Extrapolate, Refine, Threshold
+from diffjax.refine import Chain, Clip, Clock, Extrapolate, Refine, Threshold, inpainted
 
-Guide = float | Callable[[Denoiser], guide.Denoise]
-"""The scale of classifier-free guidance, or a guide of one's own."""
+Guide = float | Callable[[Denoiser], guides.Denoise]
+"""The scale of guidance (0 and 1 are none), or a guide of one's own."""
+
+Rule = str | Mapping[str, Any]
+"""How guidance combines the branches: a name of `build.GUIDES`, or a table of its name and fields."""
 
 FIRST = 0xFFFFFFFF
 """The number folded into an image's key for the noise it starts from; steps fold in 0, 1, 2, ..."""
@@ -36,7 +41,7 @@ class Defaults:
     `grid` is a name or a function of the number of steps; `bound` clips or thresholds x0; `unit_start` starts from unit
     variance instead of sigma(t0); `deviation` is the variance of ancestral steps; `batch` is the compiled batch shape;
     `level` is the noise in low-res pictures. `clock` is that of the multistep samplers, when named (None: log(alpha /
-    sigma)). `null_prompt` is what guidance leads away from without a negative prompt (None: no text at all).
+    sigma)). `null_prompt` is what guidance leads away from without a negative prompt (None: no text at all), `guide` how.
     """
 
     steps: int = 30
@@ -50,13 +55,15 @@ class Defaults:
     level: float = 0.0
     clock: Clock | None = None
     null_prompt: str | None = None
+    guide: Rule | None = field(default=None, hash=False)
 
 
 @struct.dataclass
 class Recipe:
     """All that one run of sampling is made of, but for what each image has of its own.
 
-    `shape` is that of one state; `unit_start`: it starts from unit variance instead of sigma(t0).
+    `shape` is that of one state; `unit_start`: it starts from unit variance instead of sigma(t0). `reads` are the branches of
+    its guide, () without one.
     """
 
     denoise: Callable[[Array, Array, Any], Estimate]
@@ -65,6 +72,7 @@ class Recipe:
     grid: Float[np.ndarray, "steps 2"]
     shape: tuple[int, ...] = struct.field(pytree_node=False)
     unit_start: bool = struct.field(pytree_node=False, default=False)
+    reads: tuple[str, ...] = struct.field(pytree_node=False, default=())
 
     def begin(self, inputs: "Inputs") -> sample.State:
         """The state at the grid's first time: noise (times sigma(t0), or of unit variance), or the noised picture."""
@@ -72,25 +80,30 @@ class Recipe:
         shape = self.shape if inputs.image is None else inputs.image.shape[1:]
         z = sample.normal(inputs.keys, jnp.uint32(FIRST), shape, jnp.float32)
         if inputs.image is not None:
-            return sample.start(self.sampler, perturb(self.process, inputs.image, z, t0))
-        return sample.start(self.sampler, z if self.unit_start else self.process.sigma(t0) * z)
+            return self.start(inputs, perturb(self.process, inputs.image, z, t0))
+        return self.start(inputs, z if self.unit_start else self.process.sigma(t0) * z)
+
+    def start(self, inputs: "Inputs", x: Float[Array, "b ..."]) -> sample.State:
+        """The state before the first step, from x at the grid's first time."""
+        return sample.start(self._solver(inputs), x, self.denoise)
 
     def advance(
         self, inputs: "Inputs", state: sample.State, noise: Float[Array, "steps b ..."] | None = None
     ) -> sample.State:
         """The state after the steps of the grid, compiled once for its length."""
-        given = self._denoise(inputs), self.process, self.sampler, inputs.cond, inputs.keys
+        given = self.denoise, self.process, self._solver(inputs), inputs.cond, inputs.keys
         return sample.run(state, self.grid, noise, *given)
 
     def advance_part(self, inputs: "Inputs", state: sample.State) -> sample.State:
         """The same for a grid that ends in rows of (0, 0), which are left out: one program for any part of a run."""
-        given = self._denoise(inputs), self.process, self.sampler, inputs.cond, inputs.keys
+        given = self.denoise, self.process, self._solver(inputs), inputs.cond, inputs.keys
         return sample.run_part(state, self.grid, *given)
 
-    def _denoise(self, inputs: "Inputs") -> guide.Denoise:
+    def _solver(self, inputs: "Inputs") -> sample.Sampler:
+        """The sampler, which of a picture with a mask draws the rest only."""
         if inputs.mask is None:
-            return self.denoise
-        return guide.Inpaint(self.denoise, self.process, inputs.image, inputs.mask)
+            return self.sampler
+        return self.sampler.replace(refine=inpainted(self.sampler.refine, inputs.image, inputs.mask))
 
 
 @struct.dataclass
@@ -101,7 +114,8 @@ class Model:
     `decode(x) -> images` lead to and from it, `factor` pixels to one of its cells, and `preview(x)` are small pictures
     that cost little; sizes are multiples of `multiple` pixels, at most `largest` (0: any). A model that enlarges pictures
     reads `low_res` pixels a side. `has_null`: it was trained without its text or class now and then, so that it can draw
-    without. `name` and `revision` (a run's step, a hub's commit) say where it was loaded from.
+    without. `name` and `revision` (a run's step, a hub's commit) say where it was loaded from; `earlier(step)` is the model
+    of an earlier checkpoint of the same run, `weak` the one that autoguidance leads away from.
     """
 
     denoiser: Denoiser
@@ -119,6 +133,8 @@ class Model:
     has_null: bool = struct.field(pytree_node=False, default=True)
     name: str = struct.field(pytree_node=False, default="")
     revision: str = struct.field(pytree_node=False, default="")
+    earlier: Callable[[int], "Model"] | None = struct.field(pytree_node=False, default=None)
+    weak: "Model | None" = None
 
     def recipe(
         self,
@@ -127,6 +143,7 @@ class Model:
         sampler: str | Refine | sample.Sampler | None = None,
         grid: str | Float[np.ndarray, "steps 2"] | None = None,
         guidance: Guide | None = None,
+        guide: Rule | None = None,
         eta: float | None = None,
         strength: float = 1.0,
         size: int | tuple[int, int] | None = None,
@@ -142,12 +159,16 @@ class Model:
         chosen = self._sampler(sampler, eta)
         grid = self.defaults.grid if grid is None else grid
         if isinstance(grid, str) and grid == fit.FITTED:
-            grid = fit.stored(self.name, str(sampler), steps)
+            grid = fit.stored(self, str(sampler), steps, guidance, guide)
         times = grid(steps) if callable(grid) else build.grid(grid, process, steps, build.start(self.denoiser))
         times = np.asarray(grids.after(times, strength) if strength < 1 else times, np.float32)
+        if not len(times):
+            raise UserError(f"strength is {strength}: it leaves none of {steps} steps, so the picture as it is")
         self._check(times)
         shape = self.shape if size is None else self.state_shape(size)
-        return Recipe(self._guided(guidance), process, chosen, times, shape, self.defaults.unit_start)
+        denoise = self._guided(guidance, guide)
+        reads = () if denoise is self.denoiser else getattr(denoise, "reads", guides.Guide.reads)
+        return Recipe(denoise, process, chosen, times, shape, self.defaults.unit_start, reads)
 
     def _check(self, times: Float[np.ndarray, "steps 2"]) -> None:
         """Raises `UserError` for times that are no grid, or that begin where the prediction says nothing of the picture."""
@@ -171,13 +192,46 @@ class Model:
             bound = bound.replace(keep_eps=True)
         return chosen.replace(refine=Chain((bound, chosen.refine)))
 
-    def _guided(self, guidance: Guide | None) -> Callable:
+    def _guided(self, guidance: Guide | None, rule: Rule | None) -> Callable:
+        """The guide over the denoiser, or that alone without guidance."""
         guidance = self.defaults.guidance if guidance is None else guidance
-        if guidance is None:
+        if callable(guidance):
+            if rule is not None:
+                raise UserError("guidance is a guide of your own: leave the other guide out, or give a scale")
+            return guidance(self.denoiser)
+        scale, chosen = build.scale(guidance), self.rule(rule)
+        make = build.guide(chosen)
+        if scale is None:
+            if rule is not None:
+                raise UserError(f"the guide {chosen['name']} acts through guidance: give a scale above 1 too, or leave it out")
             return self.denoiser
-        if self.text is None and not self.classes:
+        made = make(self.denoiser, scale, self.weak and self.weak.denoiser)
+        if "null" in made.reads and self.text is None and not self.classes:
             raise UserError(f"{self._called} was trained without text and classes: leave the guidance out")
-        return guidance(self.denoiser) if callable(guidance) else guide.Guidance(self.denoiser, jnp.float32(guidance))
+        if "weak" in made.reads and self.weak is None:
+            raise UserError(f"{self._called} has no weaker network yet: `model.against(guide)` loads it")
+        return made
+
+    def rule(self, rule: Rule | None) -> Mapping[str, Any]:
+        """How guidance is made, as a table: as given, or the model's own way, or classifier-free."""
+        chosen = rule if rule is not None else self.defaults.guide if self.defaults.guide is not None else "cfg"
+        return {"name": chosen} if isinstance(chosen, str) else {"name": "cfg", **chosen}
+
+    def against(self, rule: Rule | None = None) -> "Model":
+        """The model with the weaker one that autoguidance leads away from, an earlier checkpoint of the same run; itself for
+        any other guide. Raises `UserError` when there is none.
+        """
+        chosen = self.rule(rule)
+        build.guide(chosen)
+        if chosen["name"] != "autoguidance":
+            return self
+        if self.earlier is None:
+            raise UserError(f"{self._called} has no earlier checkpoints: autoguidance is for runs that were trained here")
+        weak = self.earlier(chosen["step"])
+        weak = weak if weak.text is not None else weak.replace(text=self.text)
+        like = lambda leaf, own: leaf.astype(own.dtype)
+        params = jax.tree.map(like, weak.denoiser.params, self.denoiser.params)
+        return self.replace(weak=weak.replace(denoiser=self.denoiser.replace(params=params)))
 
     def condition(
         self,
@@ -185,9 +239,9 @@ class Model:
         prompt: str | list[str] | None = None,
         negative_prompt: str | list[str] | None = None,
         label: int | str | list[int | str] | None = None,
-        guided: bool = False,
+        reads: tuple[str, ...] = (),
     ) -> dict[str, Any]:
-        """What the denoiser is told about each of `num` images; with `guided` as the two branches of a guide."""
+        """What the denoiser is told about each of `num` images; as the branches of a guide where it `reads` any."""
         cond: dict[str, Array] = {}
         if self.text is not None:
             if prompt is None and not self.has_null:
@@ -200,17 +254,18 @@ class Model:
             cond["label"] = np.asarray(labels, np.int32)
         elif label is not None:
             raise UserError(f"{self._called} was trained without classes: leave the label out")
-        if not guided and negative_prompt is not None:
-            raise UserError("a negative prompt acts through guidance: give a guidance scale above 1, or leave it out")
-        if not guided:
-            return cond
-        if not self.has_null and (self.classes or negative_prompt is None):
-            raise UserError(f"{self._called} always knew its text or class in training, so guidance has nothing to lead away from: leave it out")
-        null = guide.null(cond)
-        instead = self.defaults.null_prompt if negative_prompt is None else negative_prompt
-        if instead is not None:
-            null |= self._encoded(_repeat(instead, num))
-        return {"cond": cond, "null": null}
+        if negative_prompt is not None and "null" not in reads:
+            how = "autoguidance has no place for it" if reads else "give a guidance scale above 1"
+            raise UserError(f"a negative prompt acts through guidance: {how}, or leave it out")
+        branches: dict[str, Any] = {"cond": cond}
+        if "null" in reads:
+            if not self.has_null and (self.classes or negative_prompt is None):
+                raise UserError(f"{self._called} always knew its text or class in training, so guidance has nothing to lead away from: leave it out")
+            instead = self.defaults.null_prompt if negative_prompt is None else negative_prompt
+            branches["null"] = guides.null(cond) | ({} if instead is None else self._encoded(_repeat(instead, num)))
+        if "weak" in reads:
+            branches["weak"] = self.weak.condition(num, prompt, label=label)
+        return branches if reads else cond
 
     @property
     def _called(self) -> str:
@@ -232,7 +287,10 @@ class Model:
         """The model with these prompts encoded in place of its text encoder, whose memory is then free."""
         if self.text is None:
             return self
-        return self.replace(text=remembered(self.text, ["", *prompts], self.defaults.batch))
+        text, weak = remembered(self.text, ["", *prompts], self.defaults.batch), self.weak
+        if weak is not None:
+            weak = weak.replace(text=text) if weak.text is self.text else weak.with_encoded(text.prompts)
+        return self.replace(text=text, weak=weak)
 
     def _class(self, label: int | str | None) -> int:
         """A class's place: of a name, spelled with spaces or underscores; of a number, itself; -1 of None or -1: no class.
@@ -264,7 +322,7 @@ class Model:
         key: Key[Array, ""],
         numbers: Int[np.ndarray, "b"],
         *,
-        guided: bool = False,
+        reads: tuple[str, ...] = (),
         prompt: str | list[str] | None = None,
         negative_prompt: str | list[str] | None = None,
         label: int | str | list[int | str] | None = None,
@@ -273,16 +331,16 @@ class Model:
         low_res: Float[Array, "#b h w c"] | None = None,
         level: float | None = None,
     ) -> "Inputs":
-        """What each of the images has of its own; image number i has the key `fold_in(key, i)`.
+        """What each of the images has of its own; image number i has the key `fold_in(key, i)`. `reads` is that of the recipe.
 
         A model that enlarges is told `low_res`, with noise of `level` (see `cascade.condition`).
         """
         num, keys = len(numbers), _keys(key, np.asarray(numbers, np.uint32))
-        cond = self.condition(num, prompt, negative_prompt, label, guided)
+        cond = self.condition(num, prompt, negative_prompt, label, reads)
         repeat = lambda value: None if value is None else jnp.broadcast_to(value, (num, *value.shape[1:]))
         if self.low_res:
             told = self._enlarged(repeat(low_res), self.defaults.level if level is None else level, keys)
-            cond = {branch: of | told for branch, of in cond.items()} if guided else cond | told
+            cond = {branch: of | told for branch, of in cond.items()} if reads else cond | told
         elif low_res is not None or level is not None:
             raise UserError(f"{self._called} enlarges nothing: leave low_res and level out")
         known = None if image is None else self.known(image)
@@ -290,18 +348,49 @@ class Model:
 
     def known(self, image: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         """The state without noise that is a picture: of latent models encoded, unless it has as many channels as one."""
-        return image if self.encode is None or image.shape[-1] == self.shape[-1] else self.encode(image)
+        channels = {self.shape[-1]} | ({3} if self.encode is not None else set())
+        if np.ndim(image) != 4 or image.shape[-1] not in channels:
+            many = " or ".join(map(str, sorted(channels)))
+            raise UserError(f"the image has the shape {np.shape(image)}: give (1, height, width, {many}), or one for each")
+        return image if self._is_state(image) else self.encode(image)
+
+    def _is_state(self, image: Float[Array, "b h w c"]) -> bool:
+        return self.encode is None or image.shape[-1] == self.shape[-1]
+
+    def _size_of(self, image: Float[Array, "b h w c"] | None, size: int | tuple[int, int] | None) -> int | tuple[int, int] | None:
+        """The size to draw, which is that of the image where there is one."""
+        if image is None or np.ndim(image) != 4:
+            return size
+        factor = self.factor if self._is_state(image) else 1
+        own = image.shape[1] * factor, image.shape[2] * factor
+        if size is not None and own != ((size, size) if isinstance(size, int) else tuple(size)):
+            raise UserError(f"the image is {own[1]} pixels wide and {own[0]} high, and size is {size}: leave size out, or resize the image")
+        return own
 
     def _cells(self, mask: Float[Array, "b h w 1"], known: Float[Array, "b h w c"] | None) -> Float[Array, "b h w 1"]:
-        """A mask of the state's cells; of one of pixels, the least of each cell."""
+        """A mask of the state's cells; of one of pixels, the most of each cell."""
         if known is None:
-            raise UserError("a mask says what stays of a picture: give the `image` too")
+            raise UserError("a mask says what of a picture is drawn anew: give the `image` too")
+        mask = checked_mask(mask)
         (b, height, width, _), (rows, columns) = mask.shape, known.shape[1:3]
         if (height, width) == (rows, columns):
             return mask
         if (height, width) != (rows * self.factor, columns * self.factor):
             raise UserError(f"the mask has {height} x {width} pixels, which the image has not: give one of its size")
-        return jnp.reshape(mask, (b, rows, self.factor, columns, self.factor, 1)).min((2, 4))
+        return jnp.reshape(mask, (b, rows, self.factor, columns, self.factor, 1)).max((2, 4))
+
+    def paste(
+        self, image: Float[Array, "#b h w c"] | None, mask: Float[Array, "#b h w 1"] | None, feather: int | None = None
+    ) -> "Paste | None":
+        """What puts the kept pixels of `image` back into a drawn picture; None where there are none, as of latents."""
+        if feather and mask is None:
+            raise UserError("feather softens the edge of a mask: give the mask too, or leave it out")
+        if mask is None or image is None or (self.encode is not None and self._is_state(image)):
+            return None
+        mask = checked_mask(mask)
+        if (cell := image.shape[1] // mask.shape[1]) > 1:
+            mask = mask.repeat(cell, axis=1).repeat(cell, axis=2)
+        return Paste(jnp.asarray(image), feathered(mask, int(build.within("feather", feather or 0, 0, max(mask.shape)))))
 
     def _enlarged(self, small: Array | None, level: float, keys: Key[Array, "b"]) -> dict[str, Array]:
         if not 0 <= level < 1:
@@ -342,9 +431,13 @@ class Model:
         sampler: str | Refine | sample.Sampler | None = None,
         grid: str | Float[np.ndarray, "steps 2"] | None = None,
         guidance: Guide | None = None,
+        guide: Rule | None = None,
         eta: float | None = None,
         strength: float = 1.0,
         size: int | tuple[int, int] | None = None,
+        image: Float[Array, "#num h w c"] | None = None,
+        mask: Float[Array, "#num h w 1"] | None = None,
+        feather: int | None = None,
         init: Float[Array, "num ..."] | None = None,
         noise: Float[Array, "steps num ..."] | None = None,
         max_sequence_length: int | None = None,
@@ -352,10 +445,13 @@ class Model:
     ) -> Float[Array, "num h w c"]:
         """`num` images, float NHWC (pixel models: the sampler's last state, not clamped; latent models: in [-1, 1]).
 
-        `conditions` are those of `inputs`: prompt, negative_prompt, label, image, mask, low_res, level. Image i has the key
+        `conditions` are those of `inputs`: prompt, negative_prompt, label, low_res, level. Image i has the key
         `fold_in(key, i)` and is computed in a batch of the model's own fixed shape, so it depends neither on `num` nor
-        on its neighbours. `image` with `strength` < 1 starts from a noised picture; `mask` is 1 where it must stay, by
-        pixels or a state's cells.
+        on its neighbours. `image` with `strength` < 1 starts from a noised picture. Where `mask` is 1 the image is drawn anew,
+        where it is 0 its very pixels stay, by pixels or a state's cells; so many pixels around what is drawn, `feather`, pass
+        over into them.
+        `guidance` is a scale (0 and 1: none) or a guide of one's own, `guide` how a scale combines the branches: "cfg",
+        "cfg_zero", "apg", "autoguidance", or a table of such a name and its fields (`build.guide`).
         `init` is the state at the grid's first time, `noise` that of each step: with them another run is replayed, in
         one batch. `max_sequence_length` is how many tokens T5 reads (SD3: 256 by default).
         """
@@ -363,20 +459,53 @@ class Model:
             raise UserError(f"num is {num}: draw at least 1 image")
         if max_sequence_length is not None:
             self = self.reading(max_sequence_length)
-        recipe = self.recipe(
-            steps=steps, sampler=sampler, grid=grid, guidance=guidance, eta=eta, strength=strength, size=size
-        )
-        inputs = self.inputs(key, np.arange(num), guided=recipe.denoise is not self.denoiser, **conditions)
+        self = self if callable(guidance) else self.against(guide)
+        how = {"steps": steps, "sampler": sampler, "grid": grid, "guidance": guidance, "guide": guide, "eta": eta}
+        recipe = self.recipe(**how, strength=strength, size=self._size_of(image, size))
+        if image is None and init is None and strength != 1:
+            raise UserError("strength says how much of a picture may change: give the `image` too")
+        paste = self.paste(image, mask, feather)
+        inputs = self.inputs(key, np.arange(num), reads=recipe.reads, image=image, mask=mask, **conditions)
         if init is not None or noise is not None:
-            state = recipe.begin(inputs) if init is None else sample.start(recipe.sampler, jnp.asarray(init))
-            return self.images(recipe.advance(inputs, state, noise).x)
-        parts = inputs.parts(self.defaults.batch)
-        return jnp.concatenate([self.images(recipe.advance(part, recipe.begin(part)).x) for part in parts])[:num]
+            state = recipe.begin(inputs) if init is None else recipe.start(inputs, jnp.asarray(init))
+            images = self.images(recipe.advance(inputs, state, noise).x)
+        else:
+            parts = inputs.parts(self.defaults.batch)
+            images = jnp.concatenate([self.images(recipe.advance(part, recipe.begin(part)).x) for part in parts])[:num]
+        return images if paste is None else paste(images)
+
+
+@struct.dataclass
+class Paste:
+    """Drawn pictures where `mask` is 1, the pixels of `image` where it is 0, a mix of both between."""
+
+    image: Float[Array, "#b h w c"]
+    mask: Float[Array, "#b h w 1"]
+
+    def __call__(self, drawn: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        return self.mask * drawn + (1 - self.mask) * self.image
+
+
+def checked_mask(mask: Float[Array, "b h w 1"]) -> Float[Array, "b h w 1"]:
+    """The mask in float32. Raises `UserError` for another shape, and for values outside [0, 1]."""
+    if np.ndim(mask) != 4 or np.shape(mask)[-1] != 1:
+        raise UserError(f"the mask has the shape {np.shape(mask)}: give (1, height, width, 1), or one for each image")
+    mask = np.asarray(mask, np.float32)
+    if not (mask.min() >= 0 and mask.max() <= 1):
+        raise UserError(f"the mask holds values from {mask.min():g} to {mask.max():g}: give 1 where it is drawn anew, 0 where it stays")
+    return jnp.asarray(mask)
+
+
+def feathered(mask: Float[Array, "b h w 1"], width: int) -> Float[Array, "b h w 1"]:
+    """The mask with a linear edge of `width` pixels around it: what is drawn stays drawn."""
+    grown = lambda _, m: jnp.maximum(m, jax.lax.reduce_window(m, 0.0, jax.lax.max, (1, 3, 3, 1), (1, 1, 1, 1), "SAME") - 1 / (width + 1))
+    return jax.lax.fori_loop(0, width, grown, mask) if width else mask
 
 
 @struct.dataclass
 class Inputs:
-    """What each image of a run has of its own, one row an image: key, condition, and a known picture."""
+    """What each image of a run has of its own, one row an image: key, condition, and a known picture, drawn anew where the
+    mask is 1."""
 
     keys: Key[Array, "b"]
     cond: dict[str, Any]

@@ -8,7 +8,7 @@ With `x_t = alpha x0 + sigma eps` and `det = alpha b - sigma a`, both unknowns f
 and errors of one are errors of the other: `|dy|^2 = (det / sigma)^2 |dx0|^2`.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -21,13 +21,15 @@ class Estimate(NamedTuple):
     """What a denoiser returns: the pair, so that nothing is divided by sigma afterwards.
 
     `variance` is what a network with twice the channels says of the variance of an ancestral step (`sample.learned`,
-    `sample.learned_range`); `branches` the estimates that a guide combined, the conditional one first.
+    `sample.learned_range`); `branches` the estimates that a guide combined, the conditional one first; `memory` what it
+    wants to be told at the next step.
     """
 
     x0: Float[Array, "b ..."]
     eps: Float[Array, "b ..."]
     variance: Float[Array, "b ..."] | None = None
     branches: tuple["Estimate", ...] = ()
+    memory: Any = ()
 
 
 class Prediction:

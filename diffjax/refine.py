@@ -11,6 +11,7 @@ Multistep solvers replace x0 (or a slope) by the polynomial through its history,
 u = 1 at the end of the step. m_k is the k-th moment of the step's weight. Where a clock is infinite the order falls to 1.
 """
 
+import functools
 from math import factorial
 from typing import Any, Callable
 
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from diffjax import struct
-from diffjax.guide import Denoise, Scale, project
+from diffjax.guide import Denoise, Scale
 from diffjax.predict import Estimate, Velocity, target, with_x0
 from diffjax.process import Process, Time, expand, root
 
@@ -56,7 +57,7 @@ class Refine:
 
 @struct.dataclass
 class Chain(Refine):
-    """One refinement after the other."""
+    """One refinement after the other. What a link evaluates itself, as `Heun` does, is refined by the links before it too."""
 
     links: tuple[Refine, ...]
 
@@ -68,12 +69,19 @@ class Chain(Refine):
             x, t = link.before(x, t, process, key)
         return x, t
 
-    def update(self, state: Any, est: Estimate, x: Array, t: Time, s: Time, **kwargs: Any) -> tuple[Any, Estimate, Array]:
+    def update(
+        self, state: Any, est: Estimate, x: Array, t: Time, s: Time, *, denoise: Denoise, **kwargs: Any
+    ) -> tuple[Any, Estimate, Array]:
         states = []
         for link, old in zip(self.links, state):
-            new, est, x = link.update(old, est, x, t, s, **kwargs)
+            new, est, x = link.update(old, est, x, t, s, denoise=denoise, **kwargs)
+            denoise = _refined(denoise, functools.partial(link.update, old, s=s, denoise=denoise, **kwargs))
             states.append(new)
         return tuple(states), est, x
+
+
+def _refined(denoise: Denoise, update: Callable) -> Denoise:
+    return lambda x, t: update(denoise(x, t), x, t)[1]
 
 
 def chain(*links: Refine) -> Chain:
@@ -113,21 +121,24 @@ def _bounded(est: Estimate, x0: Array, keep_eps: bool, process: Process, t: Time
 
 
 @struct.dataclass
-class Momentum(Refine):
-    """APG with momentum: d <- (c - u) + beta d_previous, then `guide.project`; over `guide.Branches` (Sadat et al. 2024, eq. 11)."""
+class Inpaint(Refine):
+    """Where mask is 0 the picture is known: x0 = image, eps = (x - alpha image) / sigma, its exact path (Lugmayr et al. 2022,
+    eq. 8, on the estimate); where mask is 1 it is drawn."""
 
-    scale: Scale
-    momentum: Scale = -0.5
-    radius: Scale = jnp.inf
-    parallel: Scale = 0.0
+    image: Float[Array, "b ..."]
+    mask: Float[Array, "b ..."]
 
-    def init(self, x: Array) -> Array:
-        return jnp.zeros_like(x)
+    def update(self, state: Any, est: Estimate, x: Array, t: Time, s: Time, *, process: Process, **_: Any) -> tuple[Any, Estimate, Array]:
+        eps = (x - process.alpha(t) * self.image) / process.sigma(t)
+        drawn = lambda new, known: self.mask * new + (1 - self.mask) * known
+        return state, est._replace(x0=drawn(est.x0, self.image), eps=drawn(est.eps, eps)), x
 
-    def update(self, state: Array, est: Estimate, x: Array, t: Time, s: Time, *, process: Process, **_: Any) -> tuple[Array, Estimate, Array]:
-        c, u = est.branches
-        delta = c.x0 - u.x0 + self.momentum * state
-        return delta, with_x0(est, project(c.x0, delta, self.scale, self.radius, self.parallel), process, t), x
+
+def inpainted(refine: Refine, image: Float[Array, "b ..."], mask: Float[Array, "b ..."]) -> Chain:
+    """The refinement with the known part put back before it and after each of its links, since each may move it."""
+    if not isinstance(refine, Chain):
+        return Chain((refine, Inpaint(image, mask)))
+    return Chain((Inpaint(image, mask), *(inpainted(link, image, mask) for link in refine.links)))
 
 
 @struct.dataclass

@@ -82,17 +82,20 @@ def is_ancestral(sampler: Sampler) -> bool:
 
 @struct.dataclass
 class State:
-    """A run between two steps: the image, the last estimate of x0 (a preview), what the refinement remembers, steps done."""
+    """A run between two steps: the image, the last estimate of x0 (a preview), what the refinement remembers, steps done,
+    and what the guide remembers."""
 
     x: Float[Array, "b ..."]
     x0: Float[Array, "b ..."]
     memory: Any
     index: Int[Array, ""]
+    past: Any = ()
 
 
-def start(sampler: Sampler, x: Float[Array, "b ..."]) -> State:
-    """The state before the first step, from x at the grid's first time."""
-    return State(x, x, sampler.refine.init(x), jnp.zeros((), jnp.int32))
+def start(sampler: Sampler, x: Float[Array, "b ..."], denoise: Denoise | None = None) -> State:
+    """The state before the first step, from x at the grid's first time; a guide `denoise` may have a memory of its own."""
+    past = denoise.init(x) if hasattr(denoise, "init") else ()
+    return State(x, x, sampler.refine.init(x), jnp.zeros((), jnp.int32), past)
 
 
 def move(
@@ -116,12 +119,13 @@ def step(
     t, s = row[0], row[1]
     inner = jax.vmap(lambda key: jax.random.fold_in(key, state.index))(keys)
     x, t = sampler.refine.before(state.x, t, process, inner)
+    told = cond | {"past": state.past} if jax.tree.leaves(state.past) else cond
+    evaluate = lambda x, t: denoise(x, t, told)
     memory, est, _ = sampler.refine.update(
-        state.memory, denoise(x, t, cond), x, t, s,
-        process=process, denoise=lambda x, t: denoise(x, t, cond), key=inner, eta=sampler.eta,
-    )  # fmt: skip
+        state.memory, evaluate(x, t), x, t, s, process=process, denoise=evaluate, key=inner, eta=sampler.eta
+    )
     z = normal(keys, state.index, x.shape[1:], x.dtype) if z is None else z
-    return State(move(process, est, t, s, sampler, z), est.x0, memory, state.index + 1)
+    return State(move(process, est, t, s, sampler, z), est.x0, memory, state.index + 1, est.memory)
 
 
 def advance(
@@ -182,4 +186,4 @@ def sample(
     noise: Float[Array, "steps b ..."] | None = None,
 ) -> Float[Array, "b ..."]:
     """x at the grid's last time from x at its first, in one compiled scan."""
-    return run(start(sampler, x), grid, noise, denoise, process, sampler, {} if cond is None else cond, keys).x
+    return run(start(sampler, x, denoise), grid, noise, denoise, process, sampler, {} if cond is None else cond, keys).x

@@ -16,11 +16,12 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Float, PyTree
 
-from diffjax import grid, guide, lora, remember, shard, struct, tokenize, weights
+from diffjax import build, grid, lora, remember, shard, struct, tokenize, weights
 from diffjax.denoise import Apply, Denoiser, thousand_sigma
 from diffjax.errors import UserError
+from diffjax.guide import Skip
 from diffjax.latent import Decode, Encode, Preview
-from diffjax.model import Defaults, Model
+from diffjax.model import Defaults, Model, Rule
 from diffjax.nets import tiles
 from diffjax.nets.mmdit import MMDiT
 from diffjax.predict import Straight
@@ -118,8 +119,9 @@ class Kept:
 
 @dataclass(frozen=True)
 class SkipLayers:
-    """Skip-layer guidance as published for SD3.5 medium, given as `guidance`: classifier-free, and `scale` times away from
-    the network without `layers` while the time that is over, 1 - t, is within (start, stop].
+    """Skip-layer guidance as published for SD3.5 medium, given as `guidance`: classifier-free (or another `guide`, see
+    `build.guide`), and `scale` times away from the network without `layers` while the time that is over, 1 - t, is within
+    (start, stop].
     """
 
     guidance: float = 4.0
@@ -127,17 +129,17 @@ class SkipLayers:
     layers: tuple[int, ...] = (7, 8, 9)
     start: float = 0.01
     stop: float = 0.2
-    together: bool = True
+    guide: Rule = "cfg"
 
-    def __call__(self, denoiser: Denoiser) -> guide.Skip:
+    def __call__(self, denoiser: Denoiser) -> Skip:
         """Raises `UserError` for a network without such layers."""
         module = denoiser.apply.module
         if not isinstance(module, MMDiT) or max(self.layers) >= module.num_layers:
             numbers = ", ".join(map(str, self.layers))
             raise UserError(f"skip-layer guidance leaves out layers {numbers}, which this network has not: leave it out")
         weaker = denoiser.replace(apply=Apply(module.clone(skip_layers=self.layers)))
-        guided = guide.Guidance(denoiser, jnp.float32(self.guidance), self.together)
-        return guide.Skip(guided, weaker, *map(jnp.float32, (self.scale, self.start, self.stop)))
+        guided = build.guide(self.guide)(denoiser, build.scale(self.guidance) or 1.0)
+        return Skip(guided, weaker, *map(jnp.float32, (self.scale, self.start, self.stop)))
 
 
 def is_one(path: Path) -> bool:

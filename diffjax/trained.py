@@ -146,6 +146,7 @@ class Plan:
             bound=_bound(config),
             unit_start=isinstance(self.process, Discrete),
             level=config.get("level", 0.0),
+            guide=config.guide.to_dict() if config.get("guide") else None,
         )
 
     def model(self, params: PyTree) -> Model:
@@ -163,7 +164,8 @@ class Plan:
         return [prompt for prompt in given if not self.text or _can_read(self.tokenize, prompt)] or self.seen.caption
 
     def preview(self, params: PyTree) -> Preview:
-        """Pictures of the config's prompts (without any, of captions it has seen), of the first classes, or of nothing.
+        """Pictures of the config's prompts (without any, of captions it has seen), of the first classes, or of nothing. Autoguidance
+        is left out, since the checkpoint that it needs may not be there yet.
 
         The noise is the same every time. Of a stage of a cascade, `panel` of the pictures it has seen.
         """
@@ -176,7 +178,10 @@ class Plan:
         elif self.classes:
             told["label"] = [i % len(self.classes) for i in range(config.num)]
         num = len(told["prompt"]) if self.config.text else config.num
-        images = self.model(params).sample(seeds.key(self.config.seed), num=num, **told)
+        model = self.model(params)
+        if model.rule()["name"] == "autoguidance":
+            told["guidance"] = 1.0
+        images = model.sample(seeds.key(self.config.seed), num=num, **told)
         return Preview(np.asarray(images), math.isqrt(num - 1) + 1, [])
 
 
@@ -305,15 +310,27 @@ def load(workdir: str | Path, step: int | None = None, ema: bool = True) -> Mode
     model = _plan(run.config, run.workdir).model(jax.tree.map(jnp.asarray, run.params))
     if embed.is_frozen(run.config.text):
         model = model.replace(text=_frozen(run.config.text, run.workdir))
-    return model.replace(revision=str(run.step))
+    return model.replace(revision=str(run.step), earlier=functools.partial(_earlier, run.workdir, ema))
+
+
+def _earlier(workdir: Path, ema: bool, step: int) -> Model:
+    """The model of the checkpoint of a step; without text where the encoder is frozen, since that is the same at every step."""
+    run = load_run(workdir, step, ema)
+    return _plan(run.config, run.workdir).model(jax.tree.map(jnp.asarray, run.params))
 
 
 def _frozen(choice: ConfigDict, workdir: Path) -> embed.Frozen:
-    """The frozen encoder of a run. Raises `UserError` when it is not the one that the run was trained with."""
+    """The frozen encoder of a run."""
+    encoder_folder(choice, workdir)
+    return embed.load(choice)
+
+
+def encoder_folder(choice: ConfigDict, workdir: Path) -> Path:
+    """Where the frozen encoder of a run lies. Raises `UserError` when it is not the one that the run was trained with."""
     folder, known = embed.folder(choice), files.read_json(workdir / ENCODER)
     if embed.digest(folder) != known["digest"]:
         raise UserError(f"{folder} is not the {choice.name} that {workdir} was trained with: put that one back")
-    return embed.load(choice)
+    return folder
 
 
 def words(workdir: str | Path) -> Words:

@@ -52,7 +52,7 @@ def steps_of(sampler: str, evaluations: int) -> int:
 def cases(model: Model, fitted: list[int]) -> Iterator[tuple[str, str, int]]:
     """Sampler, grid and evaluations; fitted grids where one was made for the model."""
     for sampler, grid, count in itertools.product(SAMPLERS, GRIDS, COUNTS):
-        if grid != fit.FITTED or (count in fitted and fit.path(model.name, sampler, count).exists()):
+        if grid != fit.FITTED or (count in fitted and fit.path(model.name, sampler, count, fit.fitted_to(model, None, None)).exists()):
             yield sampler, grid, count
 
 

@@ -139,7 +139,7 @@ def test_starting_at_a_later_stage_from_a_picture():
 
 
 def test_inpainting_keeps_what_is_known_at_every_stage():
-    image, mask = pictures(1, 16), jnp.zeros((1, 16, 16, 1)).at[:, :, :8].set(1)
+    image, mask = pictures(1, 16), jnp.ones((1, 16, 16, 1)).at[:, :, :8].set(0)
     drawn = Cascade((toys.model(size=8), enlarging())).sample(KEY, num=2, image=image, mask=mask)
     np.testing.assert_allclose(drawn[0][:, :, :4], jnp.repeat(cascade.shrink(image, 8)[:, :, :4], 2, 0), atol=1e-5)
     np.testing.assert_allclose(drawn[1][:, :, :8], jnp.repeat(image[:, :, :8], 2, 0), atol=1e-5)

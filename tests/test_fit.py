@@ -1,5 +1,7 @@
 """Fitted grids: in order, better than the named ones on seeds of their own, kept and found again."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,22 +59,53 @@ def test_the_error_is_that_of_other_seeds(mixture, found):
     assert np.sqrt(np.mean((ends[0] - ends[1]) ** 2)) == pytest.approx(found.errors["fitted"], rel=1e-3)
 
 
-def test_kept_and_found_again(found, tmp_path):
+def test_kept_and_found_again(mixture, found, tmp_path):
     for name in (str(tmp_path), "some/model"):
-        place = fit.keep(name, "dpmpp_2m", found)
-        assert np.allclose(fit.stored(name, "dpmpp_2m", STEPS), found.grid, atol=1e-7)
+        model = mixture.replace(name=name)
+        place = fit.keep(name, "dpmpp_2m", dataclasses.replace(found, to=fit.fitted_to(model, None, None)))
+        assert np.allclose(fit.stored(model, "dpmpp_2m", STEPS), found.grid, atol=1e-7)
     assert place == files.home() / "grids" / "some__model" / f"dpmpp_2m-{STEPS}.json"
     assert (tmp_path / "grids" / place.name).exists()
 
 
 def test_a_model_samples_on_its_fitted_grid(found, tmp_path):
     model = toys.model().replace(name=str(tmp_path))
-    fit.keep(model.name, "dpmpp_2m", found)
+    fit.keep(model.name, "dpmpp_2m", dataclasses.replace(found, to=fit.fitted_to(model, None, None)))
     key = jax.random.key(1)
     named = model.sample(key, num=1, steps=STEPS, sampler="dpmpp_2m", grid="fitted")
     assert np.array_equal(named, model.sample(key, num=1, steps=STEPS, sampler="dpmpp_2m", grid=found.grid))
     with pytest.raises(UserError, match="diffjax fit-grid --steps 7 --sampler dpmpp_2m"):
         model.sample(key, steps=7, sampler="dpmpp_2m", grid="fitted")
+
+
+@pytest.mark.parametrize(
+    ("change", "how", "said"),
+    [
+        ({"revision": "9"}, {}, 'another state of .*revision is "7" there and "9" here'),
+        ({"denoiser": toys.model(text=True, seed=1).denoiser}, {}, "another state of .*checksum is "),
+        ({"shape": (16, 16, 3)}, {}, r"another state of .*shape is \[8, 8, 3\] there and \[16, 16, 3\] here"),
+        ({}, {"guidance": 3.0}, "for dpmpp_2m --guidance 3: diffjax fit-grid --steps 6 --sampler dpmpp_2m --guidance 3 makes one"),
+        ({}, {"guidance": 0}, "no grid of 6 steps was fitted to .* for dpmpp_2m: "),
+        ({}, {"guide": "apg"}, "for dpmpp_2m --guidance 2 --guide apg: "),
+        ({}, {"guidance": lambda denoise: denoise}, "guidance by a scale"),
+    ],
+)
+def test_a_grid_is_not_used_for_another_model_or_guidance(found, tmp_path, change, how, said):
+    model = toys.model(text=True).replace(name=str(tmp_path), revision="7")
+    fit.keep(model.name, "dpmpp_2m", dataclasses.replace(found, to=fit.fitted_to(model, None, None)))
+    given = {"steps": STEPS, "sampler": "dpmpp_2m", "grid": "fitted"}
+    model.recipe(**given)
+    in_bfloat16 = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model.denoiser.params)
+    model.replace(denoiser=model.denoiser.replace(params=in_bfloat16)).recipe(**given)
+    with pytest.raises(UserError, match=said):
+        model.replace(**change).recipe(**given, **how)
+
+
+def test_a_grid_that_was_kept_without_what_it_belongs_to_is_made_anew(found, tmp_path):
+    model = toys.model().replace(name=str(tmp_path))
+    files.write_json(fit.path(model.name, "dpmpp_2m", STEPS), {"times": [1.0, 0.5, 0.0], "errors": {}})
+    with pytest.raises(UserError, match="was fitted to another state of .*makes one"):
+        model.recipe(steps=STEPS, sampler="dpmpp_2m", grid="fitted")
 
 
 def test_what_cannot_be_fitted(mixture):
@@ -84,8 +117,10 @@ def test_what_cannot_be_fitted(mixture):
 
 def test_the_command_fits_a_guided_network(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("diffjax.loading.load", lambda name, **_: toys.model(text=True).replace(name=name))
-    asked = ["--steps", "3", "--sampler", "dpmpp_2m", "--seeds", "2", "--iterations", "2", "--guidance", "2"]
+    asked = ["--steps", "3", "--sampler", "dpmpp_2m", "--seeds", "2", "--iterations", "2", "--guidance", "2", "--guide", "apg", "momentum=-0.5"]
     assert cli.main(["fit-grid", "--run", str(tmp_path), *asked, "--prompt", "one", "--prompt", "two"]) == 0
     said = capsys.readouterr().out
     assert all(name in said for name in ("fitted", *fit.NAMED)) and "--steps 3 --sampler dpmpp_2m --grid fitted" in said
-    assert fit.stored(str(tmp_path), "dpmpp_2m", 3).shape == (3, 2)
+    assert "--grid fitted --guidance 2 --guide apg momentum=-0.5" in said
+    model = toys.model(text=True).replace(name=str(tmp_path))
+    assert fit.stored(model, "dpmpp_2m", 3, 2.0, {"name": "apg", "momentum": -0.5}).shape == (3, 2)

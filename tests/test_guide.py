@@ -15,7 +15,7 @@ MIXTURE = Mixture(FLOW, np.zeros(2), MEANS, np.asarray([[0.2, 0.3, 0.1], [0.1, 0
 WEAK = Mixture(FLOW, np.zeros(2), 0.8 * MEANS, np.full((2, 3), 0.5))
 X = jnp.asarray(np.random.RandomState(0).randn(4, 3), jnp.float32)
 CLASS = {"logits": np.tile([2.0, -2.0], (4, 1))}
-COND = {"cond": CLASS, "null": {"logits": np.zeros((4, 2))}}
+COND = {"cond": CLASS, "null": {"logits": np.zeros((4, 2))}, "weak": CLASS}
 
 RULES = {
     "cfg": lambda w: guide.Guidance(MIXTURE, w),
@@ -25,7 +25,9 @@ RULES = {
     "interval": lambda w: guide.Interval(guide.Guidance(MIXTURE, w), 0.1, 0.9),
     "rescale": lambda w: guide.Rescale(guide.Guidance(MIXTURE, w), predict.V(), FLOW, 0.7),
     "skip": lambda w: guide.Skip(guide.Guidance(MIXTURE, w), WEAK, 0.0),
-    "inpaint": lambda w: guide.Inpaint(guide.Guidance(MIXTURE, w), FLOW, X, jnp.zeros_like(X)),
+    "apg with momentum": lambda w: guide.APG(MIXTURE, FLOW, w, momentum=-0.5),
+    "autoguidance": lambda w: guide.Autoguidance(MIXTURE, WEAK, w),
+    "rescaled interval": lambda w: guide.Rescale(guide.Interval(guide.APG(MIXTURE, FLOW, w), 0.1, 0.9), predict.V(), FLOW, 0.7),
 }
 
 
@@ -62,7 +64,7 @@ def test_one_batch_and_two_calls_agree():
 
 
 def test_autoguidance_leads_away_from_the_weak():
-    guided = guide.Autoguidance(MIXTURE, WEAK, 2.0)(X, T, CLASS)
+    guided = guide.Autoguidance(MIXTURE, WEAK, 2.0)(X, T, COND)
     strong, weak = MIXTURE(X, T, CLASS), WEAK(X, T, CLASS)
     np.testing.assert_allclose(guided.x0, 2 * strong.x0 - weak.x0, atol=1e-5)
 
@@ -106,11 +108,48 @@ def test_skip_acts_in_its_part_of_the_run():
     np.testing.assert_allclose(acting(X, 0.2, COND).x0, later.x0, atol=1e-6)
 
 
-def test_inpainting_keeps_what_is_known():
-    known, mask = jnp.full_like(X, 0.25), jnp.asarray([[1.0, 0.0, 0.0]] * 4)
-    guided = guide.Inpaint(MIXTURE, FLOW, known, mask)(X, T, CLASS)
-    np.testing.assert_allclose(guided.x0[:, 0], 0.25, atol=1e-6)
-    np.testing.assert_allclose(guided.x0[:, 1:], branches()[0].x0[:, 1:], atol=1e-6)
+class Counting:
+    """A denoiser, and the rows that it was asked for."""
+
+    def __init__(self, denoise=MIXTURE):
+        self.denoise, self.rows = denoise, []
+
+    def __call__(self, x, t, cond):
+        jax.debug.callback(lambda: self.rows.append(len(x)))
+        return self.denoise(x, t, cond)
+
+
+@pytest.mark.parametrize("wrap", [lambda g: g, lambda g: guide.Rescale(g, predict.V(), FLOW, 0.5), lambda g: guide.Skip(g, WEAK, 1.0, 0.9)])
+@pytest.mark.parametrize("inner", [guide.Guidance, lambda d, w: guide.APG(d, FLOW, w, -0.5), lambda d, w: guide.CFGZero(d, FLOW, w)])
+def test_outside_the_interval_only_the_conditional_branch_is_evaluated(wrap, inner):
+    seen = Counting()
+    rule = wrap(guide.Interval(inner(seen, 3.0), 0.3, 0.7))
+    run = jax.jit(lambda t: rule(X, t, COND | {"past": rule.init(X)}))
+    for t, rows in ((0.9, 4), (0.5, 8), (0.3, 4), (0.7, 8)):
+        seen.rows.clear()
+        est = jax.block_until_ready(run(t))
+        jax.effects_barrier()
+        assert seen.rows == [rows]
+        same = np.allclose(est.x0, MIXTURE(X, t, CLASS).x0, atol=1e-5)
+        assert same == (rows == 4)
+
+
+def test_the_weak_network_is_not_evaluated_outside_the_interval():
+    strong, weak = Counting(), Counting(WEAK)
+    rule = guide.Interval(guide.Autoguidance(strong, weak, 2.0), 0.3, 0.7)
+    jax.block_until_ready(rule(X, 0.9, COND))
+    assert (strong.rows, weak.rows) == ([4], [])
+
+
+@pytest.mark.parametrize("rule", [guide.APG(MIXTURE, FLOW, 3.0, -0.5, 0.5), guide.CFGZero(MIXTURE, FLOW, 3.0)])
+def test_branches_that_agree_are_left_alone(rule):
+    """No division by the length of a difference or of an estimate that is zero."""
+    same = {"cond": CLASS, "null": CLASS}
+    np.testing.assert_allclose(rule(X, T, same).x0, MIXTURE(X, T, CLASS).x0, atol=1e-5)
+    silent = rule.replace(denoise=lambda x, t, cond: predict.estimate(predict.Velocity(), FLOW, x, jnp.zeros_like(x), jnp.asarray(0.5)))
+    assert jnp.isfinite(silent(jnp.zeros_like(X), 0.5, COND).x0).all()
+    standing = guide.Rescale(guide.CFGZero(MIXTURE, FLOW, 3.0, still=0.1), predict.Velocity(), FLOW, 0.7)
+    assert jnp.isfinite(standing(X, T, COND).x0).all()
 
 
 def test_guides_are_pytrees_whose_scale_is_traced():

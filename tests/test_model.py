@@ -1,4 +1,5 @@
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +9,13 @@ import toys
 
 from diffjax import guide, sample
 from diffjax.errors import UserError
+from diffjax.model import feathered
+from diffjax.refine import Clip, Threshold
 
 pytestmark = pytest.mark.usefixtures("optimized")
 
 KEY = jax.random.key(3)
+IMAGE = np.ones((1, 8, 8, 3), np.float32) * (np.arange(8) % 2)[:, None, None]
 
 
 @pytest.fixture(scope="module")
@@ -46,22 +50,33 @@ def test_an_image_does_not_depend_on_the_other_prompts(texts):
             assert (together[i] == alone[i]).all()
 
 
-def test_nothing_is_compiled_again_for_other_prompts_seeds_guidance_and_eta(texts, compilations):
+GUIDES = [
+    {"name": "cfg"},
+    {"name": "cfg", "low": 0.2, "high": 0.9, "rescale": 0.7},
+    {"name": "apg", "momentum": -0.5, "radius": 5.0, "parallel": 0.1, "rescale": 0.5},
+]
+
+
+@pytest.mark.parametrize("rule", GUIDES, ids=str)
+def test_nothing_is_compiled_again_for_other_prompts_seeds_numbers_of_the_guide_and_eta(texts, compilations, rule):
     other = jax.random.key(9)
-    texts.sample(KEY, num=2, steps=11, prompt="a", guidance=2.0, eta=0.0, negative_prompt="b")
+    draw = functools.partial(texts.sample, num=2, steps=11, sampler="ddim")
+    first = draw(KEY, prompt="a", guidance=2.0, eta=0.0, negative_prompt="b", guide=rule)
     before = compilations()
     assert before > 0
-    texts.sample(other, num=2, steps=11, prompt="something else", guidance=5.0, eta=0.5, negative_prompt="not this")
-    assert compilations() == before
+    changed = {name: value if name == "name" else value * 0.9 for name, value in rule.items()}
+    second = draw(other, prompt="something else", guidance=5.0, eta=0.5, negative_prompt="not this", guide=changed)
+    assert compilations() == before and jnp.isfinite(first).all() and jnp.isfinite(second).all()
 
 
-def test_guidance_1_is_the_conditional_estimate_and_0_the_null_one(texts):
-    drawn = functools.partial(texts.sample, KEY, steps=2)  # more would let the toy's pictures, and their rounding, grow
-    draw = functools.partial(drawn, prompt="red heart")
-    assert jnp.allclose(draw(guidance=0.0), drawn(prompt="", guidance=1.0), atol=1e-5)
-    assert not jnp.allclose(draw(guidance=1.0), draw(guidance=0.0), atol=1e-3)
-    blue = drawn(prompt="blue", guidance=1.0)
-    assert jnp.allclose(draw(guidance=0.0, negative_prompt="blue"), blue, atol=1e-5)
+def test_guidance_0_and_1_are_none_and_evaluate_no_null_branch(texts):
+    draw = functools.partial(texts.sample, KEY, steps=2, prompt="red heart")
+    none = draw(guidance=0.0)
+    assert (draw(guidance=1.0) == none).all() and (draw(guidance=0) == none).all()
+    assert (texts.recipe(guidance=0).denoise, texts.recipe(guidance=1).reads) == (texts.denoiser, ())
+    assert jnp.allclose(draw(guidance=lambda denoise: guide.Guidance(denoise, 1.0)), none, atol=1e-5)
+    assert not jnp.allclose(none, texts.sample(KEY, steps=2, prompt="", guidance=0), atol=1e-3)
+    assert not jnp.allclose(draw(guidance=0.5), none, atol=1e-3)
 
 
 def test_labels_are_names_or_numbers(classes):
@@ -121,12 +136,27 @@ def test_a_run_can_be_replayed_from_its_start_and_noise(unconditional):
     np.testing.assert_allclose(images, x, atol=1e-5)
 
 
-def test_what_the_mask_covers_is_kept(unconditional):
+@pytest.mark.parametrize(
+    ("how", "bound"), [({}, None), ({"strength": 0.5}, Clip(0.5)), ({"sampler": "ddpm"}, Threshold(0.5)), ({"sampler": "heun"}, None)]
+)
+def test_what_the_mask_does_not_cover_stays_to_the_bit(bound, how):
     known = jnp.linspace(-1, 1, 192).reshape(1, 8, 8, 3)
-    mask = jnp.zeros((1, 8, 8, 1)).at[:, :4].set(1)
-    images = unconditional.sample(KEY, num=3, image=known, mask=mask)
-    np.testing.assert_allclose(images[:, :4], jnp.broadcast_to(known[:, :4], (3, 4, 8, 3)), atol=1e-5)
-    assert not np.allclose(images[0, 4:], images[1, 4:])
+    mask = jnp.ones((1, 8, 8, 1)).at[:, :4].set(0)
+    grid = np.asarray([[1.0, 0.5], [0.5, 0.1]])  # as of a published grid that stops before t = 0
+    for rest in ({"steps": 3}, {"grid": grid}):
+        images = toys.model(bound=bound).sample(KEY, num=3, image=known, mask=mask, **how, **rest)
+        assert (images[:, :4] == known[:, :4]).all() and jnp.isfinite(images).all()
+        assert not np.allclose(images[0, 4:], images[1, 4:])
+
+
+def test_feather_is_an_edge_around_what_is_drawn():
+    mask = np.zeros((1, 9, 9, 1), np.float32)
+    mask[:, 4, 4] = 1
+    soft = np.asarray(feathered(jnp.asarray(mask), 3))[0, :, :, 0]
+    np.testing.assert_allclose(soft[4], [0, 0.25, 0.5, 0.75, 1, 0.75, 0.5, 0.25, 0], atol=1e-6)
+    np.testing.assert_allclose(soft[0], 0)
+    np.testing.assert_allclose(soft.diagonal(), soft[4], atol=1e-6)
+    assert (feathered(mask, 0) == mask).all()
 
 
 def test_a_weak_strength_starts_late_from_the_noised_picture(unconditional):
@@ -147,6 +177,9 @@ def test_a_weak_strength_starts_late_from_the_noised_picture(unconditional):
         ("unconditional", {"label": 1}, "without classes"),
         ("unconditional", {"guidance": 3.0}, "without text and classes: leave the guidance out"),
         ("unconditional", {"strength": 0.0}, "above 0"),
+        ("unconditional", {"strength": 1e-20}, "it leaves none of 6 steps"),
+        ("unconditional", {"strength": math.nan}, "strength is nan"),
+        ("unconditional", {"strength": 0.5}, "how much of a picture may change: give the `image`"),
         ("unconditional", {"sampler": "eular"}, "did you mean euler"),
         ("unconditional", {"num": 0}, "num is 0: draw at least 1 image"),
         ("unconditional", {"num": -3}, "num is -3"),
@@ -154,6 +187,34 @@ def test_a_weak_strength_starts_late_from_the_noised_picture(unconditional):
         ("classes", {"label": 2}, "no class 2: give one of cat, dog"),
         ("classes", {"label": -2}, "no class -2"),
         ("classes", {"label": "1.5"}, "no class '1.5'"),
+        ("unconditional", {"mask": IMAGE[..., :1]}, "give the `image` too"),
+        ("unconditional", {"feather": 3}, "softens the edge of a mask"),
+        ("unconditional", {"image": IMAGE, "mask": IMAGE[..., :1], "feather": -1}, "feather is -1"),
+        ("unconditional", {"image": IMAGE[0]}, r"the image has the shape \(8, 8, 3\): give \(1, height, width, 3\)"),
+        ("unconditional", {"image": IMAGE[..., :1]}, r"the image has the shape \(1, 8, 8, 1\)"),
+        ("unconditional", {"image": IMAGE, "mask": IMAGE[0, ..., :1]}, r"the mask has the shape \(8, 8, 1\)"),
+        ("unconditional", {"image": IMAGE, "mask": 255 * IMAGE[..., :1]}, "from 0 to 255: give 1 where it is drawn anew"),
+        ("unconditional", {"image": IMAGE, "mask": np.nan * IMAGE[..., :1]}, "from nan to nan"),
+        ("unconditional", {"image": IMAGE, "size": 4}, "the image is 8 pixels wide and 8 high, and size is 4"),
+        ("unconditional", {"eta": math.nan, "sampler": "ddim"}, "eta is nan: it must be a number from 0 to 1"),
+        ("unconditional", {"eta": 1.5, "sampler": "ddim"}, "eta is 1.5"),
+        ("unconditional", {"eta": -0.1, "sampler": "ddim"}, "eta is -0.1"),
+        ("unconditional", {"guide": "apg"}, "the guide apg acts through guidance: give a scale above 1"),
+        ("unconditional", {"guide": "apg", "guidance": 3.0}, "without text and classes: leave the guidance out"),
+        ("texts", {"guidance": -1.0}, "guidance is -1.0: give a scale above 1"),
+        ("texts", {"guidance": math.nan}, "guidance is nan"),
+        ("texts", {"guidance": math.inf}, "guidance is inf"),
+        ("texts", {"guidance": "3"}, "guidance is 3"),
+        ("texts", {"guidance": 0, "negative_prompt": "b"}, "acts through guidance: give a guidance scale above 1"),
+        ("texts", {"guidance": 1, "negative_prompt": "b"}, "acts through guidance: give a guidance scale above 1"),
+        ("texts", {"guide": "abg"}, "unknown guide abg: did you mean apg"),
+        ("texts", {"guide": {"name": "apg", "moment": 0.5}}, "unknown field of guide apg moment: did you mean momentum"),
+        ("texts", {"guide": {"name": "cfg", "lov": 0.5}}, "unknown field of guide cfg lov: did you mean low"),
+        ("texts", {"guide": {"name": "apg", "momentum": math.nan}}, "momentum of the guide is nan"),
+        ("texts", {"guide": {"low": 0.7, "high": 0.3}}, "acts while 0.7 < t <= 0.3, which is never"),
+        ("texts", {"guide": {"rescale": 1.5}}, "rescale of the guide is 1.5: it must be a number from 0 to 1"),
+        ("texts", {"guide": {"name": "autoguidance", "step": 3}}, "has no earlier checkpoints: autoguidance is for runs"),
+        ("texts", {"guide": "apg", "guidance": lambda denoise: denoise}, "a guide of your own: leave the other guide out"),
         ("classes", {"negative_prompt": "no"}, "without text"),
         ("texts", {"num": 3, "prompt": ["a", "b"]}, "2 prompts or labels for 3 images"),
     ],

@@ -8,7 +8,7 @@ import pytest
 
 from diffjax import grid, guide, refine, sample, struct
 from diffjax.analytic import Mixture, flow_map
-from diffjax.predict import Estimate, with_x0
+from diffjax.predict import Estimate, Velocity, with_x0
 from diffjax.process import Cosine, Exploding, Flow, Linear, Shift, discrete, linear_betas, zero_terminal_snr
 
 PROBLEMS = list(convergence.MEANS)
@@ -193,25 +193,68 @@ def test_threshold_is_the_quantile_of_each_image():
     consistent(est, Flow(), x, 0.6)
 
 
-def test_momentum_is_apg_without_it_and_a_running_difference_with_it():
-    process, rows = Flow(), grid.uniform(3, 0.9, 0.3)
-    pair = {"cond": {"logits": jnp.tile(jnp.asarray([2.0, 0.0]), (3, 1))}, "null": {"logits": jnp.zeros((3, 2))}}
-    denoise, x = mixture(process), jnp.asarray(X) * 0.9
-    run = lambda guided, chain: sample.sample(guided, process, x, rows, sample.Sampler(chain), KEYS(), cond=pair)
-    apg = run(guide.APG(denoise, process, 3.0, radius=0.5, parallel=0.2), refine.chain())
-    np.testing.assert_allclose(run(guide.Branches(denoise), refine.Momentum(3.0, 0.0, 0.5, 0.2)), apg, atol=1e-6)
+PAIR = {"cond": {"logits": jnp.tile(jnp.asarray([2.0, 0.0]), (3, 1))}, "null": {"logits": jnp.zeros((3, 2))}}
 
-    delta = 0.0
+
+def test_momentum_is_a_running_difference():
+    process, rows = Flow(), grid.uniform(3, 0.9, 0.3)
+    denoise, begin = mixture(process), jnp.asarray(X) * 0.9
+    delta, x = 0.0, begin
     for t, s in rows:
-        c, u = (denoise(x, t, pair[name]) for name in ("cond", "null"))
+        c, u = (denoise(x, t, PAIR[name]) for name in ("cond", "null"))
         delta = c.x0 - u.x0 - 0.5 * delta
         est = with_x0(c, guide.project(c.x0, delta, 3.0, np.inf, 0.2), process, t)
         x = process.alpha(s) * est.x0 + process.sigma(s) * est.eps
-    x = jnp.asarray(x)
-    begin = jnp.asarray(X) * 0.9
-    chain = refine.Momentum(3.0, -0.5, parallel=0.2)
-    ours = sample.sample(guide.Branches(denoise), process, begin, rows, sample.Sampler(chain), KEYS(), cond=pair)
-    np.testing.assert_allclose(ours, x, atol=1e-5)
+    guided = guide.APG(denoise, process, 3.0, -0.5, parallel=0.2)
+    wrapped = guide.Rescale(guide.Interval(guided, 0.0, 1.0), Velocity(), process, 0.0)
+    for rule in (guided, wrapped):
+        ours = sample.sample(rule, process, begin, rows, sample.Sampler(refine.chain()), KEYS(), cond=PAIR)
+        np.testing.assert_allclose(ours, x, atol=1e-5)
+
+
+def test_heun_evaluates_with_the_memory_and_the_refinements_of_its_step():
+    """One step by hand: both slopes are of the guided, clipped estimate, and the guide remembers the first."""
+    process, x, (t, s) = Flow(), jnp.asarray(X), (0.8, 0.5)
+    rule, clip = guide.APG(mixture(process), process, 3.0, -0.5), refine.Clip(0.3)
+    past = jnp.full_like(x, 0.2)
+    slopes, at = [], x
+    for time in (t, s):
+        est = rule(at, time, PAIR | {"past": past})
+        est = with_x0(est, jnp.clip(est.x0, -0.3, 0.3), process, time)
+        slopes.append(est.eps)
+        remembered = est.memory if time == t else remembered
+        at = process.alpha(s) * est.x0 + process.sigma(s) * est.eps
+    ratio = process.sigma(t) / process.alpha(t) - process.sigma(s) / process.alpha(s)
+    expected = process.alpha(s) * (x / process.alpha(t) - ratio * (slopes[0] + slopes[1]) / 2)
+    sampler = sample.Sampler(refine.chain(clip, refine.heun()))
+    state = sample.start(sampler, x, rule).replace(past=past)
+    state = sample.step(state, jnp.asarray([t, s]), None, rule, process, sampler, PAIR, KEYS())
+    np.testing.assert_allclose(state.x, expected, atol=1e-5)
+    np.testing.assert_allclose(state.past, remembered, atol=1e-6)
+
+
+SOLVERS = [refine.chain(), refine.heun(), refine.heun("flow"), refine.extrapolate(3), refine.unipc(3), refine.adams(4, "flow")]
+BOUNDS = [refine.chain(), refine.Clip(0.4, keep_eps=True), refine.Threshold(0.5)]
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: type(solver).__name__)
+@pytest.mark.parametrize("bound", BOUNDS, ids=lambda bound: type(bound).__name__)
+def test_the_known_part_follows_its_exact_path(solver, bound):
+    """x_t = alpha image + sigma eps of the first noise, at every step and at every time where the network is asked."""
+    process, rows, image = Flow(), grid.uniform(4, 0.9, 0.1), jnp.asarray([[0.3, 0.0], [-0.2, 0.0], [0.4, 0.0]])
+    noise, seen = jnp.asarray(X), []
+    begin = process.alpha(0.9) * image + process.sigma(0.9) * noise
+    chain = refine.inpainted(refine.chain(bound, solver), image, jnp.asarray([[0.0, 1.0]] * 3))
+
+    def denoise(x, t, cond):
+        jax.debug.callback(lambda x, t: seen.append((float(t), np.asarray(x))), x, t)
+        return mixture(process)(x, t, cond)
+
+    end = sample.sample(jax.tree_util.Partial(denoise), process, begin, rows, sample.Sampler(chain), KEYS())
+    jax.effects_barrier()
+    for t, x in (*seen, (0.1, end)):
+        np.testing.assert_allclose(x[:, 0], ((1 - t) * image + t * noise)[:, 0], atol=2e-5)
+    assert len(seen) >= 4 and np.abs(end[:, 1] - (0.9 * image + 0.1 * noise)[:, 1]).max() > 0.1
 
 
 @pytest.mark.parametrize("process", [Flow(), Exploding(0.01, 50.0), Linear(80.0)])

@@ -193,19 +193,28 @@ def test_a_single_file_takes_what_it_lacks_from_its_folder(folders, tmp_path):
 def test_a_picture_is_changed_where_the_mask_allows(folders):
     model = diffjax.load(folders("large"), prompts=["a cat"])
     picture = np.random.RandomState(0).uniform(-1, 1, (1, 16, 16, 3)).astype(np.float32)
-    mask = np.ones((1, 16, 16, 1), np.float32)
-    mask[:, :7] = 0
+    mask = np.zeros((1, 16, 16, 1), np.float32)
+    mask[:, :7] = 1
     known = model.known(picture)
     told = {"prompt": "a cat", "image": picture, "steps": 4, "strength": 0.5, "mask": mask}
     recipe = model.recipe(steps=4, strength=0.5)
     assert len(recipe.grid) == 2
-    inputs = model.inputs(jax.random.key(0), np.arange(1), guided=True, prompt="a cat", image=picture, mask=mask)
-    assert inputs.mask[0, :, 0, 0].tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    inputs = model.inputs(jax.random.key(0), np.arange(1), reads=recipe.reads, prompt="a cat", image=picture, mask=mask)
+    assert inputs.mask[0, :, 0, 0].tolist() == [1, 1, 1, 1, 0, 0, 0, 0]
     x = recipe.advance(inputs, recipe.begin(inputs)).x
     np.testing.assert_allclose(x[:, 4:], known[:, 4:], atol=1e-5)
     assert np.abs(x[:, :4] - known[:, :4]).max() > 0.1
-    drawn = model.sample(jax.random.key(0), **told)
-    np.testing.assert_allclose(drawn, np.clip(model.decode(x), -1, 1), atol=1e-5)
+    drawn, soft = model.sample(jax.random.key(0), **told), model.sample(jax.random.key(0), **told, feather=3)
+    decoded = np.clip(model.decode(x), -1, 1)
+    np.testing.assert_allclose(drawn[:, :7], decoded[:, :7], atol=1e-5)
+    assert (drawn[:, 7:] == picture[:, 7:]).all() and np.abs(decoded[:, 7:] - picture[:, 7:]).max() > 1e-3
+    for row, share in enumerate((1, 1, 0.75, 0.5, 0.25, 0, 0), 5):
+        np.testing.assert_allclose(soft[:, row], share * decoded[:, row] + (1 - share) * picture[:, row], atol=1e-5)
+    assert (soft[:, 10:] == picture[:, 10:]).all()
+    cells = model.sample(jax.random.key(0), **told | {"mask": inputs.mask})
+    assert (cells[:, 8:] == picture[:, 8:]).all()
+    latent = model.sample(jax.random.key(0), **told | {"image": known, "mask": inputs.mask})
+    np.testing.assert_allclose(latent, decoded, atol=1e-5)
     with pytest.raises(UserError, match="mask has 8 x 16 pixels"):
         model.sample(jax.random.key(0), **told | {"mask": mask[:, :8]})
     with pytest.raises(UserError, match="'a dog' was not among the prompts"):

@@ -2,10 +2,10 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from diffjax.data import dataset
 from diffjax.errors import UserError
 from diffjax.nets.unet import UNet
 from diffjax.plan.figures import Part, tree_size
+from diffjax.process import Process, discrete
 from diffjax.refine import Heun
 from diffjax.say import counted
 from diffjax.text import CaptionTokenizer
@@ -38,6 +39,7 @@ class Asked:
     batch: int | None = None
     size: int | None = None
     guidance: float | None = None
+    guide: Mapping[str, Any] | None = None
     sampler: str | None = None
     dtype: str | None = None
 
@@ -111,10 +113,12 @@ def published(folder: Path, asked: Asked, name: str) -> Job:
     module = weights.describe(component(folder, "unet")).clone(dtype=dtype, param_dtype=dtype)
     if not isinstance(module, UNet):
         raise UserError(f"{name} is a {type(module).__name__}, which draws nothing by itself: plan the model that it serves")
-    defaults = pretrained.defaults(read_scheduler(folder), module)
+    scheduler = read_scheduler(folder)
+    defaults = pretrained.defaults(scheduler, module)
     shape = _sized(pretrained.shape(module), asked.size)
     label = {"label": jnp.zeros(1, jnp.int32)} if module.num_class_embeds else {}
-    return _drawing(name, shape, defaults, asked, module, label, [])
+    process = discrete(scheduler.betas())
+    return _drawing(name, shape, defaults, asked, module, process, label, [])
 
 
 def drawing(plan: trained.Plan, asked: Asked, name: str) -> Job:
@@ -129,7 +133,7 @@ def drawing(plan: trained.Plan, asked: Asked, name: str) -> Job:
         cond = jax.eval_shape(encoders[0].call, encoders[0].held, *encoders[0].given)
     else:
         cond = jax.eval_shape(lambda: plan.encode({}, jax.tree.map(jnp.asarray, plan.blank())))
-    return _drawing(name, shape, defaults, asked, plan.network, cond | plan.blank_low_res(), encoders)
+    return _drawing(name, shape, defaults, asked, plan.network, plan.process, cond | plan.blank_low_res(), encoders)
 
 
 def training(plan: trained.Plan) -> Job:
@@ -148,33 +152,67 @@ def training(plan: trained.Plan) -> Job:
 
 
 def _drawing(
-    name: str, shape: tuple[int, ...], defaults: Any, asked: Asked, module: nn.Module, cond: PyTree, encoders: Sequence[Part]
+    name: str,
+    shape: tuple[int, ...],
+    defaults: Any,
+    asked: Asked,
+    module: nn.Module,
+    process: Process,
+    cond: PyTree,
+    encoders: Sequence[Part],
 ) -> Job:
     asked = completed(asked, defaults)
-    rows = asked.batch * (1 if asked.guidance is None else 2)
+    share, weaker = guided_share(asked, defaults.grid, process), is_weaker(asked)
+    rows = asked.batch * (2 if share and not weaker else 1)
     cond = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype), cond)
     inputs = jax.ShapeDtypeStruct((rows, *shape), jnp.float32), jax.ShapeDtypeStruct((rows,), jnp.float32)
-    network = _network("network", module, inputs, cond, calls(asked))
-    return Job(titled(name, shape, asked), (*encoders, network), "network", asked.steps, asked.num)
+    network = lambda name, calls: _network(name, module, inputs, cond, calls)
+    networks = [network("network", calls(asked, share))]
+    networks += [network("weaker network", share * calls(asked, share))] if weaker else []
+    return Job(titled(name, shape, asked), (*encoders, *networks), "network", asked.steps, asked.num)
 
 
 def completed(asked: Asked, defaults: Any) -> Asked:
     """What is asked for, with the model's choices filled in."""
     given = {name: value for name, value in vars(asked).items() if value is not None}
-    own = {name: getattr(defaults, name) for name in ("steps", "batch", "sampler", "guidance")}
-    return Asked(**own | given)
+    own = {name: getattr(defaults, name) for name in ("steps", "batch", "sampler", "guidance", "guide")}
+    asked = Asked(**own | given)
+    build.guide(asked.guide or "cfg")
+    return asked
 
 
-def calls(asked: Asked) -> int:
-    """How often drawing what is asked for calls the denoising network."""
-    evaluations = 2 if isinstance(build.sampler(asked.sampler).refine, Heun) else 1
-    return asked.steps * evaluations * math.ceil(asked.num / asked.batch)
+def is_weaker(asked: Asked) -> bool:
+    """Whether guidance leads away from another network, not from the null branch of the same."""
+    return (asked.guide or {}).get("name") == "autoguidance" and build.scale(asked.guidance) is not None
+
+
+def guided_share(asked: Asked, grid: str | Callable[[int], np.ndarray], process: Process) -> float:
+    """The share of the network's evaluations in which guidance evaluates its second branch: those in the guide's interval."""
+    if build.scale(asked.guidance) is None:
+        return 0.0
+    rule = asked.guide or {}
+    rows = grid(asked.steps) if callable(grid) else build.grid(grid, process, asked.steps)
+    times = np.concatenate([rows[:, 0], rows[:-1, 1]]) if evaluations(asked) == 2 else rows[:, 0]
+    return float(np.mean((times > rule.get("low", 0.0)) & (times <= rule.get("high", 1.0))))
+
+
+def evaluations(asked: Asked) -> int:
+    """How often a step calls the denoiser."""
+    return 2 if isinstance(build.sampler(asked.sampler).refine, Heun) else 1
+
+
+def calls(asked: Asked, share: float) -> float:
+    """How often drawing what is asked for calls the network, a call of half the rows counting as half of one: `share` of the
+    calls have the rows of both branches. A weaker network has calls of its own."""
+    every = asked.steps * evaluations(asked) * math.ceil(asked.num / asked.batch)
+    return every * (1 + share) / 2 if share and not is_weaker(asked) else every
 
 
 def titled(name: str, shape: tuple[int, ...], asked: Asked) -> str:
     """The job of drawing pictures of a shape, in words."""
     images = counted(asked.num, "image") + ("" if asked.batch == 1 else f" in batches of {asked.batch}")
-    guided = "" if asked.guidance is None else f", guided by {asked.guidance:g}"
+    guided = "" if build.scale(asked.guidance) is None else f", guided by {asked.guidance:g}"
+    guided += f" ({' '.join(f'{key}={value}' for key, value in asked.guide.items())})" if guided and asked.guide else ""
     return f"{name}: {images} of {shape[0]} x {shape[1]} pixels, {counted(asked.steps, 'step')} of {asked.sampler}{guided}"
 
 

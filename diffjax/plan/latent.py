@@ -13,10 +13,11 @@ from flax import linen as nn
 from jaxtyping import PyTree
 
 from diffjax import build, sd3, weights
-from diffjax.model import Defaults
 from diffjax.plan.figures import Part, tree_size
-from diffjax.plan.jobs import Asked, Job, Way, apply, calls, completed, titled
+from diffjax.plan.jobs import Asked, Job, Way, apply, calls, completed, guided_share, titled
+from diffjax.process import Flow, Shift
 from diffjax.quantize import SCHEMES, quantize
+from diffjax.weights.scheduler import read_flow_scheduler
 
 TEXTS = dict.fromkeys(sd3.CLIPS, sd3.CLIP_TOKENS) | {sd3.T5: sd3.T5_TOKENS}
 """Text encoders and the tokens that each reads."""
@@ -29,9 +30,10 @@ def drawing(folder: Path, asked: Asked, name: str) -> Job:
     """Drawing with a published latent model, of which only the configurations need to be there."""
     modules = described(folder, asked.dtype or "bfloat16")
     network, vae = modules["transformer"], modules["vae"]
-    asked = completed(asked, Defaults(**sd3.PRESETS[sd3.kind(name, network)], batch=1))
-    asked = replace(asked, size=asked.size or network.sample_size * vae.factor)
-    parts = components(modules, asked)
+    scheduler = read_flow_scheduler(folder)
+    defaults = sd3.defaults(scheduler, sd3.kind(name, network))
+    asked = replace(completed(asked, defaults), size=asked.size or network.sample_size * vae.factor)
+    parts = components(modules, asked, guided_share(asked, defaults.grid, Shift(Flow(), scheduler.shift)))
     title = titled(name, (asked.size, asked.size), asked)
     return Job(title, tuple(parts.values()), "transformer", asked.steps, asked.num, ways=ways(parts))
 
@@ -43,9 +45,10 @@ def described(folder: Path, dtype: str) -> dict[str, nn.Module]:
     return {name: weights.describe(folder / name).clone(dtype=chosen, param_dtype=chosen) for name in names}
 
 
-def components(modules: Mapping[str, nn.Module], asked: Asked) -> dict[str, Part]:
-    """The parts of a job: the texts once, the transformer at every step, the decoder for every batch of pictures."""
-    branches = 1 if asked.guidance is None else 2
+def components(modules: Mapping[str, nn.Module], asked: Asked, share: float) -> dict[str, Part]:
+    """The parts of a job: the texts once, the transformer at every step (`share` of them guided), the decoder for every batch
+    of pictures."""
+    branches = 2 if share else 1
     rows, network, vae = asked.batch * branches, modules["transformer"], modules["vae"]
     side = asked.size // vae.factor
     shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)
@@ -53,7 +56,7 @@ def components(modules: Mapping[str, nn.Module], asked: Asked) -> dict[str, Part
     latents = shape(rows, side, side, network.in_channels), shape(rows), context, shape(rows, network.pooled_projection_dim)
     given = {name: (jax.ShapeDtypeStruct((branches, length), jnp.int32),) for name, length in TEXTS.items()}
     given |= {"transformer": latents, "vae": (shape(asked.batch, side, side, vae.latent_channels),)}
-    often = dict.fromkeys(TEXTS, 1) | {"transformer": calls(asked), "vae": math.ceil(asked.num / asked.batch)}
+    often = dict.fromkeys(TEXTS, 1) | {"transformer": calls(asked, share), "vae": math.ceil(asked.num / asked.batch)}
     return {name: _part(name, module, given[name], often[name]) for name, module in modules.items()}
 
 
