@@ -37,7 +37,7 @@ def models(monkeypatch, tmp_path_factory):
     found = {"texts": texts, "classes": classes, "plain": toys.model()}
     folder = tmp_path_factory.mktemp("runs")
 
-    def load(name, *_):
+    def load(name, *_, **__):
         (folder / Path(name).name).mkdir(exist_ok=True)
         return found[Path(name).name].replace(name=str(folder / Path(name).name), revision="7")
 
@@ -419,7 +419,7 @@ sys.path.insert(0, sys.argv[1])
 import toys
 from diffjax import generate
 model = toys.model().replace(name="toy")
-generate.load = lambda *_: model
+generate.load = lambda *_, **__: model
 take = generate.Job.take
 generate.Job.take = lambda self, stage: (take(self, stage), time.sleep(1))
 generate.generate(generate.Request("toy", num=3, steps=40, sampler="dpmpp_2m_sde"), sys.argv[2], save_seconds=0)
@@ -436,7 +436,7 @@ def test_kill_9_then_the_same_command(models, tmp_path, monkeypatch):
     job.kill()
     job.wait()
     assert state.exists() and not pictures(tmp_path / "killed")
-    monkeypatch.setattr(generate, "load", lambda *_: models["plain"].replace(name="toy"))
+    monkeypatch.setattr(generate, "load", lambda *_, **__: models["plain"].replace(name="toy"))
     for name in ("killed", "whole"):
         generate.generate(Request("toy", num=3, steps=40, sampler="dpmpp_2m_sde"), tmp_path / name)
     assert pictures(tmp_path / "killed") == pictures(tmp_path / "whole")

@@ -17,7 +17,7 @@ from diffjax.plan.figures import Part, tree_size
 from diffjax.plan.jobs import Asked, Job, Way, apply, calls, completed, guided_share, titled
 from diffjax.process import Flow, Shift
 from diffjax.quantize import SCHEMES, quantize
-from diffjax.weights.scheduler import read_flow_scheduler
+from diffjax.weights.scheduler import FlowScheduler
 
 TEXTS = dict.fromkeys(sd3.CLIPS, sd3.CLIP_TOKENS) | {sd3.T5: sd3.T5_TOKENS}
 """Text encoders and the tokens that each reads."""
@@ -30,7 +30,7 @@ def drawing(folder: Path, asked: Asked, name: str) -> Job:
     """Drawing with a published latent model, of which only the configurations need to be there."""
     modules = described(folder, asked.dtype or "bfloat16")
     network, vae = modules["transformer"], modules["vae"]
-    scheduler = read_flow_scheduler(folder)
+    scheduler = FlowScheduler(shift=sd3.SHIFT)
     defaults = sd3.defaults(scheduler, sd3.kind(name, network))
     asked = replace(completed(asked, defaults), size=asked.size or network.sample_size * vae.factor)
     parts = components(modules, asked, guided_share(asked, defaults.grid, Shift(Flow(), scheduler.shift)))
