@@ -7,7 +7,9 @@ import optax
 import pytest
 
 from diffjax import build, loss, predict, process
+from diffjax.denoise import Denoiser
 from diffjax.errors import UserError
+from diffjax.model import Model
 from diffjax.refine import heun
 from diffjax.sample import Sampler
 
@@ -166,3 +168,14 @@ def test_the_schedule_scales_both_learning_rates():
 def test_every_maker_can_be_asked_for_its_fields():
     for table in (build.PROCESSES, build.PREDICTIONS, build.WEIGHTS, build.TIMES, build.SCHEDULES, build.OPTIMIZERS):
         assert all(inspect.signature(maker) for maker in table.values())
+
+
+@pytest.mark.parametrize("told", [predict.Eps(), predict.Score()])
+@pytest.mark.parametrize("of", [process.Flow(), process.Cosine(), process.Shift(process.Flow(), 0.3)])
+@pytest.mark.parametrize("name", ["uniform", "logsnr", "karras"])
+def test_grids_begin_where_the_prediction_says_something(name, of, told):
+    model = Model(Denoiser(of, told, None, lambda params, x, t: x), (2, 2, 1))
+    first = model.recipe(grid=name, steps=200).grid[0, 0]
+    assert 1 / 81 < 2 * of.alpha(first) and not predict.is_blind(told, of, first)
+    with pytest.raises(UserError, match="pure noise, of which"):
+        model.recipe(grid=np.array([[1.0, 0.0]]))

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from diffjax import grid
+from diffjax.errors import UserError
 from diffjax.process import Cosine, Exploding, Flow, Linear, Shift, discrete, linear_betas
 
 DDPM = discrete(linear_betas())
@@ -66,3 +67,23 @@ def test_the_last_part_of_a_grid():
     rows = grid.uniform(10)
     assert len(grid.after(rows, 0.3)) == 3 and grid.after(rows, 0.3)[0, 0] == pytest.approx(0.3)
     assert len(grid.after(rows, 0.001)) == 1 and len(grid.after(rows, 1.0)) == 10
+
+
+@pytest.mark.parametrize(
+    "make, said",
+    [
+        (lambda: grid.trailing(11, 10), "take at most 10"),
+        (lambda: grid.linspace(11, 10), "take at most 10"),
+        (lambda: grid.leading(11, 10), "take at most 10"),
+        (lambda: grid.leading(10, 10, offset=1), "past the end .* take 9 steps"),
+        (lambda: grid.leading(500, 1000, offset=3), "past the end .* take 499 steps"),
+        (lambda: grid.check(grid.uniform(1002), DDPM), "before the first of its table"),
+        (lambda: grid.check(grid.uniform(4)[::-1], Flow()), "fall from"),
+        (lambda: grid.check(np.array([[1.0, 0.5], [0.4, 0.0]]), Flow()), "fall from"),
+        (lambda: grid.check(np.array([[np.nan, 0.0]]), Flow()), "fall from"),
+        (lambda: grid.check(np.linspace(1, 0, 5), Flow()), "pairs"),
+    ],
+)
+def test_what_is_no_grid_is_refused_with_the_remedy(make, said):
+    with pytest.raises(UserError, match=said):
+        make()

@@ -12,8 +12,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent / "nets"))
 import reference
 
-from diffjax import grid, pretrained, weights
+from diffjax import grid, pretrained, process, weights
+from diffjax.denoise import Denoiser, table_step
 from diffjax.errors import UserError
+from diffjax.model import Model
 from diffjax.nets.unet import UNet
 from diffjax.weights.scheduler import Scheduler
 from diffjax.weights.unet2d import FORMAT
@@ -162,3 +164,42 @@ def test_a_size_that_does_not_halve_is_refused_first(tmp_path):
     assert model.recipe(steps=1, size=12).shape == (12, 12, 3)
     with pytest.raises(UserError, match="draws no picture 15 pixels wide and 15 high: give multiples of 2"):
         model.recipe(steps=1, size=15)
+
+
+def of_scheduler(**fields):
+    """The model of a scheduler whose network says nothing: y is 0, of twice the channels."""
+    scheduler = Scheduler(**fields)
+    silent = lambda params, x, k: jax.numpy.concatenate([0 * x, 0 * x + 0.5], axis=-1)
+    told = pretrained.PREDICTIONS[scheduler.prediction_type]
+    denoiser = Denoiser(process.discrete(scheduler.betas()), told, None, silent, table_step)
+    return Model(denoiser, (4, 4, 3), pretrained.defaults(scheduler, UNet(sample_size=4)))
+
+
+def test_default_steps_are_those_that_the_table_has():
+    assert of_scheduler(num_train_timesteps=100).defaults.steps == 100
+    assert of_scheduler(num_train_timesteps=20, class_name="DDIMScheduler").defaults.steps == 20
+    assert of_scheduler(steps_offset=1).defaults.steps == 999
+    for fields in ({"num_train_timesteps": 100}, {"steps_offset": 1}, {"num_train_timesteps": 30, "timestep_spacing": "trailing"}):
+        model = of_scheduler(**fields)
+        assert len(model.recipe().grid) == model.defaults.steps
+        with pytest.raises(UserError, match="take"):
+            model.recipe(steps=model.defaults.steps + 1)
+        assert len(model.recipe(steps=2000, grid="logsnr").grid) == 2000
+
+
+@pytest.mark.parametrize("variance", ["fixed_large", "learned", "learned_range"])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "euler", "unipc", "dpmpp_2m"])
+def test_a_publishers_variance_adds_no_noise_without_eta(variance, sampler):
+    model = of_scheduler(num_train_timesteps=20, variance_type=variance)
+    init = np.random.RandomState(0).standard_normal((1, 4, 4, 3)).astype(np.float32)
+    draw = lambda seed, eta: np.asarray(model.sample(jax.random.key(seed), steps=3, sampler=sampler, eta=eta, init=init))
+    np.testing.assert_array_equal(draw(0, 0.0), draw(1, 0.0))
+    if sampler == "ddpm":
+        assert np.abs(draw(0, 0.5) - draw(1, 0.5)).max() > 1e-3
+
+
+def test_ddim_keeps_eps_when_it_bounds_x0():
+    for fields in ({"thresholding": True}, {}):
+        model = of_scheduler(class_name="DDIMScheduler", **fields)
+        keeps = lambda name: model.recipe(steps=2, sampler=name).sampler.refine.links[0].keep_eps
+        assert keeps("ddim") and not keeps("ddpm") and not keeps("unipc")

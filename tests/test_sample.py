@@ -128,6 +128,25 @@ def test_learned_deviations(float64):
         np.testing.assert_array_equal(last, 0)
 
 
+@pytest.mark.parametrize("deviation", [sample.small, sample.large, sample.learned, sample.learned_range])
+@pytest.mark.parametrize("law", [sample.power_law, sample.ddim_law])
+def test_no_deviation_adds_noise_without_eta_and_all_grow_with_it(deviation, law):
+    est, z = Estimate(jnp.zeros((1, 3)), jnp.zeros((1, 3)), variance=jnp.asarray([[0.1, 0.5, 1.0]])), jnp.ones((1, 3))
+    for proc in (Flow(), Exploding(), DDPM):
+        of = lambda eta: Sampler(eta=eta, law=law, deviation=deviation)
+        none, some, all_ = (sample.move(proc, est, 0.7, 0.4, of(eta), z) for eta in (0.0, 0.5, 1.0))
+        np.testing.assert_array_equal(none, 0)
+        assert np.all(some > 0) and np.all(some < all_)
+
+
+def test_fixed_large_is_the_noise_that_the_process_adds(float64):
+    est, z = Estimate(jnp.zeros((1, 1)), jnp.zeros((1, 1))), jnp.ones((1, 1))
+    for proc in (Flow(), Cosine(), Exploding(), DDPM):
+        noise = sample.move(proc, est, 0.7, 0.4, Sampler(eta=1.0, deviation=sample.large), z)
+        of_s = proc.alpha(0.7) / proc.alpha(0.4) * proc.sigma(0.4)
+        np.testing.assert_allclose(noise, np.sqrt(proc.sigma(0.7) ** 2 - of_s**2), rtol=1e-9)
+
+
 def test_laws_at_the_ends():
     """0^0 = 1: without eta no noise where r = 0, and with it nothing else."""
     for law in (sample.power_law, sample.ddim_law):
