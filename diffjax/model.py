@@ -212,7 +212,7 @@ class Model:
             raise UserError(f"{self._called} has no weaker network yet: `model.against(guide)` loads it")
         return made
 
-    def rule(self, rule: Rule | None) -> Mapping[str, Any]:
+    def rule(self, rule: Rule | None = None) -> Mapping[str, Any]:
         """How guidance is made, as a table: as given, or the model's own way, or classifier-free."""
         chosen = rule if rule is not None else self.defaults.guide if self.defaults.guide is not None else "cfg"
         return {"name": chosen} if isinstance(chosen, str) else {"name": "cfg", **chosen}
