@@ -1,4 +1,5 @@
 import functools
+import itertools
 import math
 
 import jax
@@ -232,3 +233,31 @@ def test_a_negative_prompt_without_guidance_is_refused():
 def test_without_guidance_there_is_no_null_branch():
     recipe = toys.model(text=True, guidance=None).recipe()
     assert not isinstance(recipe.denoise, guide.Guidance)
+
+
+TOLD = {"nothing": {}, "mask": {"image": IMAGE, "mask": IMAGE[..., :1]}, "image": {"image": IMAGE, "strength": 0.5}, "low_res": {"low_res": IMAGE}}
+SUBJECTS = {"texts": {"prompt": "red heart"}, "classes": {"label": "dog"}, "unconditional": {}}
+RULES = [*GUIDES, {"name": "cfg_zero", "still": 0.9}, {"name": "autoguidance", "step": 3, "low": 0.3, "rescale": 0.5}]
+SPACE = list(itertools.product(range(len(RULES)), TOLD, SUBJECTS))
+
+
+def thinned(rule, told, subject):
+    """A third of the space by default: every rule with every picture, and with every subject."""
+    place = rule + list(TOLD).index(told) + list(SUBJECTS).index(subject)
+    return pytest.param(rule, told, subject, marks=() if place % 3 == 0 else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("rule", "told", "subject"), [thinned(*case) for case in SPACE])
+def test_every_guide_draws_or_says_why_not(request, rule, told, subject):
+    weaker = {"texts": {"text": True}, "classes": {"classes": ("cat", "dog")}, "unconditional": {}}[subject]
+    model = request.getfixturevalue(subject).replace(earlier=lambda step: toys.model(seed=step, **weaker))
+    draw = functools.partial(model.sample, KEY, num=2, steps=2, guidance=3.0, guide=RULES[rule], **TOLD[told], **SUBJECTS[subject])
+    if told == "low_res" or (subject == "unconditional" and RULES[rule]["name"] != "autoguidance"):
+        with pytest.raises(UserError, match="enlarges nothing|leave the guidance out"):
+            draw()
+        return
+    images = draw()
+    assert images.shape == (2, 8, 8, 3) and jnp.isfinite(images).all()
+    if told == "mask":
+        kept = np.broadcast_to(IMAGE[..., :1] == 0, images.shape)
+        assert (images[kept] == np.broadcast_to(IMAGE, images.shape)[kept]).all()
