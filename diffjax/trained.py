@@ -388,6 +388,8 @@ def planned(
     text = build.text(config.text, tokenize.size) if config.text and not frozen else None
     width = text.width if text else embed.width(config.text) if frozen else 0
     low_res = LowRes(**config.low_res) if config.get("low_res") else None
+    build.scale(config.sample.get("guidance"))
+    build.guide(config.sample.get("guide") or "cfg")
     if low_res and shape[0] % low_res.size:
         raise UserError(f"low_res.size={low_res.size} does not divide data.size={shape[0]}: choose one that does")
     widths = {"context_width": width, "pooled_width": width} if width else {}

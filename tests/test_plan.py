@@ -188,3 +188,12 @@ def test_parameters_are_those_of_the_run(tmp_path, monkeypatch):
     emoji.data.path = str(tmp_path / "not there")
     more = plan.experiment(emoji, ASKED)[0]
     assert more.parts[0].parameters > planned.parts[0].parameters and "the captions are not here yet" in plan.report(more, "h100")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(("sample.guide.name=abg",), "unknown guide abg: did you mean apg"), (("sample.guidance=-3",), "guidance is -3.0: give a scale above 1")],
+)
+def test_a_guide_that_cannot_be_is_said_before_training(words, said, capsys):
+    assert cli.main(["plan", "--config", str(Path(__file__).parents[1] / "experiments" / "emoji.py"), *(f"--config.{word}" for word in words)]) == 2
+    assert said in capsys.readouterr().err
