@@ -44,7 +44,7 @@ def trained(folder, classes):
     return folder / "run"
 
 
-@pytest.fixture(scope="module", params=[0, 2])
+@pytest.fixture(scope="module", params=[pytest.param(0, marks=pytest.mark.slow), 2])
 def converted(tmp_path_factory, request):
     """The folder of a run, without and with classes, and the one it was converted to."""
     folder = tmp_path_factory.mktemp("ddpm")

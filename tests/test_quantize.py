@@ -74,7 +74,7 @@ def arguments(module):
     return tuple(jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes))
 
 
-@pytest.fixture(scope="module", params=[TRANSFORMER, TEXT], ids=["mmdit", "t5"])
+@pytest.fixture(scope="module", params=[pytest.param(TRANSFORMER, marks=pytest.mark.slow), TEXT], ids=["mmdit", "t5"])
 def network(request, tmp_path_factory):
     """A module, its parameters, and the folder that they were saved in."""
     module, folder = request.param, tmp_path_factory.mktemp("network")

@@ -11,6 +11,7 @@ from diffjax.analytic import Mixture, flow_map
 from diffjax.predict import Estimate, Velocity, with_x0
 from diffjax.process import Cosine, Exploding, Flow, Linear, Shift, discrete, linear_betas, zero_terminal_snr
 
+SLOW = pytest.mark.slow
 PROBLEMS = list(convergence.MEANS)
 DDPM = discrete(linear_betas())
 
@@ -28,7 +29,7 @@ def draw(chain, process, rows, eta=0.0, noise=None, denoise=None):
     return sample.sample(denoise or mixture(process), process, x, rows, sample.Sampler(chain, eta), KEYS(), noise=noise)
 
 
-@pytest.mark.parametrize("process", convergence.PROCESSES)
+@pytest.mark.parametrize("process", [pytest.param(name, marks=SLOW) if name == "discrete" else name for name in convergence.PROCESSES])
 @pytest.mark.parametrize("name", convergence.SOLVERS)
 def test_order(float64, name, process):
     solver = convergence.SOLVERS[name]
@@ -317,7 +318,12 @@ def test_from_pure_noise_to_the_image_everything_is_finite(name):
 
 @pytest.mark.parametrize(
     "name, process",
-    [*((name, "flow") for name in ("heun eps", "3m", "unipc 2", "adams 4", "churn")), ("2m", "zero-terminal"), ("2m of sd3", "shift")],
+    [
+        *((name, "flow") for name in ("heun eps", "3m", "unipc 2")),
+        *(pytest.param(name, "flow", marks=SLOW) for name in ("adams 4", "churn")),
+        pytest.param("2m", "zero-terminal", marks=SLOW),
+        ("2m of sd3", "shift"),
+    ],
 )
 def test_derivatives_by_x_the_grid_and_eta_are_finite_there(name, process):
     process, rows = ENDS[process], jnp.asarray(grid.uniform(3), jnp.float32)

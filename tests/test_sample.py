@@ -183,7 +183,7 @@ def test_an_image_is_its_own_whoever_shares_the_batch():
     np.testing.assert_array_equal(others[:2], together[:2])
 
 
-@pytest.mark.parametrize("chain", [refine.chain(), refine.unipc(3), refine.chain(refine.Churn(0.2), refine.heun("eps"))])
+@pytest.mark.parametrize("chain", [pytest.param(refine.chain(), marks=pytest.mark.slow), refine.unipc(3), refine.chain(refine.Churn(0.2), refine.heun("eps"))])
 def test_parts_are_the_whole_bit_for_bit(chain):
     """With their memory and place carried along, through one program of any number of steps."""
     sampler, rows = Sampler(chain, eta=0.5), grid.uniform(10)

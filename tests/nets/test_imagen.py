@@ -139,6 +139,7 @@ def size(fields, pixels):
     return nets.parameter_count(module, x, t, **told), nets.flops(module, x, t, **told) / 2
 
 
+@pytest.mark.slow
 def test_presets_beside_minimagen():
     """MinImagen: base 1,618,466,051 parameters and 546 G multiply-adds at 64 pixels; super 715,760,003 and 100 G at 128."""
     base, base_work = size(MINIMAGEN_BASE, 64)

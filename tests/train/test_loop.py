@@ -205,6 +205,7 @@ def test_ctrl_c_saves_and_leaves(pictures, tmp_path, monkeypatch):
     assert digest(tmp_path)[0] == 8
 
 
+@pytest.mark.slow
 def test_a_run_under_pmap_is_saved_and_goes_on(pictures, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_at(5, patch)
