@@ -19,19 +19,24 @@ from diffjax.predict import Estimate
 from diffjax.process import Process, Time, root
 from diffjax.refine import Chain, Refine
 
-Law = Callable[[Array, Scale], Array]
+Law = Callable[[Array, Scale], tuple[Array, Array]]
+"""(r, eta) -> (the factor of eps, tau, the share of fresh noise in the variance): factor^2 + tau = 1, each without the
+cancellation that 1 minus the other has in float32 where r is near 0 or 1."""
+
 Deviation = Callable[[Process, Estimate, Time, Time, Array], Array]
 
 
-def power_law(r: Float[Array, ""], eta: Scale) -> Float[Array, ""]:
-    """tau = 1 - r^(2 eta), the share of fresh noise in the variance; 0^0 = 1."""
-    log_r = jnp.log(jnp.where(r > 0, r, 1.0))
-    return jnp.where(r > 0, -jnp.expm1(2 * eta * log_r), jnp.where(jnp.asarray(eta) == 0, 0.0, 1.0))
+def power_law(r: Float[Array, ""], eta: Scale) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """r^eta and tau = 1 - r^(2 eta); 0^0 = 1."""
+    safe, still = jnp.where(r > 0, r, 1.0), jnp.asarray(eta) == 0
+    tau = jnp.where(r > 0, -jnp.expm1(2 * eta * jnp.log(safe)), jnp.where(still, 0.0, 1.0))
+    return jnp.where(r > 0, safe**eta, jnp.where(still, 1.0, 0.0)), tau
 
 
-def ddim_law(r: Float[Array, ""], eta: Scale) -> Float[Array, ""]:
-    """tau = eta^2 (1 - r^2) (Song et al. 2020, eq. 16)."""
-    return jnp.asarray(eta) ** 2 * (1 - r**2)
+def ddim_law(r: Float[Array, ""], eta: Scale) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """sqrt(1 - eta^2 + eta^2 r^2) and tau = eta^2 (1 - r^2) (Song et al. 2020, eq. 16)."""
+    eta2 = jnp.asarray(eta) ** 2
+    return root(1 - eta2 + eta2 * r**2), eta2 * (1 - r**2)
 
 
 def ratio(process: Process, t: Time, s: Time) -> Time:
@@ -102,9 +107,9 @@ def move(
     process: Process, est: Estimate, t: Time, s: Time, sampler: Sampler, z: Float[Array, "b ..."]
 ) -> Float[Array, "b ..."]:
     """x_s from the estimate at t and unit noise z."""
-    tau = sampler.law(ratio(process, t, s), sampler.eta)
+    kept, tau = sampler.law(ratio(process, t, s), sampler.eta)
     noise = sampler.deviation(process, est, t, s, tau)
-    return process.alpha(s) * est.x0 + process.sigma(s) * root(1 - tau) * est.eps + noise * z
+    return process.alpha(s) * est.x0 + process.sigma(s) * kept * est.eps + noise * z
 
 
 def normal(keys: Key[Array, "b"], index: Int[Array, ""], shape: tuple[int, ...], dtype: Any) -> Float[Array, "b ..."]:

@@ -150,9 +150,25 @@ def test_fixed_large_is_the_noise_that_the_process_adds(float64):
 def test_laws_at_the_ends():
     """0^0 = 1: without eta no noise where r = 0, and with it nothing else."""
     for law in (sample.power_law, sample.ddim_law):
-        np.testing.assert_allclose([law(jnp.asarray(r), 0.0) for r in (0.0, 0.5, 1.0)], 0, atol=1e-7)
-        np.testing.assert_allclose([law(jnp.asarray(r), 1.0) for r in (0.0, 0.5, 1.0)], [1, 0.75, 0], atol=1e-6)
-    assert np.isfinite(jax.grad(sample.power_law, (0, 1))(0.0, 0.0)).all()
+        np.testing.assert_allclose([law(jnp.asarray(r), 0.0) for r in (0.0, 0.5, 1.0)], [[1, 0]] * 3, atol=1e-7)
+        np.testing.assert_allclose([law(jnp.asarray(r), 1.0) for r in (0.0, 0.5, 1.0)], [[0, 1], [0.5, 0.75], [1, 0]], atol=1e-6)
+        for i in (0, 1):
+            assert np.isfinite(jax.grad(lambda r, eta: law(r, eta)[i], (0, 1))(0.0, 0.0)).all()
+
+
+@pytest.mark.parametrize("law", [sample.power_law, sample.ddim_law])
+@pytest.mark.parametrize("r", [1e-6, 5e-5, 1e-3, 0.3, 0.999])
+@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
+def test_shares_are_exact_in_single_precision(law, r, eta):
+    """sqrt(1 - tau) would lose all digits of r^eta where r is small: the last noisy steps of steep tables."""
+    r = np.float32(r)
+    kept, tau = law(jnp.float32(r), jnp.float32(eta))
+    exact = np.float64(r) ** np.float64(np.float32(eta))
+    if law is sample.ddim_law:
+        eta2 = np.float64(np.float32(eta)) ** 2
+        exact = np.sqrt(1 - eta2 + eta2 * np.float64(r) ** 2)
+    np.testing.assert_allclose(float(kept), exact, rtol=2e-6)
+    np.testing.assert_allclose(float(tau), 1 - exact**2, rtol=1e-4, atol=1e-7)
 
 
 X = np.random.RandomState(3).randn(6, 2).astype(np.float32)
