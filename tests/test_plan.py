@@ -106,6 +106,7 @@ def test_a_published_model(folder):
 
 def test_an_experiment(folder):
     emoji = config.load(str(EXPERIMENTS / "emoji.py"))
+    emoji.sample.guidance = 2.0
     training, drawing = plan.experiment(emoji, plan.Asked(num=20, steps=5))
     text, network = drawing.parts
     assert (text.calls, network.calls) == (1, 15)

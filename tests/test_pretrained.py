@@ -187,8 +187,17 @@ def test_default_steps_are_those_that_the_table_has():
         assert len(model.recipe(steps=2000, grid="logsnr").grid) == 2000
 
 
-@pytest.mark.parametrize("variance", ["fixed_large", "learned", "learned_range"])
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "euler", "unipc", "dpmpp_2m"])
+VARIANCES, DRAWN = ("fixed_large", "learned", "learned_range"), ("ddpm", "ddim", "euler", "unipc", "dpmpp_2m")
+
+
+@pytest.mark.parametrize(
+    ("variance", "sampler"),
+    [
+        pytest.param(variance, sampler, marks=() if (i + j) % 3 == 0 else pytest.mark.slow)
+        for i, variance in enumerate(VARIANCES)
+        for j, sampler in enumerate(DRAWN)
+    ],
+)
 def test_a_publishers_variance_adds_no_noise_without_eta(variance, sampler):
     model = of_scheduler(num_train_timesteps=20, variance_type=variance)
     init = np.random.RandomState(0).standard_normal((1, 4, 4, 3)).astype(np.float32)
