@@ -1,6 +1,6 @@
 """Configs drawn at random: legal ones train, sample, convert and load again; illegal ones get one line.
 
-By default a few of each; `--slow -s` draws 300 of each and prints the counts.
+By default some illegal ones; `--slow -s` draws 300 of each and prints the counts.
 """
 
 import random
