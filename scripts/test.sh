@@ -10,4 +10,5 @@ for argument in "$@"; do
     [ "$argument" = --reference ] && extras="$extras reference"
 done
 bash scripts/setup.sh $extras
+export PYTHONUTF8=1 # names of files are UTF-8, whatever the locale says
 exec .venv/bin/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --max-worker-restart 0 "$@"

@@ -53,23 +53,29 @@ def private_home(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def in_the_foreground():
-    """Ctrl-C means something, in tests and their processes, though a shell ignores it for a suite in the background."""
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        yield
-        return
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Signals mean something, in tests and their processes, though a shell ignores Ctrl-C for a suite in the background, and
+    nohup the end of a terminal."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    ignored = [number for number in usual if signal.getsignal(number) is signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, usual[number])
     yield
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @pytest.fixture(scope="module")
 def optimized():
-    """Programs as they are outside of tests."""
+    """Programs as they are outside of tests; none of the other kind is met, since the two may differ in their last bits."""
     import jax
 
-    jax.config.update("jax_disable_most_optimizations", False)
+    def switch(off: bool) -> None:
+        jax.clear_caches()
+        jax.config.update("jax_disable_most_optimizations", off)
+
+    switch(False)
     yield
-    jax.config.update("jax_disable_most_optimizations", True)
+    switch(True)
 
 
 @pytest.fixture

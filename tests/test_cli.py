@@ -1,4 +1,5 @@
 import errno
+import os
 import subprocess
 import sys
 import types
@@ -177,3 +178,10 @@ def test_a_closed_pipe_is_silent():
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     child.stdout.close()
     assert (child.stderr.read(), child.wait()) == ("", 0)
+
+
+def test_a_terminal_of_another_encoding_is_no_bug(tmp_path):
+    env = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    command = [sys.executable, "-m", "diffjax", "init", str(tmp_path / "caf\u00e9")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and r"caf\xe9" in done.stdout, done.stderr

@@ -1,5 +1,6 @@
 """Installed outside of a checkout: what travels with the package, and what is said of what does not."""
 
+import shlex
 import shutil
 import subprocess
 import sys
@@ -51,7 +52,7 @@ def test_what_an_extra_needs_is_named_as_pip_finds_it(monkeypatch):
     monkeypatch.setattr(sys, "prefix", "/usr")
     assert project.to_install("emoji") == f"{sys.executable} -m pip install 'resvg-py>=0.3' 'emoji>=2.14'"
     monkeypatch.setattr(sys, "prefix", str(ROOT / ".venv"))
-    assert project.to_install("emoji") == f"bash {ROOT / 'scripts' / 'setup.sh'} emoji"
+    assert project.to_install("emoji") == f"bash {shlex.quote(str(ROOT / 'scripts' / 'setup.sh'))} emoji"
 
 
 def test_the_wheel_has_all_of_the_package_and_the_experiments(tmp_path):
