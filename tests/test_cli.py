@@ -181,7 +181,7 @@ def test_a_closed_pipe_is_silent():
 
 
 def test_a_terminal_of_another_encoding_is_no_bug(tmp_path):
-    env = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    env = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "1"}
     command = [sys.executable, "-m", "diffjax", "init", str(tmp_path / "caf\u00e9")]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0 and r"caf\xe9" in done.stdout, done.stderr

@@ -50,7 +50,7 @@ def test_what_an_extra_needs_is_named_as_pip_finds_it(monkeypatch):
     needed = ["numpy>=2", "resvg-py>=0.3; extra == 'emoji'", 'emoji>=2.14; extra == "emoji"', "pytest>=8; extra == 'test'"]
     monkeypatch.setattr(metadata, "requires", lambda name: needed)
     monkeypatch.setattr(sys, "prefix", "/usr")
-    assert project.to_install("emoji") == f"{sys.executable} -m pip install 'resvg-py>=0.3' 'emoji>=2.14'"
+    assert project.to_install("emoji") == f"{shlex.quote(sys.executable)} -m pip install 'resvg-py>=0.3' 'emoji>=2.14'"
     monkeypatch.setattr(sys, "prefix", str(ROOT / ".venv"))
     assert project.to_install("emoji") == f"bash {shlex.quote(str(ROOT / 'scripts' / 'setup.sh'))} emoji"
 

@@ -37,6 +37,8 @@ FILES = {
     "sample.png": b"png",
 }
 NEEDED = {"config.json", "diffusion_pytorch_model.safetensors"}
+PATIENT = {"HF_HUB_ETAG_TIMEOUT": "60", "HF_HUB_DOWNLOAD_TIMEOUT": "60"}
+"""For processes of their own, on machines that are busy with other tests."""
 
 
 @pytest.fixture(autouse=True)
@@ -106,9 +108,10 @@ def test_online_again_and_offline(served, at, offline):
 
 def test_environment_variables_in_a_process_of_its_own(served, home):
     fetch = f"from diffjax.weights import hub; print(hub.fetch({NAME!r}).revision)"
-    env = os.environ | {"HF_ENDPOINT": served.url, "HF_HOME": str(home / "hf")}
+    env = os.environ | {"HF_ENDPOINT": served.url, "HF_HOME": str(home / "hf")} | PATIENT
     run = lambda **more: subprocess.run([sys.executable, "-c", fetch], env=env | more, capture_output=True, text=True)
-    assert run().stdout.strip() == served.sha
+    first = run()
+    assert first.stdout.strip() == served.sha, first.stderr
     served.forget()
     assert run(HF_HUB_OFFLINE="1").stdout.strip() == served.sha and not served.asked
 
@@ -182,12 +185,13 @@ def test_a_process_that_is_stopped_half_way(served, home, how):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         hub.fetch({NAME!r})
     """
-    env = os.environ | {"HF_ENDPOINT": served.url}
-    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], env=env, stderr=subprocess.PIPE)
+    env = os.environ | {"HF_ENDPOINT": served.url} | PATIENT
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], env=env, stderr=subprocess.PIPE, text=True)
     held = lambda: sum(path.stat().st_size for path in home.rglob("*.partial"))
     end = time.monotonic() + 60
     while held() < 1_900_000 and time.monotonic() < end and process.poll() is None:
         time.sleep(0.02)
+    assert process.poll() is None, process.communicate()[1]
     begin = time.monotonic()
     process.send_signal(how)
     served.stall.set()
