@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from diffjax import interrupt
 from diffjax.errors import UserError, unknown
+from diffjax.say import counted
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
-from diffjax.say import counted
 
 
 def main(argv: Sequence[str] | None = None) -> int:
