@@ -125,7 +125,7 @@ def estimate(prediction: Prediction, process: Process, xt: Float[Array, "b ..."]
     a, b = prediction.point(process, t)
     alpha, sigma = process.alpha(t), process.sigma(t)
     det = alpha * b - sigma * a
-    weigh = lambda u, v: (expand(u, xt) * xt + expand(v, xt) * y) / expand(det, xt)
+    weigh = lambda u, v: (expand(u, xt) * xt + expand(v, xt) * y) * expand(1 / det, xt)
     return Estimate(weigh(b, -sigma), weigh(-a, alpha))
 
 
