@@ -18,18 +18,20 @@ import optax
 from flax import linen as nn
 from jaxtyping import Array, Float, PyTree
 
-from diffjax import grid as grids
-from diffjax import guide as guides
-from diffjax import loss, own, predict, processor
-from diffjax import process as processes
-from diffjax.errors import UserError, unknown
+from diffjax import user_code
+from diffjax.diffusion import grid as grids
+from diffjax.diffusion import guide as guides
+from diffjax.diffusion import loss, predict
+from diffjax.diffusion import process as processes
+from diffjax.diffusion.refine import Chain, Refine, adams, extrapolate, heun, unipc
+from diffjax.diffusion.sample import Sampler, ddim_law
 from diffjax.nets.dit import DiT
 from diffjax.nets.imagen import ImagenUNet
 from diffjax.nets.subpixel import SubPixel
 from diffjax.nets.unet import UNet
-from diffjax.refine import Chain, Refine, adams, extrapolate, heun, unipc
-from diffjax.sample import Sampler, ddim_law
-from diffjax.text import TextTransformer
+from diffjax.parallel import processor
+from diffjax.text.learned import TextTransformer
+from diffjax.utils.errors import UserError, unknown
 
 Choice = Mapping[str, Any]
 
@@ -109,8 +111,8 @@ def make(kind: str, table: Mapping[str, Callable], choice: Choice, others: Seque
 
 def named(kind: str, table: Mapping[str, Any], name: str) -> Any:
     """`table[name]`, or what the user's own code has by that name."""
-    if own.is_own(name):
-        return own.find(name)
+    if user_code.is_own(name):
+        return user_code.find(name)
     if name not in table:
         raise unknown(kind, name, table)
     return table[name]

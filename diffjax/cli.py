@@ -12,9 +12,9 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from diffjax import interrupt
-from diffjax.errors import UserError, unknown
-from diffjax.say import counted
+from diffjax.utils import interrupt
+from diffjax.utils.errors import UserError, unknown
+from diffjax.utils.progress import counted
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -69,7 +69,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _request() -> dict[str, Any]:
     """What can be asked of an experiment that only samples, with its defaults."""
-    from diffjax.generate import Request
+    from diffjax.sampling.job import Request
 
     fields = dataclasses.fields(Request)
     return {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
@@ -207,14 +207,17 @@ def _prepare(subparsers) -> None:
     def run(args) -> None:
         if "data" not in args.config:
             raise UserError("this experiment reads no data: there is nothing to prepare")
-        from diffjax import data, embed, mesh, trained
+        from diffjax import data
+        from diffjax.parallel import devices
+        from diffjax.text import frozen
+        from diffjax.train import experiment
 
-        trained.check_conditions(args.config)
+        experiment.check_conditions(args.config)
         data.fetch(args.config.data, args.retry)
         found = data.load(args.config.data)
-        if embed.is_frozen(args.config.get("text")):
-            mesh.find()
-            embed.encoded(args.config.text, embed.captions(found, args.config.sample.prompts))
+        if frozen.is_frozen(args.config.get("text")):
+            devices.find()
+            frozen.encoded(args.config.text, frozen.captions(found, args.config.sample.prompts))
         print(f"ready: {counted(len(found), 'picture')} of {found.size} pixels")
 
     parser.set_defaults(run=run)
@@ -244,9 +247,9 @@ def _train(subparsers) -> None:
     )
 
     def run(args) -> None:
-        from diffjax import mesh
+        from diffjax.parallel import devices
 
-        mesh.start()
+        devices.start()
         from diffjax.train.loop import train
 
         train(_with_init(args), args.workdir, args.allow_change)
@@ -293,26 +296,27 @@ def _sample(subparsers) -> None:
     )
 
     def run(args) -> int | None:
-        from diffjax import generate, mesh
         from diffjax.loading import run_folder
+        from diffjax.parallel import devices
+        from diffjax.sampling import job
 
         if not any((args.replay, args.workdir, args.model, args.cascade, args.config)):
             parser.error("one of the arguments --run --model --cascade --config --replay is required")
         if args.replay:
             _refuse_beside("--replay", "from the manifest", args, parser, "workdir", "model")
             moved = run_folder(args.workdir) if args.workdir else args.model
-            mesh.start()
-            return not generate.replay(args.replay, args.out, moved, preview=args.preview, overwrite=args.overwrite)
+            devices.start()
+            return not job.replay(args.replay, args.out, moved, preview=args.preview, overwrite=args.overwrite)
         if args.cascade:
-            from diffjax import stages
+            from diffjax.sampling import cascade
 
-            mesh.start()
-            return stages.draw(args)
+            devices.start()
+            return cascade.draw(args)
         if args.config:
             _refuse_beside("--config", "as --config.NAME=value", args, parser)
-        request = generate.requested(args)
-        mesh.start()
-        generate.generate(generate.preset(request), args.out, preview=args.preview, overwrite=args.overwrite)
+        request = job.requested(args)
+        devices.start()
+        job.generate(job.preset(request), args.out, preview=args.preview, overwrite=args.overwrite)
 
     parser.set_defaults(run=run)
 
@@ -400,9 +404,10 @@ def _words(subparsers) -> None:
     parser.add_argument("--run", dest="workdir", required=True, metavar="DIR", help="the --workdir of a training")
 
     def run(args) -> None:
-        from diffjax import reading, trained
+        from diffjax.text import reading
+        from diffjax.train import experiment
 
-        print(reading.listing(trained.words(args.workdir)))
+        print(reading.listing(experiment.words(args.workdir)))
 
     parser.set_defaults(run=run)
 
@@ -429,12 +434,12 @@ def _evaluate(subparsers) -> None:
     parser.add_argument("--step", type=int, help="the checkpoint of this step (default: the newest)")
 
     def run(args) -> None:
-        from diffjax import mesh
-        from diffjax.evaluate import evaluate
+        from diffjax.evaluate.runs import evaluate
         from diffjax.loading import run_folder
+        from diffjax.parallel import devices
 
         workdir = run_folder(args.workdir)
-        mesh.start()
+        devices.start()
         evaluate(workdir, args.num, args.steps, args.guidance, args.sampler, args.grid, args.seed, args.step, args.guide)
 
     parser.set_defaults(run=run)
@@ -468,10 +473,11 @@ def _plan(subparsers) -> None:
     parser.add_argument("--compile", action="store_true", help="compile, for the exact peak memory")
 
     def run(args) -> None:
-        from diffjax import mesh, plan
+        from diffjax import plan
         from diffjax.loading import run_folder
+        from diffjax.parallel import devices
 
-        mesh.find()
+        devices.find()
         names = ("steps", "num", "batch", "size", "guidance", "guide", "sampler", "dtype")
         asked = plan.Asked(**{name: getattr(args, name) for name in names})
         if args.model:
@@ -518,17 +524,19 @@ def _fit_grid(subparsers) -> None:
     parser.add_argument("--iterations", type=int, default=60, metavar="N", help="of the descent (default 60)")
 
     def run(args) -> None:
-        from diffjax import fit, mesh
+        from diffjax import fit_grid
         from diffjax.loading import load, run_folder
+        from diffjax.models import fitted
+        from diffjax.parallel import devices
 
         name = run_folder(args.workdir) if args.workdir else args.model
-        mesh.start()
+        devices.start()
         told = {name: getattr(args, name) for name in ("guidance", "guide", "prompt", "seeds", "iterations")}
         loaded = load(name, revision=args.revision or None, variant=args.variant)
-        found = fit.fit(loaded, args.steps, args.sampler, shown=fit.progress, **told)
-        print(fit.report(found))
-        print(f"kept in {fit.keep(loaded.name, args.sampler, found)}: sample with")
-        print(f"  --steps {args.steps} --sampler {args.sampler} --grid fitted{fit.flags(found.to)}")
+        found = fit_grid.fit(loaded, args.steps, args.sampler, shown=fit_grid.progress, **told)
+        print(fit_grid.report(found))
+        print(f"kept in {fit_grid.keep(loaded.name, args.sampler, found)}: sample with")
+        print(f"  --steps {args.steps} --sampler {args.sampler} --grid fitted{fitted.flags(found.to)}")
 
     parser.set_defaults(run=run)
 
@@ -548,10 +556,10 @@ def _convert(subparsers) -> None:
     parser.add_argument("--to", type=one_of("format", "diffusers", "orbax"), default="diffusers", help="diffusers or orbax")
 
     def run(args) -> None:
-        from diffjax import mesh
         from diffjax.convert import convert
+        from diffjax.parallel import devices
 
-        mesh.find()
+        devices.find()
         convert(args.model, args.out, args.to, args.revision or None, args.variant)
         print(f"{args.out} is written")
 

@@ -16,9 +16,12 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from diffjax import build, embed, files, own, processor
+from diffjax import build, user_code
 from diffjax.data import default_config
-from diffjax.errors import UserError, unknown
+from diffjax.parallel import processor
+from diffjax.text import frozen
+from diffjax.utils import files
+from diffjax.utils.errors import UserError, unknown
 
 EXPERIMENTS = "experiments"
 
@@ -105,10 +108,10 @@ def _of_any() -> dict[str, Any]:
 
 def _of_new() -> dict[str, Any]:
     """Beside that of any experiment, of one that trains a new network."""
-    frozen = dict.fromkeys(embed.HUB, lambda path="": path)
+    encoders = dict.fromkeys(frozen.HUB, lambda path="": path)
     return {
         "classes": 0,
-        "text": Maybe(Choice(build.TEXTS | frozen, {"tokens": 16}, ("vocabulary",), default="words")),
+        "text": Maybe(Choice(build.TEXTS | encoders, {"tokens": 16}, ("vocabulary",), default="words")),
         "low_res": Maybe({"size": int, "most": 0.3}),
         "process": Choice(build.PROCESSES, {"shift": 1.0}),
         "prediction": Choice(build.PREDICTIONS),
@@ -148,7 +151,7 @@ def _loss() -> dict[str, Any]:
 
 def _networks(config: Mapping[str, Any]) -> dict[str, Any]:
     chosen, told = config.get("network"), ("context_width", "pooled_width", "classes", "low_res", "num_class_embeds")
-    names = [name for name in build.NETWORKS if name in config or name == chosen] + [chosen] * own.is_own(chosen)
+    names = [name for name in build.NETWORKS if name in config or name == chosen] + [chosen] * user_code.is_own(chosen)
     made = {name: build.named("network", build.NETWORKS, name) for name in names}
     return {build.table_of(name): _arguments(maker, told, {}) for name, maker in made.items()}
 
@@ -255,7 +258,7 @@ def load(spec: str) -> ConfigDict:
     """
     path, _, argument = spec.partition(":")
     path = str(found(path))
-    own.look_in(Path(path).parent)
+    user_code.look_in(Path(path).parent)
     try:
         get_config = runpy.run_path(path).get("get_config")
         if get_config is None:
@@ -294,7 +297,7 @@ def read(workdir: str | Path) -> ConfigDict:
     path = Path(workdir).expanduser() / "config.json"
     if not path.is_file():
         raise UserError(f"{workdir} holds no run (no config.json); train one with: diffjax train --workdir {workdir}")
-    own.look_in(path.parent / own.CODE)
+    user_code.look_in(path.parent / user_code.CODE)
     return complete(files.read_json(path))
 
 
@@ -417,7 +420,7 @@ def _put(config: dict[str, Any], path: str, text: str) -> Any:
     place = _place(base(config), path)
     above, _, last = path.rpartition(".")
     if path == "network":
-        if own.is_own(before := config.get("network")) and before != text:
+        if user_code.is_own(before := config.get("network")) and before != text:
             config.pop(build.table_of(before), None)
         config["network"] = text
     elif above and _is_open(_place(base(config), above)):

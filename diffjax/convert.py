@@ -9,16 +9,17 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from diffjax import predict, weights
-from diffjax.errors import UserError
-from diffjax.lora import LowRank
+from diffjax import weights
+from diffjax.diffusion import predict
+from diffjax.diffusion.process import Discrete, discrete
+from diffjax.diffusion.refine import Clip, Threshold
 from diffjax.loading import is_run, load
-from diffjax.model import Model
+from diffjax.models.ddpm import PREDICTIONS
+from diffjax.models.model import Model
+from diffjax.nets.lora import LowRank
 from diffjax.nets.mmdit import MMDiT
 from diffjax.nets.unet import UNet
-from diffjax.process import Discrete, discrete
-from diffjax.pretrained import PREDICTIONS
-from diffjax.refine import Clip, Threshold
+from diffjax.utils.errors import UserError
 from diffjax.weights import hub, lora
 from diffjax.weights.folder import component
 from diffjax.weights.scheduler import FILE, Scheduler, read_scheduler

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 
-from diffjax import mesh
-from diffjax.files import home
+from diffjax.parallel import devices
+from diffjax.utils.files import home
 
 GIB = 2**30
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets")
@@ -222,9 +222,9 @@ def _jax(facts: Facts) -> str:
 def gather() -> Facts:
     """Look at this machine. The driver is asked before jax starts, so that jax's own memory is not counted."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    driver = mesh.nvidia_driver()
+    driver = devices.nvidia_driver()
     asked = dict(
-        cuda=cuda_version(mesh.nvidia_smi() or ""),
+        cuda=cuda_version(devices.nvidia_smi() or ""),
         gpus=host_gpus(_query("gpu", "name,memory.used,memory.total")),
         holders=holders(_query("compute-apps", "pid,process_name,used_memory")),
     )
@@ -267,7 +267,7 @@ def _mebibytes(text: str) -> int:
 
 
 def _query(what: str, columns: str) -> str:
-    return mesh.nvidia_smi(f"--query-{what}={columns}", "--format=csv,noheader,nounits") or ""
+    return devices.nvidia_smi(f"--query-{what}={columns}", "--format=csv,noheader,nounits") or ""
 
 
 def _versions() -> dict[str, str]:
@@ -284,10 +284,10 @@ def _backend() -> dict:
     try:
         import jax
 
-        devices = jax.local_devices()
-        sizes = ((device.memory_stats() or {}).get("bytes_limit") for device in devices)
-        found = tuple(Device(device.device_kind, size) for device, size in zip(devices, sizes))
-        return dict(platform=jax.default_backend(), summary=mesh.describe(), devices=found)
+        here = jax.local_devices()
+        sizes = ((device.memory_stats() or {}).get("bytes_limit") for device in here)
+        found = tuple(Device(device.device_kind, size) for device, size in zip(here, sizes))
+        return dict(platform=jax.default_backend(), summary=devices.describe(), devices=found)
     except Exception as error:
         return dict(platform=None, error=" ".join(str(error).split())[:200] or "no device found")
 

@@ -7,10 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from diffjax import finetune, pretrained, sd3, trained
-from diffjax.denoise import Apply
-from diffjax.errors import UserError
-from diffjax.model import Model
+from diffjax.diffusion.denoise import Apply
+from diffjax.models import ddpm, sd3
+from diffjax.models.model import Model
+from diffjax.train import experiment, finetune
+from diffjax.utils.errors import UserError
 from diffjax.weights import foreign, hub
 from diffjax.weights import lora as lora_file
 
@@ -50,7 +51,7 @@ def load(
         if variant:
             raise UserError(f"{folder} is a run, which has no variant {variant}: leave it out, or give a step as revision")
         step = None if revision is None else int(revision)
-        model = finetune.load(folder, step, prompts) if finetune.is_one(folder) else trained.load(folder, step)
+        model = finetune.load(folder, step, prompts) if finetune.is_one(folder) else experiment.load(folder, step)
         return _cast(model, dtype).replace(name=str(folder.resolve()))
     loras = lora_file.sources(lora)
     folder, commit = hub.fetch(name, revision, variant=variant)
@@ -59,7 +60,7 @@ def load(
         model = sd3.load(folder, sd3.Kept(dtype, quantize, shard, variant), called, prompts, loras)
     elif any((folder / part).exists() for part in ("config.json", "model_index.json", "unet")):
         _refuse_kept(called, quantize, shard, lora)
-        model = pretrained.ddpm(folder, dtype, variant)
+        model = ddpm.ddpm(folder, dtype, variant)
     else:
         raise UserError(f"{folder} {foreign.no_model(path.name for path in folder.iterdir())}")
     return model.replace(name=called, revision=commit or "")

@@ -97,9 +97,9 @@ def loop(step):
     """The cost of everything around the network: a step of the sampler at 256 px with an idle one, against `step` s."""
     import jax
 
-    from diffjax import predict, process
-    from diffjax.denoise import Denoiser, table_step
-    from diffjax.model import Defaults, Model
+    from diffjax.diffusion import predict, process
+    from diffjax.diffusion.denoise import Denoiser, table_step
+    from diffjax.models.model import Defaults, Model
 
     table = process.discrete(process.linear_betas())
     model = Model(Denoiser(table, predict.Eps(), {}, idle, table_step), (256, 256, 3), Defaults(batch=1))

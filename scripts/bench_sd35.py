@@ -50,7 +50,8 @@ def jax_stages(tiny):
     import jax.numpy as jnp
     import numpy as np
 
-    from diffjax import denoise, grid, guide, predict, process, sample, weights
+    from diffjax import weights
+    from diffjax.diffusion import denoise, grid, guide, predict, process, sample
     from diffjax.nets import program_cost
 
     modules, side = networks(tiny)
@@ -85,7 +86,7 @@ def jax_device():
     """The name of the device, the bytes in use at most, and the operations a second of its data sheet, if known."""
     import jax
 
-    from diffjax import rates
+    from diffjax.plan import rates
 
     device = jax.devices()[0]
     name = next((name for name in rates.NAMED if name in device.device_kind.lower()), None)

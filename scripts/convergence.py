@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.integrate import solve_ivp
 
-from diffjax import grid, process, refine, sample
-from diffjax.analytic import Mixture
+from diffjax.diffusion import grid, process, refine, sample
+from diffjax.diffusion.analytic import Mixture
 
 START, MIDDLE, STOP = 0.99, 0.5, 0.01
 

@@ -26,19 +26,19 @@ REFERENCES = {
     "unet_scale_shift": ("test_unet", 1),
     "unet_resnet_resizing": ("test_unet", 1),
     "unet_bare": ("test_unet", 1),
-    "sample_ddpm": ("test_pretrained", 1),
-    "sample_ddpm_large": ("test_pretrained", 1),
-    "sample_ddpm_v": ("test_pretrained", 1),
-    "sample_ddim_half": ("test_pretrained", 1),
-    "sample_dpmpp_2m": ("test_pretrained", 1),
-    "sample_unipc": ("test_pretrained", 1),
-    "sample_euler": ("test_pretrained", 1),
+    "sample_ddpm": ("test_ddpm", 1),
+    "sample_ddpm_large": ("test_ddpm", 1),
+    "sample_ddpm_v": ("test_ddpm", 1),
+    "sample_ddim_half": ("test_ddpm", 1),
+    "sample_dpmpp_2m": ("test_ddpm", 1),
+    "sample_unipc": ("test_ddpm", 1),
+    "sample_euler": ("test_ddpm", 1),
     "sd3_medium": ("test_sd3", 1),
 }
 
 
 def main(names):
-    sys.path[:0] = [str(TESTS), str(TESTS / "nets")]
+    sys.path[:0] = [str(TESTS / folder) for folder in ("support", "nets", "models")]
     for name in names or REFERENCES:
         module, step = REFERENCES[name]
         outputs = __import__(module).outputs(name)

@@ -19,13 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 
 import diffjax
-from diffjax import analytic, fit, process
-from diffjax.errors import UserError
-from diffjax.model import Defaults, Inputs, Model
+from diffjax.diffusion import analytic, process
+from diffjax.models import fitted
+from diffjax.models.model import Defaults, Inputs, Model
+from diffjax.utils.errors import UserError
 
 DOCS = Path(__file__).parents[1] / "docs"
 SAMPLERS = ("ddim", "heun", "dpmpp_2m", "dpmpp_3m", "unipc", "ipndm")
-GRIDS = ("uniform", "trailing", "logsnr", "karras", fit.FITTED)
+GRIDS = ("uniform", "trailing", "logsnr", "karras", fitted.FITTED)
 COUNTS = (5, 8, 10, 15, 20, 25, 35, 50)
 REFERENCE = "unipc"
 
@@ -49,10 +50,10 @@ def steps_of(sampler: str, evaluations: int) -> int:
     return evaluations // 2 if sampler == "heun" else evaluations
 
 
-def cases(model: Model, fitted: list[int]) -> Iterator[tuple[str, str, int]]:
+def cases(model: Model, counts: list[int]) -> Iterator[tuple[str, str, int]]:
     """Sampler, grid and evaluations; fitted grids where one was made for the model."""
     for sampler, grid, count in itertools.product(SAMPLERS, GRIDS, COUNTS):
-        if grid != fit.FITTED or (count in fitted and fit.path(model.name, sampler, count, fit.fitted_to(model, None, None)).exists()):
+        if grid != fitted.FITTED or (count in counts and fitted.path(model.name, sampler, count, fitted.fitted_to(model, None, None)).exists()):
             yield sampler, grid, count
 
 

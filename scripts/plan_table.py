@@ -14,9 +14,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from diffjax import config, files, plan
+from diffjax import config, plan
 from diffjax.nets.unet import UNet
-from diffjax.rates import Rates, calibrate
+from diffjax.plan.rates import Rates, calibrate
+from diffjax.utils import files
 from diffjax.weights.scheduler import Scheduler, write_scheduler
 from diffjax.weights.unet2d import FORMAT
 

@@ -12,8 +12,8 @@ import numpy as np
 
 from diffjax import plan, weights
 from diffjax.nets.mmdit import MMDiT
+from diffjax.nets.quantize import SCHEMES, quantize
 from diffjax.nets.t5 import T5Encoder
-from diffjax.quantize import SCHEMES, quantize
 from diffjax.weights import mmdit, t5
 
 LARGE = MMDiT()

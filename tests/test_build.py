@@ -6,12 +6,13 @@ import numpy as np
 import optax
 import pytest
 
-from diffjax import build, loss, predict, process
-from diffjax.denoise import Denoiser
-from diffjax.errors import UserError
-from diffjax.model import Model
-from diffjax.refine import heun
-from diffjax.sample import Sampler
+from diffjax import build
+from diffjax.diffusion import loss, predict, process
+from diffjax.diffusion.denoise import Denoiser
+from diffjax.diffusion.refine import heun
+from diffjax.diffusion.sample import Sampler
+from diffjax.models.model import Model
+from diffjax.utils.errors import UserError
 
 MUON = {"name": "muon", "learning_rate": 0.02, "adam_learning_rate": 2e-3, "weight_decay": 0.01}
 ADAMW = {"name": "adamw", "learning_rate": 1e-3, "weight_decay": 0.1}

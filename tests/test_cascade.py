@@ -9,16 +9,19 @@ import toys
 from ml_collections import ConfigDict
 from PIL import Image
 
-from diffjax import cascade, cli, config, data, evaluate, image, loading, loss, trained
-from diffjax.cascade import Cascade, LowRes
-from diffjax.denoise import Apply, Denoiser
-from diffjax.errors import UserError
-from diffjax.model import Defaults, Model
-from diffjax.predict import X0
-from diffjax.process import Cosine, Flow
-from diffjax.train import loop
+from diffjax import cli, config, data, loading
+from diffjax.diffusion import cascade, loss
+from diffjax.diffusion.cascade import Cascade, LowRes
+from diffjax.diffusion.denoise import Apply, Denoiser
+from diffjax.diffusion.predict import X0
+from diffjax.diffusion.process import Cosine, Flow
+from diffjax.evaluate import runs as evaluation
+from diffjax.models.model import Defaults, Model
+from diffjax.train import experiment, loop
 from diffjax.train.checkpoint import load_run
 from diffjax.train.step import Objective
+from diffjax.utils import image
+from diffjax.utils.errors import UserError
 
 KEY = jax.random.key(3)
 EXPERIMENTS = Path(__file__).parents[1] / "experiments" / "minimagen"
@@ -227,7 +230,7 @@ def test_runs_in_the_wrong_order_are_refused(runs, order, said, capsys):
 
 
 def test_previews_show_what_is_given_interpolation_the_model_and_the_truth(runs):
-    plan = trained.recalled(runs / "test_super")
+    plan = experiment.recalled(runs / "test_super")
     preview = plan.preview(load_run(runs / "test_super").params)
     shown = preview.images.reshape(8, 4, 16, 16, 3)
     assert preview.columns == 4 and preview.captions[3] == "truth" and preview.captions[1].startswith("bicubic ")
@@ -242,11 +245,11 @@ def test_a_stage_that_enlarges_is_measured_on_pictures_it_was_not_shown(runs):
     kept = data.load(ConfigDict(settings.to_dict() | {"split": "train[6:]"})).examples([0, 1])["image"]
     interpolated = image.to_uint8(cascade.enlarge(cascade.shrink(image.from_uint8(kept), 8), 16))
     model = loading.load(runs / "test_super")
-    found, _ = evaluate.enlargements(model, model.recipe(), settings, 64, 0)
+    found, _ = evaluation.enlargements(model, model.recipe(), settings, 64, 0)
     assert (found["num"], found["held_out"]) == (2, True)
     assert found["bicubic_psnr"] == pytest.approx(image.psnr(interpolated, kept).mean(), abs=1e-3)
     assert found["psnr"] < found["bicubic_psnr"]
-    assert evaluate.evaluate(runs / "test_super", num=8)["held_out"] is False
+    assert evaluation.evaluate(runs / "test_super", num=8)["held_out"] is False
 
 
 def test_a_size_that_does_not_divide_and_a_network_without_low_res(runs, tmp_path):

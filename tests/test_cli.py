@@ -6,8 +6,9 @@ import types
 
 import pytest
 
-from diffjax import cli, mesh
-from diffjax.errors import UserError
+from diffjax import cli
+from diffjax.parallel import devices
+from diffjax.utils.errors import UserError
 
 CONFIG = """
 from ml_collections import ConfigDict
@@ -31,7 +32,7 @@ def trained(monkeypatch):
     loop = types.ModuleType("diffjax.train.loop")
     loop.train = lambda config, workdir, allow_change: calls.append((config, workdir, allow_change))
     monkeypatch.setitem(sys.modules, "diffjax.train.loop", loop)
-    monkeypatch.setattr(mesh, "start", lambda: None)
+    monkeypatch.setattr(devices, "start", lambda: None)
     return calls
 
 

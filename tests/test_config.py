@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from diffjax import build, config, generate, processor
-from diffjax.errors import UserError
+from diffjax import build, config
+from diffjax.parallel import processor
+from diffjax.sampling import job
+from diffjax.utils.errors import UserError
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 TRAINED = sorted(file for file in EXPERIMENTS.rglob("*.py") if "train" in config.load(str(file)))
@@ -94,7 +96,7 @@ def test_all_that_can_be_asked_of_a_sampling_experiment_can_be_overridden():
 
     arguments = ["--config.guidance=2.5", "--config.prompts=('a', 'b')", "--config.size=64", "--config.two_passes=True"]
     settings, _ = config.parse(str(EXPERIMENTS / "ddpm_cat256.py"), arguments, _request)
-    request = generate.configured(settings)
+    request = job.configured(settings)
     assert (request.guidance, request.prompts, request.size, request.two_passes) == (2.5, ("a", "b"), 64, True)
     assert (request.steps, request.eta) == (25, None)
 

@@ -9,11 +9,12 @@ import toys
 from PIL import Image
 
 import diffjax
-from diffjax import cli, config, convert, predict, process
-from diffjax.errors import UserError
-from diffjax.process import Discrete, discrete
-from diffjax.refine import Clip, Threshold
+from diffjax import cli, config, convert
+from diffjax.diffusion import predict, process
+from diffjax.diffusion.process import Discrete, discrete
+from diffjax.diffusion.refine import Clip, Threshold
 from diffjax.train import loop
+from diffjax.utils.errors import UserError
 from diffjax.weights.scheduler import Scheduler
 
 EXPERIMENT = Path(__file__).parents[1] / "experiments" / "ddpm_train.py"

@@ -3,8 +3,9 @@ from dataclasses import replace
 
 import pytest
 
-from diffjax import doctor, mesh
+from diffjax import doctor
 from diffjax.doctor import GIB, Device, Facts, Holder, HostGpu, problems
+from diffjax.parallel import devices
 
 VERSIONS = {"jax": "0.12.0", "jaxlib": "0.12.0"}
 CUDA = VERSIONS | {"jax-cuda12-plugin": "0.12.0", "jax-cuda12-pjrt": "0.12.0"}
@@ -155,7 +156,7 @@ def fake_smi(tmp_path, monkeypatch):
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    monkeypatch.setattr(mesh, "nvidia_driver", lambda: mesh.nvidia_smi("--query-gpu=driver_version").split()[0])
+    monkeypatch.setattr(devices, "nvidia_driver", lambda: devices.nvidia_smi("--query-gpu=driver_version").split()[0])
 
 
 def test_facts_are_read_from_the_driver(fake_smi):

@@ -8,12 +8,14 @@ import numpy as np
 import optax
 import pytest
 
-from diffjax import build, cli, config, mesh, trained
-from diffjax.errors import UserError
+from diffjax import build, cli, config
+from diffjax.parallel import devices
+from diffjax.train import experiment as experiments
 from diffjax.train import record
 from diffjax.train.parallel import by_jit, by_pmap
 from diffjax.train.state import create
 from diffjax.train.step import make_step
+from diffjax.utils.errors import UserError
 
 FILES = sorted(Path(__file__).parents[1].glob("experiments/*.py"))
 SMALL = {
@@ -71,7 +73,7 @@ def experiment(name, network, small=False):
 
 
 def planned(settings, workdir):
-    return trained.plan(settings, workdir, Data(settings.data.size, settings.classes))
+    return experiments.plan(settings, workdir, Data(settings.data.size, settings.classes))
 
 
 def batch(plan, size):
@@ -116,13 +118,13 @@ def test_an_experiment_takes_a_step_and_draws(name, network, tmp_path):
     assert images.shape == (2, 16, 16, 3) and np.isfinite(images).all()
 
 
-def trained_on(way, devices, workdir):
+def trained_on(way, number, workdir):
     """The parameters and the losses of a few steps of the small emoji experiment in float32."""
     settings = experiment("emoji", "dit", small=True)
     settings.dit.update(dtype="float32", depth=2)
     plan = planned(settings, workdir)
     optimizer, _ = build.optimizer(settings.optimizer, settings.train.steps)
-    parallel = way(make_step(plan.objective(), optimizer), mesh.data_mesh(jax.devices()[:devices]))
+    parallel = way(make_step(plan.objective(), optimizer), devices.data_mesh(jax.devices()[:number]))
     state = parallel.place(jax.jit(lambda: create(plan.init(jax.random.key(0)), optimizer, jax.random.key(1)))())
     losses = []
     for seed in range(4):
@@ -168,7 +170,7 @@ def test_words_of_a_run_are_listed(tmp_path, capsys):
 
 
 def test_words_of_templates_are_known():
-    words = trained.tokenizer(experiment("emoji", "dit"), Data(16, 0).captions(), ("{}", "an icon of {}")).words
+    words = experiments.tokenizer(experiment("emoji", "dit"), Data(16, 0).captions(), ("{}", "an icon of {}")).words
     assert (words.counts["icon"], words.counts["pizza"]) == (3, 2) and words.read("icon of a pizza").text == "an icon of pizza"
 
 
@@ -181,4 +183,4 @@ def test_a_size_that_the_network_cannot_cut_is_refused_before_training(name, siz
     if settings.get("low_res"):
         settings.low_res.size = 33
     with pytest.raises(UserError, match=rf"data.size={size}: this {settings.network} reads multiples of \d+ pixels; change data.size"):
-        trained.planned(settings, (size, size, 3), tuple(map(str, range(settings.classes))), None)
+        experiments.planned(settings, (size, size, 3), tuple(map(str, range(settings.classes))), None)

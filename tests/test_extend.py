@@ -13,10 +13,10 @@ USE = """
 import jax, jax.numpy as jnp, numpy as np
 import diffjax
 assert "{folder}" in diffjax.__file__
-from diffjax import analytic, build, config, data, guide, process
-from diffjax.denoise import Apply, Denoiser
-from diffjax.model import Model
-from diffjax.predict import X0
+from diffjax.diffusion import analytic, guide, process; from diffjax import build, config, data
+from diffjax.diffusion.denoise import Apply, Denoiser
+from diffjax.models.model import Model
+from diffjax.diffusion.predict import X0
 
 settings = data.default_config()
 settings.name, settings.size = "discs", 32

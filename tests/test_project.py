@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from diffjax import cli, config, project
-from diffjax.errors import UserError
+from diffjax.utils import install
+from diffjax.utils.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -50,9 +51,9 @@ def test_what_an_extra_needs_is_named_as_pip_finds_it(monkeypatch):
     needed = ["numpy>=2", "resvg-py>=0.3; extra == 'emoji'", 'emoji>=2.14; extra == "emoji"', "pytest>=8; extra == 'test'"]
     monkeypatch.setattr(metadata, "requires", lambda name: needed)
     monkeypatch.setattr(sys, "prefix", "/usr")
-    assert project.to_install("emoji") == f"{shlex.quote(sys.executable)} -m pip install 'resvg-py>=0.3' 'emoji>=2.14'"
+    assert install.to_install("emoji") == f"{shlex.quote(sys.executable)} -m pip install 'resvg-py>=0.3' 'emoji>=2.14'"
     monkeypatch.setattr(sys, "prefix", str(ROOT / ".venv"))
-    assert project.to_install("emoji") == f"bash {shlex.quote(str(ROOT / 'scripts' / 'setup.sh'))} emoji"
+    assert install.to_install("emoji") == f"bash {shlex.quote(str(ROOT / 'scripts' / 'setup.sh'))} emoji"
 
 
 def test_the_wheel_has_all_of_the_package_and_the_experiments(tmp_path):

@@ -12,10 +12,10 @@ from PIL import Image
 
 import diffjax
 from diffjax import config as configs
-from diffjax import evaluate
 from diffjax.convert import convert
-from diffjax.errors import UserError
+from diffjax.evaluate import runs
 from diffjax.train import loop
+from diffjax.utils.errors import UserError
 
 SIZE = 8
 NETWORKS = {
@@ -45,8 +45,8 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
-    one, mesh = jax.devices()[:1], loop.mesh.data_mesh
-    monkeypatch.setattr(loop.mesh, "data_mesh", lambda devices=one: mesh(devices))
+    one, mesh = jax.devices()[:1], loop.devices.data_mesh
+    monkeypatch.setattr(loop.devices, "data_mesh", lambda devices=one: mesh(devices))
     for name, found in {"device_count": 1, "local_device_count": 1, "local_devices": one}.items():
         monkeypatch.setattr(jax, name, lambda found=found: found)
 
@@ -102,7 +102,7 @@ def live(settings, folder):
         one, other = (jax.tree.leaves(some.denoiser.params) for some in (model, again))
         assert sorted(float(np.abs(leaf).sum()) for leaf in one) == sorted(float(np.abs(leaf).sum()) for leaf in other)
     if settings["text"] or settings["low_res"]:
-        evaluate.evaluate(run, num=2)
+        runs.evaluate(run, num=2)
 
 
 def count_legal(numbers, pictures, folder):

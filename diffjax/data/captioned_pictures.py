@@ -19,10 +19,11 @@ from PIL import Image
 
 from diffjax.data.captions import Captioned, label
 from diffjax.data.images import check_size, colour, flatten, formats, frames, open_picture, shrink
-from diffjax.data.prepare import in_parallel, track
+from diffjax.data.prepare import in_parallel
 from diffjax.data.skipped import Skipped
 from diffjax.data.walk import printable
-from diffjax.errors import UserError
+from diffjax.utils.errors import UserError
+from diffjax.utils.progress import track
 
 
 class Source(Protocol):

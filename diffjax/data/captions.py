@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 from diffjax.data.images import READ, SUFFIXES
 from diffjax.data.rows import CAPTION_KEYS, TABLES, captions_in, json_in, named, rows, text_in, unreadable
 from diffjax.data.walk import composed, loosely, printable, relative, walk
-from diffjax.errors import UserError
-from diffjax.say import counted
+from diffjax.utils.errors import UserError
+from diffjax.utils.progress import counted
 
 PROSE = frozenset({"readme", "license", "licence", "attribution", "notice", "credits", "copyright"})
 SPLITS = frozenset({"train", "training", "test", "testing", "val", "valid", "validation", "dev"})

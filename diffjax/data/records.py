@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from diffjax.errors import UserError
+from diffjax.utils.errors import UserError
 
 CAPTION_FEATURES = ("captions", "caption", "text", "description", "sentence", "prompt", "title")
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffjax.data.images import SUFFIXES
-from diffjax.errors import UserError
+from diffjax.utils.errors import UserError
 
 FILE_KEYS = ("file_name", "filename", "file", "image", "image_path", "path", "url", "image_url")
 CAPTION_KEYS = ("text", "caption", "captions", "prompt", "description")

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffjax import files
+from diffjax.utils import files
 
 NAME = "left_out.jsonl"
 

@@ -14,14 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from diffjax import files
 from diffjax.data import download
 from diffjax.data.captions import Captioned, gather, label, stamps, without_picture
-from diffjax.data.prepare import in_parallel, track
+from diffjax.data.prepare import in_parallel
 from diffjax.data.rows import TABLES, Inside, rows
 from diffjax.data.walk import ARCHIVES, relative
-from diffjax.errors import UserError
-from diffjax.say import counted
+from diffjax.utils import files
+from diffjax.utils.errors import UserError
+from diffjax.utils.progress import counted, track
 
 HELD_GROUPS = 2
 _reading = threading.Lock()

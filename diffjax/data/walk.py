@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from diffjax.data.images import SUFFIXES, looks_like_picture
-from diffjax.errors import UserError
+from diffjax.utils.errors import UserError
 
 ARCHIVES = frozenset(".zip .tar .tgz .gz .bz2 .xz .zst .7z .rar".split())
 SPOKEN = frozenset(".txt .json .jsonl .csv .tsv .parquet".split())

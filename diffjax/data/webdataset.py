@@ -17,11 +17,11 @@ from typing import BinaryIO, ClassVar, NamedTuple
 
 from diffjax.data.captions import Captioned, gather, lines, stamps
 from diffjax.data.images import SUFFIXES, looks_like_picture
-from diffjax.data.prepare import track
 from diffjax.data.rows import captions_in, json_in, text_in
 from diffjax.data.tables import parts
 from diffjax.data.walk import composed, is_apples
-from diffjax.errors import UserError
+from diffjax.utils.errors import UserError
+from diffjax.utils.progress import track
 
 TEXTS = frozenset({".txt", ".json"})
 MOST_BYTES = {**dict.fromkeys(SUFFIXES, 64 * 2**20), **dict.fromkeys(TEXTS, 2**20)}

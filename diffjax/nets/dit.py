@@ -12,8 +12,8 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from diffjax.errors import UserError
 from diffjax.nets.layers import Dense, RMSNorm, SelfAttention, SwiGLU, rotary, stacked, timestep_embedding
+from diffjax.utils.errors import UserError
 
 Dtype = Any
 

@@ -16,8 +16,8 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from diffjax.lora import LowRank
-from diffjax.quantize import Quantized
+from diffjax.nets.lora import LowRank
+from diffjax.nets.quantize import Quantized
 
 Dtype = Any
 

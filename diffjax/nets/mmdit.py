@@ -13,9 +13,9 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from diffjax.errors import UserError
 from diffjax.nets.layers import Dense, RMSNorm, attention, stacked, timestep_embedding
 from diffjax.nets.unet import EmbeddingMLP
+from diffjax.utils.errors import UserError
 
 Dtype = Any
 

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from diffjax.errors import UserError
 from diffjax.nets.imagen import fold, unfold
 from diffjax.nets.layers import Dense, ResBlock, timestep_embedding
+from diffjax.utils.errors import UserError
 
 Dtype = Any
 

@@ -17,8 +17,8 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Float
 
-from diffjax.errors import UserError
 from diffjax.nets.layers import GroupNorm
+from diffjax.utils.errors import UserError
 
 TOLERANCE = 0.01
 TINY = 1e-12

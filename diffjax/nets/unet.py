@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from diffjax.errors import UserError
 from diffjax.nets.layers import Dense, GroupNorm, ResBlock, UpConv, attention, timestep_embedding
+from diffjax.utils.errors import UserError
 
 Dtype = Any
 Tokens = tuple[Float[Array, "b l d"], Bool[Array, "b l"]] | None

@@ -15,10 +15,10 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from diffjax.errors import UserError
 from diffjax.nets import tiles
 from diffjax.nets.layers import Dense, GroupNorm, ResBlock
 from diffjax.nets.unet import Attention, Downsample, MidBlock, Stage, Upsample
+from diffjax.utils.errors import UserError
 
 Dtype = Any
 EPS = 1e-6

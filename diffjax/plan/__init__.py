@@ -9,12 +9,12 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from diffjax.errors import UserError
 from diffjax.loading import is_run
 from diffjax.plan import latent
-from diffjax.plan.figures import Part, compiled_bytes, estimate, live_bytes, tree_bytes, tree_size
-from diffjax.plan.jobs import Asked, Job, experiment, published, run
+from diffjax.plan.cost import Part, compiled_bytes, estimate, live_bytes, tree_bytes, tree_size
+from diffjax.plan.programs import Asked, Job, experiment, published, run
 from diffjax.plan.report import duration, peak, report
+from diffjax.utils.errors import UserError
 from diffjax.weights import hub
 
 

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import PyTree
 
-from diffjax import build, sd3, weights
-from diffjax.plan.figures import Part, tree_size
-from diffjax.plan.jobs import Asked, Job, Way, apply, calls, completed, guided_share, titled
-from diffjax.process import Flow, Shift
-from diffjax.quantize import SCHEMES, quantize
+from diffjax import build, weights
+from diffjax.diffusion.process import Flow, Shift
+from diffjax.models import sd3
+from diffjax.nets.quantize import SCHEMES, quantize
+from diffjax.plan.cost import Part, tree_size
+from diffjax.plan.programs import Asked, Job, Way, apply, calls, completed, guided_share, titled
 from diffjax.weights.scheduler import FlowScheduler
 
 TEXTS = dict.fromkeys(sd3.CLIPS, sd3.CLIP_TOKENS) | {sd3.T5: sd3.T5_TOKENS}

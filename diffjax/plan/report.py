@@ -3,10 +3,10 @@
 import textwrap
 from collections.abc import Mapping, Sequence
 
-from diffjax import rates
-from diffjax.plan.figures import Estimate, Part, estimate
-from diffjax.plan.jobs import Job, Way
-from diffjax.say import counted
+from diffjax.plan import rates
+from diffjax.plan.cost import Estimate, Part, estimate
+from diffjax.plan.programs import Job, Way
+from diffjax.utils.progress import counted
 
 WIDTH = 60
 """Letters in a line."""

@@ -23,9 +23,10 @@ import numpy as np
 from jaxtyping import PyTree
 
 from diffjax import config as configs
-from diffjax import files
-from diffjax.errors import UserError
 from diffjax.train.state import State
+from diffjax.utils import files
+from diffjax.utils.errors import UserError
+from diffjax.utils.provenance import checksum
 
 log = logging.getLogger(__name__)
 
@@ -202,14 +203,6 @@ def load_run(workdir: str | Path, step: int | None = None, ema: bool = True) -> 
     finally:
         manager.close()
     return Run(config, items[name], step, workdir)
-
-
-def checksum(tree: PyTree) -> int:
-    """CRC-32 of all leaves' bytes in turn."""
-    total = 0
-    for leaf in jax.tree.leaves(tree):
-        total = zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8), total)
-    return total
 
 
 def _manager(folder: Path, keep_last: int = 1, keep_best: int = 0, clean: bool = True) -> Any:

@@ -13,17 +13,19 @@ import optax
 from ml_collections import ConfigDict
 
 import diffjax.data
-from diffjax import build, files, finetune, mesh, own, seeds, trained
+from diffjax import build, user_code
 from diffjax import config as configs
 from diffjax.data.pipeline import Prefetch
-from diffjax.errors import UserError
-from diffjax.interrupt import Stop, stop_on_signal
-from diffjax.train import record, sanity, transfer
+from diffjax.parallel import devices
+from diffjax.train import experiment, finetune, record, sanity, transfer
 from diffjax.train.checkpoint import Checkpoints, check_place
 from diffjax.train.metrics import Log, Pending, check_installed
 from diffjax.train.parallel import Parallel, by_jit, by_pmap
 from diffjax.train.state import State, create
 from diffjax.train.step import make_step
+from diffjax.utils import files, seeds
+from diffjax.utils.errors import UserError
+from diffjax.utils.interrupt import Stop, stop_on_signal
 
 WAYS = {"jit": by_jit, "pmap": by_pmap}
 
@@ -42,7 +44,7 @@ def train(config: ConfigDict, workdir: str | Path, allow_change: bool = False) -
     config = configs.settle(configs.complete(config), workdir)
     check(config)
     if "model" not in config and not (workdir / "config.json").exists():
-        trained.rehearse(config)
+        experiment.rehearse(config)
     with record.claim(workdir, config, allow_change), contextlib.ExitStack() as stack:
         checkpoints = Checkpoints(workdir, config.train.keep_last, config.train.keep_best)
         stack.callback(checkpoints.close)
@@ -53,15 +55,15 @@ def train(config: ConfigDict, workdir: str | Path, allow_change: bool = False) -
         if done >= config.train.steps and not checkpoints.damage(done):
             print(f"{workdir} is finished: {done} of {config.train.steps} steps are done; raise train.steps to go on")
             return
-        own.keep(config, workdir)
+        user_code.keep(config, workdir)
         data = diffjax.data.load(config.data)
         if "model" in config:
             plan, data = finetune.plan(config, workdir, data)
         else:
-            plan = trained.plan(config, workdir, data)
+            plan = experiment.plan(config, workdir, data)
         optimizer, factor = build.optimizer(config.optimizer, config.train.steps)
         step = make_step(plan.objective(), optimizer, config.train.ema, config.train.accumulate)
-        parallel = WAYS[config.train.parallel](step, mesh.data_mesh())
+        parallel = WAYS[config.train.parallel](step, devices.data_mesh())
         shard = (jax.process_index(), jax.process_count())
         batches = Prefetch(
             data.batches(config.train.batch, config.seed, plan.tokenize, shard), functools.partial(place, parallel, plan)
@@ -81,7 +83,7 @@ class Training:
 
     config: ConfigDict
     workdir: Path
-    plan: trained.Plan | finetune.Plan
+    plan: experiment.Plan | finetune.Plan
     parallel: Parallel
     batches: Prefetch
     checkpoints: Checkpoints
@@ -169,7 +171,7 @@ def check(config: ConfigDict) -> None:
         raise UserError("the config has no data: add it, a table such as {'name': 'openmoji'}")
     check_installed(config)
     build.named("train.parallel", WAYS, config.train.parallel)
-    trained.check_conditions(config)
+    experiment.check_conditions(config)
     parts = config.train.accumulate * jax.device_count()
     if config.train.batch % parts:
         raise UserError(
@@ -179,7 +181,7 @@ def check(config: ConfigDict) -> None:
 
 
 def place(
-    parallel: Parallel, plan: trained.Plan | finetune.Plan, batch: dict[str, np.ndarray]
+    parallel: Parallel, plan: experiment.Plan | finetune.Plan, batch: dict[str, np.ndarray]
 ) -> tuple[dict[str, Any], np.ndarray]:
     """What the step reads of a batch, on the devices, and the record numbers of its rows."""
     return parallel.feed({name: batch[name] for name in ("image", *plan.conditions)}), batch["index"]
@@ -188,7 +190,7 @@ def place(
 def first_state(
     config: ConfigDict,
     workdir: Path,
-    plan: trained.Plan | finetune.Plan,
+    plan: experiment.Plan | finetune.Plan,
     optimizer: optax.GradientTransformation,
     checkpoints: Checkpoints,
     batches: Prefetch,

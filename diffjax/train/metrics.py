@@ -18,11 +18,12 @@ import numpy as np
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
-from diffjax import files, image, mesh
-from diffjax.errors import UserError
+from diffjax.parallel import devices
+from diffjax.train.experiment import Preview
 from diffjax.train.sanity import Panel
 from diffjax.train.step import BIN_EDGES
-from diffjax.trained import Preview
+from diffjax.utils import files, image
+from diffjax.utils.errors import UserError
 
 Row = dict[str, Any]
 
@@ -60,7 +61,7 @@ class Terminal:
             progress.MofNCompleteColumn(),
             progress.TextColumn("{task.fields[numbers]}"),
             progress.TimeRemainingColumn(),
-            progress.TextColumn(mesh.describe()),
+            progress.TextColumn(devices.describe()),
         ]
         self.bar = progress.Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         self.task = self.bar.add_task("", completed=step, total=steps, numbers="")

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from diffjax import mesh
+from diffjax.parallel import devices
 from diffjax.train.state import State, flat, typed
 from diffjax.train.step import Batch, Step
 
@@ -23,27 +23,27 @@ class Parallel(NamedTuple):
     gather: Callable[[State], State]
 
 
-def by_jit(step: Step, devices: Mesh) -> Parallel:
+def by_jit(step: Step, mesh: Mesh) -> Parallel:
     """The step compiled once for a replicated state and batches split over the mesh's axis `data`."""
-    everywhere = NamedSharding(devices, PartitionSpec())
+    everywhere = NamedSharding(mesh, PartitionSpec())
     return Parallel(
-        place=lambda state: typed(mesh.replicate(jax.device_get(flat(state)), devices)),
-        feed=lambda batch: mesh.shard_batch(batch, devices),
+        place=lambda state: typed(devices.replicate(jax.device_get(flat(state)), mesh)),
+        feed=lambda batch: devices.shard_batch(batch, mesh),
         step=jax.jit(step, donate_argnums=0, out_shardings=everywhere),
         gather=lambda state: state,
     )
 
 
-def by_pmap(step: Step, devices: Mesh) -> Parallel:
+def by_pmap(step: Step, mesh: Mesh) -> Parallel:
     """The step mapped over a leading axis of this host's devices: every leaf of the state is there once for each."""
-    local = devices.local_devices
+    local = mesh.local_devices
     split = NamedSharding(Mesh(np.asarray(local), ("data",)), PartitionSpec("data"))
 
     def replicate(leaf: np.ndarray) -> jax.Array:
         return jax.device_put(np.broadcast_to(leaf, (len(local), *leaf.shape)), split)
 
     def feed(batch: dict[str, np.ndarray]) -> Batch:
-        return jax.tree.map(lambda x: x.reshape(len(local), -1, *x.shape[1:]), mesh.shard_batch(batch, split.mesh))
+        return jax.tree.map(lambda x: x.reshape(len(local), -1, *x.shape[1:]), devices.shard_batch(batch, split.mesh))
 
     mapped = jax.pmap(
         lambda state, batch: step(state, batch, axis_name="data"),

@@ -2,14 +2,9 @@
 
 import contextlib
 import fcntl
-import importlib.metadata
 import json
 import os
-import platform
-import shlex
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any, Iterator
@@ -18,18 +13,16 @@ import jax
 from ml_collections import ConfigDict
 
 from diffjax import config as configs
-from diffjax import files, mesh
-from diffjax.errors import UserError
+from diffjax.parallel import devices
+from diffjax.utils import files
+from diffjax.utils.errors import UserError
+from diffjax.utils.provenance import TIME, changes, description, differences
 
 # A run may be trained for longer, kept, shown and logged otherwise, and read the same data elsewhere.
 KEPT = ("train.steps", "train.log_every", "train.save_every", "train.preview_every", "train.keep_last", "train.keep_best")
 MAY_CHANGE = (*KEPT, "log.", "sample.", "data.path", "data.data_dir", "data.workers", "data.held_out")
 FILES = ("config.json", "run.json", "changes.json")
 PLAN = ("data.json", "tokenizer.json", "encoder.json", "seen.npz", "base.json", "init.json")
-TIME = "%Y-%m-%dT%H:%M:%S%z"
-PACKAGES = ("diffjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-
-
 @contextlib.contextmanager
 def claim(workdir: str | Path, config: ConfigDict, allow_change: bool = False) -> Iterator[None]:
     """Hold `workdir` for this job and write `config.json` and `run.json` there; of several hosts, the first one does.
@@ -51,7 +44,7 @@ def claim(workdir: str | Path, config: ConfigDict, allow_change: bool = False) -
             if (workdir / "config.json").exists():
                 _change(workdir, _begun_with(workdir), wanted, allow_change)
             files.write_json(workdir / "config.json", wanted)
-            files.write_json(workdir / "run.json", [*_listed(workdir / "run.json"), description()])
+            files.write_json(workdir / "run.json", [*_listed(workdir / "run.json"), description(devices.describe())])
             yield
         except (UserError, KeyboardInterrupt):
             if _begun(workdir) == begun:
@@ -61,51 +54,9 @@ def claim(workdir: str | Path, config: ConfigDict, allow_change: bool = False) -
             raise
 
 
-def description() -> dict[str, Any]:
-    """The command, time, code version, packages and devices of this process."""
-    return {
-        "time": time.strftime(TIME),
-        "command": shlex.join(sys.argv),
-        "git": git_state(Path(__file__).parent),
-        "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
-        "device": mesh.describe(),
-        "host": platform.platform(),
-    }
-
-
-def git_state(folder: Path) -> dict[str, Any] | None:
-    """The commit that `folder` is at and whether files differ from it; None outside a repository."""
-    try:
-        run = lambda *words: subprocess.run(
-            ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=20, check=True
-        ).stdout.strip()
-        return {"commit": run("rev-parse", "HEAD"), "changed": bool(run("status", "--porcelain", "--untracked-files=no"))}
-    except (subprocess.SubprocessError, OSError):
-        return None
-
-
-def changes(there: dict, here: dict, prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """What two nested configs have under each name in which they differ; None where one has nothing."""
-    found = {}
-    for key in sorted(there.keys() | here.keys()):
-        old, new, name = there.get(key), here.get(key), f"{prefix}{key}"
-        if isinstance(old, dict) and isinstance(new, dict):
-            found |= changes(old, new, f"{name}.")
-        elif old != new:
-            found[name] = old, new
-    return found
-
-
-def differences(there: dict, here: dict) -> list[str]:
-    """The names in which two nested configs differ, in words; `MAY_CHANGE` apart."""
-    found = {name: pair for name, pair in changes(there, here).items() if not name.startswith(MAY_CHANGE)}
-    return [f"{name} is {json.dumps(old)} there and {json.dumps(new)} here" for name, (old, new) in found.items()]
-
-
 def _change(workdir: Path, there: dict, here: dict, allow: bool) -> None:
     """Print and note what has changed. Raises `UserError` where it must not."""
-    if not allow and (lines := differences(there, here)):
+    if not allow and (lines := differences(there, here, MAY_CHANGE)):
         remedy = "choose another --workdir, or go on with these changes by --allow-change"
         raise UserError(f"{workdir} holds a run of another config: {'; '.join(lines)}; {remedy}")
     found = changes(there, here)
@@ -182,9 +133,3 @@ def _alone(workdir: Path) -> Iterator[None]:
         handle.flush()
         yield
 
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None

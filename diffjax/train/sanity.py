@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, PyTree, UInt8
 
-from diffjax import cascade, image, seeds
-from diffjax.denoise import Cond, Denoiser
-from diffjax.process import Discrete, Process, Time, perturb
-from diffjax.trained import Plan
+from diffjax.diffusion import cascade
+from diffjax.diffusion.denoise import Cond, Denoiser
+from diffjax.diffusion.process import Discrete, Process, Time, perturb
+from diffjax.train.experiment import Plan
+from diffjax.utils import image, seeds
 
 LEVELS = (-6.0, -3.0, 0.0, 3.0, 6.0)
 MARGIN, LEARNED = 1.01, 1.1

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, Key, PyTree
 
-from diffjax import struct
+from diffjax.utils import struct
 
 
 @struct.dataclass

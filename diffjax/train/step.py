@@ -13,13 +13,13 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 
-from diffjax import struct
-from diffjax.cascade import LowRes
-from diffjax.denoise import Denoiser, own_clock
-from diffjax.loss import Times, Weight, loss
-from diffjax.predict import Prediction
-from diffjax.process import Process, Time
+from diffjax.diffusion.cascade import LowRes
+from diffjax.diffusion.denoise import Denoiser, own_clock
+from diffjax.diffusion.loss import Times, Weight, loss
+from diffjax.diffusion.predict import Prediction
+from diffjax.diffusion.process import Process, Time
 from diffjax.train.state import State, average
+from diffjax.utils import struct
 
 Batch = dict[str, Array]
 Step = Callable[..., tuple[State, dict[str, Array]]]

@@ -12,11 +12,13 @@ import numpy as np
 from flax import traverse_util
 from jaxtyping import PyTree
 
-from diffjax import build, files, trained
-from diffjax.errors import UserError
-from diffjax.text import CaptionTokenizer
+from diffjax import build
+from diffjax.text.learned import CaptionTokenizer
+from diffjax.train import experiment
 from diffjax.train.checkpoint import Run, load_run
-from diffjax.train.record import differences
+from diffjax.utils import files
+from diffjax.utils.errors import UserError
+from diffjax.utils.provenance import differences
 
 FILE = "init.json"
 SHOWN = 5
@@ -77,8 +79,8 @@ def _by_row(new: np.ndarray, old: np.ndarray, here: Sequence[str], there: Sequen
 def _tables(plan: Any, run: Run) -> dict[str, tuple[Sequence[str], Sequence[str]]]:
     """What the rows of the tables of words and of classes stand for, here and there."""
     tables = {}
-    if isinstance(own := getattr(plan, "tokenize", None), CaptionTokenizer) and (run.workdir / trained.TOKENIZER).is_file():
-        tables |= dict.fromkeys(WORDS, (_vocabulary(own), _vocabulary(trained.own_tokenizer(run.workdir))))
+    if isinstance(own := getattr(plan, "tokenize", None), CaptionTokenizer) and (run.workdir / experiment.TOKENIZER).is_file():
+        tables |= dict.fromkeys(WORDS, (_vocabulary(own), _vocabulary(experiment.own_tokenizer(run.workdir))))
     if getattr(plan, "classes", ()) and (run.workdir / "data.json").is_file():
         tables |= dict.fromkeys(CLASSES, (list(plan.classes), files.read_json(run.workdir / "data.json")["classes"]))
     return tables

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from diffjax import files
-from diffjax.errors import UserError
-from diffjax.quantize import Scheme
+from diffjax.nets.quantize import Scheme
+from diffjax.utils import files
+from diffjax.utils.errors import UserError
 from diffjax.weights import safetensors
 from diffjax.weights.config import class_name, read_json
 from diffjax.weights.folder import read_tensors

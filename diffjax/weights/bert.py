@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from diffjax.errors import UserError
 from diffjax.nets.bert import Bert
+from diffjax.utils.errors import UserError
 from diffjax.weights.config import Field, integer, number, one_of, read_fields
 from diffjax.weights.format import Format, known_fields, tokens_example
 from diffjax.weights.names import Names

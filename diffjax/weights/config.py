@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffjax.errors import UserError
+from diffjax.utils.errors import UserError
 
 MAX_BYTES = 16_000_000
 

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffjax.errors import UserError
+from diffjax.utils.errors import UserError
 
 AT_ONCE = 4
 CHUNK = 2**20

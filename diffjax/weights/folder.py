@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from diffjax.errors import UserError, unknown
+from diffjax.utils.errors import UserError, unknown
 from diffjax.weights import foreign, safetensors, torchzip
 from diffjax.weights.config import read_json
 

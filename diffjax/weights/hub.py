@@ -20,8 +20,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
-from diffjax import files
-from diffjax.errors import UserError
+from diffjax.utils import files
+from diffjax.utils.errors import UserError
 from diffjax.weights import download, published
 from diffjax.weights.folder import belongs, check_variant, choose, forms, forms_within, is_weights, nothing
 

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from diffjax.errors import UserError
-from diffjax.lora import Adapter, Adapters, Decomposed
+from diffjax.nets.lora import Adapter, Adapters, Decomposed
+from diffjax.utils.errors import UserError
 from diffjax.weights import hub, safetensors
 from diffjax.weights.lora_names import PREFIXES, Part, linear, meaning, parts, plain
 from diffjax.weights.names import Row, listed

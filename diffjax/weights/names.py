@@ -15,8 +15,8 @@ from flax import traverse_util
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array
 
-from diffjax.errors import UserError
-from diffjax.quantize import Quantized, Scheme
+from diffjax.nets.quantize import Quantized, Scheme
+from diffjax.utils.errors import UserError
 
 Params = Mapping[str, Any]
 Placement = Callable[[str, tuple[int, ...]], Sharding]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffjax.errors import UserError
+from diffjax.utils.errors import UserError
 from diffjax.weights import safetensors
 from diffjax.weights.config import read_json
 

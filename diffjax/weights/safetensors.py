@@ -15,8 +15,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from diffjax import files
-from diffjax.errors import UserError
+from diffjax.utils import files
+from diffjax.utils.errors import UserError
 from diffjax.weights import foreign
 
 DTYPES = {

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from diffjax import files, process
-from diffjax.errors import UserError
+from diffjax.diffusion import process
+from diffjax.utils import files
+from diffjax.utils.errors import UserError
 from diffjax.weights.config import (
     BOOLEAN,
     Field,

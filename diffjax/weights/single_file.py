@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from diffjax.errors import UserError
 from diffjax.nets.clip import ClipText
 from diffjax.nets.mmdit import MMDiT
 from diffjax.nets.t5 import T5Encoder
 from diffjax.nets.vae import AutoencoderKL
+from diffjax.utils.errors import UserError
 from diffjax.weights import clip, mmdit, param_shapes, safetensors, t5, vae
 from diffjax.weights.format import Format
 from diffjax.weights.names import table, write_params

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from diffjax.errors import UserError
+from diffjax.utils.errors import UserError
 from diffjax.weights import foreign
 from diffjax.weights.safetensors import map_bytes
 

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from diffjax.errors import UserError
 from diffjax.nets.unet import ACTIVATIONS, DOWN_BLOCKS, UP_BLOCKS, UNet
+from diffjax.utils.errors import UserError
 from diffjax.weights.config import BOOLEAN, Field, either, integer, list_of, number, one_of, optional, read_fields
 from diffjax.weights.format import Format
 from diffjax.weights.names import POINTWISE, Names

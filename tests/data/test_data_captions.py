@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from diffjax.data.captions import scan
-from diffjax.errors import UserError
+from diffjax.utils.errors import UserError
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from PIL import Image
 
 from diffjax import data
 from diffjax.data import captioned_pictures, captions
-from diffjax.errors import UserError
+from diffjax.utils.errors import UserError
 
 
 @pytest.fixture(autouse=True)

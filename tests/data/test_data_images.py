@@ -7,7 +7,7 @@ from PIL import Image, ImageCms
 
 from diffjax.data import images
 from diffjax.data.images import decode, flatten
-from diffjax.errors import UserError
+from diffjax.utils.errors import UserError
 
 
 def encoded(picture: Image.Image, **options) -> bytes:

@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 
 from diffjax import data
-from diffjax.errors import UserError
+from diffjax.utils.errors import UserError
 
 SIZE = 8
 WORDS = [

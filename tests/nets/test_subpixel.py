@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffjax.errors import UserError
 from diffjax.nets.subpixel import SubPixel
+from diffjax.utils.errors import UserError
 
 NET = SubPixel(patch=2, width=8, depth=1, groups=2)
 X, LOW = (np.random.default_rng(seed).standard_normal((2, 8, 8, 3)).astype(np.float32) for seed in (0, 1))

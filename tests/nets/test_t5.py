@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+
 from diffjax import weights
 from diffjax.nets.t5 import T5Encoder, relative_buckets
 from diffjax.weights.t5 import FORMAT

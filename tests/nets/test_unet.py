@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from flax import traverse_util
+
 from diffjax import weights
-from diffjax.errors import UserError
 from diffjax.nets.layers import UpConv
 from diffjax.nets.unet import UNet
+from diffjax.utils.errors import UserError
 from diffjax.weights.unet2d import FORMAT
-from flax import traverse_util
 
 # Five published configurations that between them differ in every field.
 CONFIGS = {

@@ -4,10 +4,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+
 from diffjax import weights
-from diffjax.errors import UserError
 from diffjax.nets import tiles
 from diffjax.nets.vae import AutoencoderKL, tiled_decode, tiled_encode
+from diffjax.utils.errors import UserError
 from diffjax.weights.vae import FORMAT
 
 SMALL = dict(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, sample_size=16)

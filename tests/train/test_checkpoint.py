@@ -11,9 +11,10 @@ import numpy as np
 import optax
 import pytest
 
-from diffjax.errors import UserError
 from diffjax.train import checkpoint
 from diffjax.train.state import create
+from diffjax.utils import provenance
+from diffjax.utils.errors import UserError
 
 
 def state_at(step, seed=0):
@@ -262,10 +263,10 @@ def test_load_run_says_what_is_wrong(tmp_path):
 
 def test_checksum_sees_one_changed_bit_and_an_exchange():
     tree = {"a": np.arange(5, dtype=np.float32), "b": jnp.arange(3, dtype=jnp.bfloat16), "c": np.int32(7)}
-    whole = checkpoint.checksum(tree)
+    whole = provenance.checksum(tree)
     for position in range(5):
         changed = tree["a"].copy()
         changed.view(np.uint32)[position] ^= 1
-        assert checkpoint.checksum(tree | {"a": changed}) != whole
-    assert checkpoint.checksum(tree | {"a": tree["a"][::-1]}) != whole
-    assert checkpoint.checksum(tree | {"c": np.int32(8)}) != whole
+        assert provenance.checksum(tree | {"a": changed}) != whole
+    assert provenance.checksum(tree | {"a": tree["a"][::-1]}) != whole
+    assert provenance.checksum(tree | {"c": np.int32(8)}) != whole

@@ -12,16 +12,17 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import toy_experiment
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 from PIL import Image
 
 from diffjax import config as configs
-from diffjax import trained
-from diffjax.errors import UserError
-from diffjax.text import CaptionTokenizer
-from diffjax.train import loop, metrics
+from diffjax.text.learned import CaptionTokenizer
+from diffjax.train import experiment, loop, metrics
 from diffjax.train.checkpoint import load_run
+from diffjax.utils.errors import UserError
+
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
@@ -51,7 +52,7 @@ def compiled_once(tmp_path_factory):
 def few_devices():
     """Two are as good as eight here, and their programs smaller."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.mesh, "data_mesh", functools.partial(loop.mesh.data_mesh, jax.devices()[:2]))
+        patch.setattr(loop.devices, "data_mesh", functools.partial(loop.devices.data_mesh, jax.devices()[:2]))
         yield
 
 
@@ -65,7 +66,7 @@ def finished(pictures, few_devices, tmp_path_factory):
 
 def command(pictures, workdir, **changes):
     flags = {"data.path": pictures, **changes}
-    toy = os.path.join(os.path.dirname(__file__), "toy.py")
+    toy = toy_experiment.__file__
     return ["--config", toy, "--workdir", str(workdir), *(f"--config.{name}={value}" for name, value in flags.items())]
 
 
@@ -288,7 +289,7 @@ def test_a_corrupt_checkpoint_is_named_and_passed_over(pictures, tmp_path, monke
 
 
 def test_damaged_files_of_a_run_are_one_line(tmp_path):
-    config = configs.load(os.path.join(os.path.dirname(__file__), "toy.py"))
+    config = configs.load(toy_experiment.__file__)
     config.text = ConfigDict({"name": "words", "tokens": 4, "width": 8})
     whole = {
         "config.json": config.to_json_best_effort().encode(),
@@ -299,7 +300,7 @@ def test_damaged_files_of_a_run_are_one_line(tmp_path):
         for other, right in whole.items():
             (tmp_path / other).write_bytes(right)
         (tmp_path / name).write_bytes(content)
-        return trained.recalled(tmp_path)
+        return experiment.recalled(tmp_path)
 
     assert read("data.json", whole["data.json"]).tokenize(["a dog"])["mask"].sum() == 2
     for name, right in whole.items():
@@ -307,10 +308,10 @@ def test_damaged_files_of_a_run_are_one_line(tmp_path):
             with pytest.raises(UserError, match=f"{name} is damaged: put it back from a copy"):
                 read(name, content)
     np.savez(tmp_path / "seen.npz", image=np.zeros((1, 16, 16, 3), np.uint8), caption=np.array(["a"]), label=[-1], mean=np.zeros(3))
-    assert trained.seen(tmp_path).caption == ["a"]
+    assert experiment.seen(tmp_path).caption == ["a"]
     for size in (0, 100, 400):
         (tmp_path / "seen.npz").write_bytes((tmp_path / "seen.npz").read_bytes()[:size])
-        assert trained.seen(tmp_path) is None
+        assert experiment.seen(tmp_path) is None
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from diffjax import image
-from diffjax.errors import UserError
-from diffjax.image import read_png
 from diffjax.train import metrics
-from diffjax.trained import Preview
+from diffjax.train.experiment import Preview
+from diffjax.utils import image
+from diffjax.utils.errors import UserError
+from diffjax.utils.image import read_png
 
 CONFIG = ConfigDict(
     {

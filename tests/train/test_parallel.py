@@ -4,20 +4,20 @@ import optax
 import pytest
 from test_step import batch_of, distance, first_state, objective
 
-from diffjax import mesh
-from diffjax.errors import UserError
+from diffjax.parallel import devices
 from diffjax.train.parallel import by_jit, by_pmap
 from diffjax.train.step import make_step
+from diffjax.utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("optimized")
 
 STEPS = 4
 
 
-def trained(way, devices, accumulate=1):
+def trained(way, number, accumulate=1):
     """The state after a few steps, and the metrics of each."""
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2, eps=1e-3))
-    parallel = way(make_step(objective(), optimizer, accumulate=accumulate), mesh.data_mesh(jax.devices()[:devices]))
+    parallel = way(make_step(objective(), optimizer, accumulate=accumulate), devices.data_mesh(jax.devices()[:number]))
     state, rows = parallel.place(first_state(optimizer)), []
     for number in range(STEPS):
         state, metrics = parallel.step(state, parallel.feed(batch_of(32, seed=number)))
@@ -45,6 +45,6 @@ def test_eight_devices_agree_with_one(alone, way, accumulate):
 
 def test_a_batch_that_does_not_divide_is_refused():
     for way in (by_jit, by_pmap):
-        parallel = way(make_step(objective(), optax.sgd(0.1)), mesh.data_mesh())
+        parallel = way(make_step(objective(), optax.sgd(0.1)), devices.data_mesh())
         with pytest.raises(UserError, match="multiple of 8"):
             parallel.feed(batch_of(12))

@@ -5,14 +5,15 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from diffjax import cascade, image
-from diffjax.cascade import LowRes
-from diffjax.denoise import Apply, Denoiser
-from diffjax.model import Defaults, Model
-from diffjax.predict import X0
-from diffjax.process import Flow, discrete, linear_betas
+from diffjax.diffusion import cascade
+from diffjax.diffusion.cascade import LowRes
+from diffjax.diffusion.denoise import Apply, Denoiser
+from diffjax.diffusion.predict import X0
+from diffjax.diffusion.process import Flow, discrete, linear_betas
+from diffjax.models.model import Defaults, Model
 from diffjax.train import metrics, sanity
-from diffjax.trained import Seen
+from diffjax.train.experiment import Seen
+from diffjax.utils import image
 
 COLOURS = {"red": (1, -1, -1), "green": (-1, 1, -1), "blue": (-1, -1, 1)}
 

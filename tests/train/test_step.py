@@ -7,7 +7,7 @@ import optax
 import pytest
 from flax import linen as nn
 
-from diffjax import loss, predict, process
+from diffjax.diffusion import loss, predict, process
 from diffjax.train import step as training
 from diffjax.train.state import average, create
 

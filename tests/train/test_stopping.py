@@ -14,17 +14,17 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from diffjax import mesh
 from diffjax.data import pipeline
 from diffjax.data.pipeline import Prefetch
-from diffjax.interrupt import Terminated, command
+from diffjax.parallel import devices
 from diffjax.train import loop, metrics, sanity
 from diffjax.train.checkpoint import Checkpoints, load_run
+from diffjax.train.experiment import Preview
 from diffjax.train.loop import WAYS, Training
 from diffjax.train.metrics import Log
 from diffjax.train.state import create
 from diffjax.train.step import gradient
-from diffjax.trained import Preview
+from diffjax.utils.interrupt import Terminated, command
 
 STEPS = 7
 PANEL = SimpleNamespace(draw=lambda: np.zeros((8, 8, 3), np.uint8), lines=lambda early: [], learned=lambda: True)
@@ -62,7 +62,7 @@ def step(state, batch, axis_name=None, parts=2):
     return state.replace(step=state.step + 1, params=params, ema=params, optimizer=moments), metrics
 
 
-WAY = {name: way(step, mesh.data_mesh(jax.devices()[:2])) for name, way in WAYS.items()}
+WAY = {name: way(step, devices.data_mesh(jax.devices()[:2])) for name, way in WAYS.items()}
 
 
 class Sites:
@@ -212,7 +212,7 @@ def test_a_step_that_fails_spoils_no_checkpoint(tmp_path, monkeypatch):
         if int(state.step) == 4:
             jax.tree.map(lambda leaf: leaf.delete(), state)
             raise RuntimeError("RESOURCE_EXHAUSTED")
-        return WAYS["jit"](step, mesh.data_mesh(jax.devices()[:2])).step(state, batch)
+        return WAYS["jit"](step, devices.data_mesh(jax.devices()[:2])).step(state, batch)
 
     fail.lower = WAY["jit"].step.lower
     monkeypatch.setitem(WAY, "jit", WAY["jit"]._replace(step=fail))

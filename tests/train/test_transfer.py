@@ -9,11 +9,11 @@ import pytest
 from flax import traverse_util
 from ml_collections import ConfigDict
 
-from diffjax.errors import UserError
-from diffjax.text import CaptionTokenizer
+from diffjax.text.learned import CaptionTokenizer
 from diffjax.train import transfer
 from diffjax.train.checkpoint import Checkpoints
 from diffjax.train.state import create
+from diffjax.utils.errors import UserError
 
 
 def config(**changes):

@@ -6,9 +6,11 @@ import re
 import numpy as np
 import pytest
 import torchfile
-from diffjax import cli, files, loading, weights
-from diffjax.errors import UserError
+
+from diffjax import cli, loading, weights
 from diffjax.nets.unet import UNet
+from diffjax.utils import files
+from diffjax.utils.errors import UserError
 from diffjax.weights import folder, hub, safetensors
 from diffjax.weights.scheduler import Scheduler
 

@@ -3,24 +3,21 @@
 import copy
 import json
 import random
-import sys
 import tracemalloc
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import sd3_folder
 import torchfile
+
 from diffjax import weights
-from diffjax.errors import UserError
 from diffjax.nets.unet import UNet
+from diffjax.utils.errors import UserError
 from diffjax.weights import lora, safetensors, torchzip, unet2d
 from diffjax.weights.folder import read_tensors
 from diffjax.weights.peft import METADATA
 from diffjax.weights.scheduler import Scheduler, read_scheduler, write_scheduler
-
-sys.path[:0] = [str(Path(__file__).parents[1])]
-import sd3_folder
 
 MANY = pytest.mark.parametrize("rounds", [150, pytest.param(10_000, marks=pytest.mark.slow)])
 TENSORS = {f"layers.{i}.weight": np.arange(12, dtype=np.float32).reshape(3, 4) + i for i in range(4)}

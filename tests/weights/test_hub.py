@@ -18,10 +18,12 @@ import jax
 import numpy as np
 import pytest
 import served_hub
-from diffjax import cli, files, weights
-from diffjax.errors import UserError
-from diffjax.weights import download, hub, lora, published
 from huggingface_hub import constants
+
+from diffjax import cli, weights
+from diffjax.utils import files
+from diffjax.utils.errors import UserError
+from diffjax.weights import download, hub, lora, published
 
 NAME = "someone/cats"
 CLOSED = "http://127.0.0.1:9"  # the port of "discard", where nobody listens

@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from diffjax.errors import UserError
+
+from diffjax.utils.errors import UserError
 from diffjax.weights.names import POINTWISE, Names, read_params, table, write_params
 
 NAMES = Names(

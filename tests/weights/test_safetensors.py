@@ -4,7 +4,8 @@ import struct
 import ml_dtypes
 import numpy as np
 import pytest
-from diffjax.errors import UserError
+
+from diffjax.utils.errors import UserError
 from diffjax.weights import safetensors
 
 TENSORS = {

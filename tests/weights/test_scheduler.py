@@ -2,8 +2,9 @@ import json
 
 import numpy as np
 import pytest
-from diffjax import process
-from diffjax.errors import UserError
+
+from diffjax.diffusion import process
+from diffjax.utils.errors import UserError
 from diffjax.weights.scheduler import Scheduler, read_scheduler, write_scheduler
 
 CASES = [

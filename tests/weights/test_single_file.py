@@ -1,20 +1,17 @@
-import sys
-from pathlib import Path
 
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import reference
+
 from diffjax import weights
-from diffjax.errors import UserError
 from diffjax.nets.clip import ClipText
 from diffjax.nets.mmdit import MMDiT
 from diffjax.nets.t5 import T5Encoder
 from diffjax.nets.vae import AutoencoderKL
+from diffjax.utils.errors import UserError
 from diffjax.weights import clip, mmdit, safetensors, single_file, t5, vae
-
-sys.path.append(str(Path(__file__).parents[1] / "nets"))
-import reference  # noqa: E402
 
 TRANSFORMERS = {
     "dual": MMDiT(

@@ -4,9 +4,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torchfile
-from diffjax.errors import UserError
-from diffjax.weights import torchzip
 from torchfile import Call, Global
+
+from diffjax.utils.errors import UserError
+from diffjax.weights import torchzip
 
 ARRAY = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
 

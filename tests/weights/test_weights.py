@@ -10,9 +10,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torchfile
+
 from diffjax import weights
-from diffjax.errors import UserError
 from diffjax.nets.unet import UNet
+from diffjax.utils.errors import UserError
 from diffjax.weights import safetensors, unet2d
 from diffjax.weights.folder import component
 from diffjax.weights.names import write_params

@@ -1,7 +1,8 @@
 import json
 
 import pytest
-from diffjax.errors import UserError
+
+from diffjax.utils.errors import UserError
 from diffjax.weights import config as c
 from diffjax.weights.unet2d import FORMAT
 

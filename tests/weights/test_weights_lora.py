@@ -2,20 +2,18 @@
 
 import json
 import math
-import sys
 from pathlib import Path
 
 import jax
+import lora_files
 import numpy as np
 import pytest
-
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "nets")]
-import lora_files
 import reference
 import sd3_folder
 
-from diffjax import lora, weights
-from diffjax.errors import UserError
+from diffjax import weights
+from diffjax.nets import lora
+from diffjax.utils.errors import UserError
 from diffjax.weights import lora as lora_file
 from diffjax.weights import safetensors
 from diffjax.weights.lora_names import PREFIXES, linear, meaning, parts, plain

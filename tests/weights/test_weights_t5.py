@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 import torchfile
+
 from diffjax import weights
 from diffjax.nets.t5 import T5Encoder
 from diffjax.weights import safetensors

@@ -1,0 +1,1 @@
+"""Models that can be sampled: the facade, and a file for each family of published models."""

@@ -1,0 +1,1 @@
+"""Devices: finding them, saying what is wrong with them, and splitting arrays over them."""

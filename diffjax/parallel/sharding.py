@@ -1,0 +1,50 @@
+"""How the parameters of large networks are split over devices: rules by name, for MMDiT and T5.
+
+Tensor parallelism as in Megatron (arXiv:1909.08053): queries, keys, values and the first product of a feed-forward by their
+outputs, what follows by its inputs, so that each pair needs one sum over devices; modulations, a third of MMDiT's weights, by
+their inputs. FSDP splits every parameter by its largest axis. Both: one on each axis of a mesh.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from diffjax.parallel.devices import Rule, largest_axis, one_axis, placement
+from diffjax.utils.errors import UserError
+
+OUTPUTS = r"/(to_[qkv]|add_[qkv]_proj|net_0_proj|[qkv]|wi(_[01])?)/(kernel|bias)"
+INPUTS = r"/(to_out_0|to_add_out|net_2|\w+_linear|o|wo)/kernel"
+SPLITS = ((OUTPUTS, one_axis(-1, "model")), (INPUTS, one_axis(-2, "model")))
+
+
+@dataclass(frozen=True)
+class Way:
+    """The axes of a mesh (the first of two has two devices) and the rules for it."""
+
+    axes: tuple[str, ...]
+    rules: tuple[Rule, ...]
+
+
+WAYS = {
+    "fsdp": Way(("data",), ((".*", largest_axis("data")),)),
+    "tensor": Way(("model",), SPLITS),
+    "both": Way(
+        ("data", "model"),
+        tuple((pattern, largest_axis("data", split)) for pattern, split in (*SPLITS, (".*", largest_axis("model")))),
+    ),
+}
+
+
+def over(way: str, devices: Sequence[jax.Device] | None = None) -> Callable[[str, tuple[int, ...]], NamedSharding]:
+    """Where a parameter goes, by name and shape: as `weights.load(sharding=...)` takes it. All devices unless some are given.
+
+    Raises `UserError` when there are too few of them.
+    """
+    chosen, axes = np.asarray(jax.devices() if devices is None else devices), WAYS[way].axes
+    if len(chosen) % 2 ** len(axes):
+        raise UserError(f"parameters cannot be split ({way}) over {len(chosen)} devices: it takes a multiple of {2 ** len(axes)}")
+    shape = (2, -1) if len(axes) == 2 else (-1,)
+    return placement(WAYS[way].rules, Mesh(chosen.reshape(shape), axes))

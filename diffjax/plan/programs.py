@@ -1,0 +1,236 @@
+"""The jobs that can be planned: training and drawing, as programs on shapes."""
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+
+from diffjax import build, weights
+from diffjax.data import dataset
+from diffjax.diffusion.process import Process, discrete
+from diffjax.diffusion.refine import Heun
+from diffjax.models import ddpm
+from diffjax.nets.unet import UNet
+from diffjax.plan.cost import Part, tree_size
+from diffjax.text import frozen
+from diffjax.text.learned import CaptionTokenizer
+from diffjax.train import experiment as experiments
+from diffjax.train.state import create
+from diffjax.train.step import make_step
+from diffjax.utils.errors import UserError
+from diffjax.utils.progress import counted
+from diffjax.weights.folder import component
+from diffjax.weights.scheduler import read_scheduler
+
+AT_MOST = f"counted with {experiments.VOCABULARY} words: the captions are not here yet"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is to be drawn; None is the model's own choice, as in `Model.sample`."""
+
+    steps: int | None = None
+    num: int = 1
+    batch: int | None = None
+    size: int | None = None
+    guidance: float | None = None
+    guide: Mapping[str, Any] | None = None
+    sampler: str | None = None
+    dtype: str | None = None
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to keep the parts of a job in memory: those of a stage together, one stage after the other; the job's `loop`
+    part may be split over several devices.
+    """
+
+    name: str
+    stages: tuple[tuple[Part, ...], ...]
+    devices: int = 1
+
+
+@dataclass(frozen=True)
+class Job:
+    """The parts of a job that makes `steps` steps of `images` images; `loop` is the part that each step calls; a `note`
+    says what is not known of it.
+
+    Without `ways`, all parts are in memory together.
+    """
+
+    title: str
+    parts: tuple[Part, ...]
+    loop: str
+    steps: int
+    images: int
+    note: str = ""
+    ways: tuple[Way, ...] = ()
+
+
+def run(folder: str | Path, asked: Asked) -> list[Job]:
+    """The jobs of training a run, from its first step, and of drawing with it.
+
+    Raises `UserError` when there is none.
+    """
+    plan = experiments.recalled(Path(folder))
+    return [training(plan), drawing(plan, asked, str(folder))]
+
+
+def experiment(config: ConfigDict, asked: Asked) -> list[Job]:
+    """The jobs of training an experiment and of drawing with it, before its data are there.
+
+    A text encoder is counted with the words of the captions, or, where these are not at hand, with as many as it can have.
+    Raises `UserError` for an experiment that trains a published model.
+    """
+    if "model" in config:
+        raise UserError(f"this trains {config.model}: docs/sd35.md says what it keeps, `diffjax plan --model` what drawing costs")
+    own = config.text and not frozen.is_frozen(config.text)
+    tokenize = vocabulary(config) if own else None
+    plan = experiments.without_data(config, tokenize)
+    note = AT_MOST if own and isinstance(tokenize, experiments.Blank) else ""
+    return [replace(job, note=note) for job in (training(plan), drawing(plan, asked, config.name))]
+
+
+def vocabulary(config: ConfigDict) -> "CaptionTokenizer | experiments.Blank":
+    """The tokenizer that a run will have, or the largest one where its captions are not at hand."""
+    try:
+        captions = dataset.captions(config.data)
+    except UserError:
+        captions = None
+    if captions is None:
+        return experiments.Blank(config.text.tokens)
+    return experiments.tokenizer(config, captions, config.data.get("templates", ("{}",)))
+
+
+def published(folder: Path, asked: Asked, name: str) -> Job:
+    """Drawing with a published pixel model. Raises `UserError` for what draws nothing by itself, as a text encoder."""
+    dtype = build.named("dtype", build.DTYPES, asked.dtype or "float32")
+    module = weights.describe(component(folder, "unet")).clone(dtype=dtype, param_dtype=dtype)
+    if not isinstance(module, UNet):
+        raise UserError(f"{name} is a {type(module).__name__}, which draws nothing by itself: plan the model that it serves")
+    scheduler = read_scheduler(folder)
+    defaults = ddpm.defaults(scheduler, module)
+    shape = _sized(ddpm.shape(module), asked.size)
+    label = {"label": jnp.zeros(1, jnp.int32)} if module.num_class_embeds else {}
+    process = discrete(scheduler.betas())
+    return _drawing(name, shape, defaults, asked, module, process, label, [])
+
+
+def drawing(plan: experiments.Plan, asked: Asked, name: str) -> Job:
+    """Drawing with the model of a run."""
+    defaults = plan.defaults()
+    shape = _sized(plan.shape, asked.size)
+    batch = asked.batch or defaults.batch
+    encoders = []
+    if plan.text:
+        told = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, plan.tokenize([""] * batch)))
+        encoders = [_network("text", plan.text, (told["tokens"], told["mask"]), {}, 1)]
+        cond = jax.eval_shape(encoders[0].call, encoders[0].held, *encoders[0].given)
+    else:
+        cond = jax.eval_shape(lambda: plan.encode({}, jax.tree.map(jnp.asarray, plan.blank())))
+    return _drawing(name, shape, defaults, asked, plan.network, plan.process, cond | plan.blank_low_res(), encoders)
+
+
+def training(plan: experiments.Plan) -> Job:
+    """Training a run: its step, backward pass, optimizer and average included."""
+    config = plan.config
+    optimizer, _ = build.optimizer(config.optimizer, config.train.steps)
+    key = jax.random.key(0)
+    state = jax.eval_shape(lambda: create(plan.init(key), optimizer, key))
+    batch = {"image": jax.ShapeDtypeStruct((config.train.batch, *plan.shape), jnp.uint8)}
+    told = plan.blank()
+    batch |= {k: jax.ShapeDtypeStruct((config.train.batch, *v.shape[1:]), v.dtype) for k, v in told.items()}
+    step = make_step(plan.objective(), optimizer, config.train.ema, config.train.accumulate)
+    part = Part("training", step, state, (batch,), tree_size(state.params), config.train.steps, replaces=True)
+    title = f"training {config.name}: {counted(config.train.steps, 'step')} of {counted(config.train.batch, 'image')}"
+    return Job(title, (part,), "training", config.train.steps, config.train.batch)
+
+
+def _drawing(
+    name: str,
+    shape: tuple[int, ...],
+    defaults: Any,
+    asked: Asked,
+    module: nn.Module,
+    process: Process,
+    cond: PyTree,
+    encoders: Sequence[Part],
+) -> Job:
+    asked = completed(asked, defaults)
+    share, weaker = guided_share(asked, defaults.grid, process), is_weaker(asked)
+    rows = asked.batch * (2 if share and not weaker else 1)
+    cond = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype), cond)
+    inputs = jax.ShapeDtypeStruct((rows, *shape), jnp.float32), jax.ShapeDtypeStruct((rows,), jnp.float32)
+    network = lambda name, calls: _network(name, module, inputs, cond, calls)
+    networks = [network("network", calls(asked, share))]
+    networks += [network("weaker network", share * calls(asked, share))] if weaker else []
+    return Job(titled(name, shape, asked), (*encoders, *networks), "network", asked.steps, asked.num)
+
+
+def completed(asked: Asked, defaults: Any) -> Asked:
+    """What is asked for, with the model's choices filled in."""
+    given = {name: value for name, value in vars(asked).items() if value is not None}
+    own = {name: getattr(defaults, name) for name in ("steps", "batch", "sampler", "guidance", "guide")}
+    asked = Asked(**own | given)
+    build.guide(asked.guide or "cfg")
+    return asked
+
+
+def is_weaker(asked: Asked) -> bool:
+    """Whether guidance leads away from another network, not from the null branch of the same."""
+    return (asked.guide or {}).get("name") == "autoguidance" and build.scale(asked.guidance) is not None
+
+
+def guided_share(asked: Asked, grid: str | Callable[[int], np.ndarray], process: Process) -> float:
+    """The share of the network's evaluations in which guidance evaluates its second branch: those in the guide's interval."""
+    if build.scale(asked.guidance) is None:
+        return 0.0
+    rule = asked.guide or {}
+    rows = grid(asked.steps) if callable(grid) else build.grid(grid, process, asked.steps)
+    times = np.concatenate([rows[:, 0], rows[:-1, 1]]) if evaluations(asked) == 2 else rows[:, 0]
+    return float(np.mean((times > rule.get("low", 0.0)) & (times <= rule.get("high", 1.0))))
+
+
+def evaluations(asked: Asked) -> int:
+    """How often a step calls the denoiser."""
+    return 2 if isinstance(build.sampler(asked.sampler).refine, Heun) else 1
+
+
+def calls(asked: Asked, share: float) -> float:
+    """How often drawing what is asked for calls the network, a call of half the rows counting as half of one: `share` of the
+    calls have the rows of both branches. A weaker network has calls of its own."""
+    every = asked.steps * evaluations(asked) * math.ceil(asked.num / asked.batch)
+    return every * (1 + share) / 2 if share and not is_weaker(asked) else every
+
+
+def titled(name: str, shape: tuple[int, ...], asked: Asked) -> str:
+    """The job of drawing pictures of a shape, in words."""
+    images = counted(asked.num, "image") + ("" if asked.batch == 1 else f" in batches of {asked.batch}")
+    guided = "" if build.scale(asked.guidance) is None else f", guided by {asked.guidance:g}"
+    guided += f" ({' '.join(f'{key}={value}' for key, value in asked.guide.items())})" if guided and asked.guide else ""
+    return f"{name}: {images} of {shape[0]} x {shape[1]} pixels, {counted(asked.steps, 'step')} of {asked.sampler}{guided}"
+
+
+def _network(name: str, module: nn.Module, inputs: tuple, named: PyTree, calls: float) -> Part:
+    """A network called on inputs and named conditions, all of them shapes."""
+    held = jax.eval_shape(module.init, jax.random.key(0), *inputs, **named)
+    return Part(name, functools.partial(apply, module), held, (*inputs, named), tree_size(held), calls)
+
+
+def apply(module: nn.Module, variables: PyTree, *given: Any) -> PyTree:
+    """The program of a `Part`: the module called on inputs, then named conditions."""
+    *inputs, named = given
+    return module.apply(variables, *inputs, **named)
+
+
+def _sized(shape: tuple[int, ...], size: int | None) -> tuple[int, ...]:
+    return shape if size is None else (size, size, shape[-1])

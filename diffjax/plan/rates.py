@@ -1,0 +1,154 @@
+"""How fast a device is: measured for the one at hand, from published peaks for others.
+
+The time of a program is the sum of its parts, `products / rate + convolutions / rate + traffic / bandwidth + launches`.
+"""
+
+import functools
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from diffjax.nets import Cost
+from diffjax.utils import files
+from diffjax.utils.errors import unknown
+
+SHARE = 0.5
+"""The share of a published peak that networks of this kind reach."""
+
+ROUNDS = 15
+SIDE = 768
+LINKS = 16
+CONVOLUTIONS = ((128, 128), (64, 256), (32, 256), (16, 512))
+"""Sizes to measure at: products of SIDE x SIDE, LINKS small products, 3 x 3 convolutions of (pixels a side, channels)."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Operations a second of 16-bit and 32-bit products and of convolutions, bytes a second of memory, the seconds that it
+    takes to start one operation, and whether attention is fused."""
+
+    products16: float
+    products32: float
+    convolutions: float
+    bandwidth: float
+    launch: float
+    fused: bool = False
+
+    def seconds(self, cost: Cost) -> float:
+        """The time of a program of this cost."""
+        return (
+            cost.products16 / self.products16
+            + cost.products32 / self.products32
+            + cost.convolutions / self.convolutions
+            + (cost.traffic + (0 if self.fused else cost.scores)) / self.bandwidth
+            + cost.launches * self.launch
+        )
+
+
+def _published(products16: float, products32: float, bandwidth: float, fused: bool) -> Rates:
+    """Rates of dense peaks; convolutions count as 32-bit products."""
+    return Rates(SHARE * products16, SHARE * products32, SHARE * products32, bandwidth, 5e-6, fused)
+
+
+# Vendors' data sheets; 32-bit products as jax makes them by default: TF32 on H100 and A100, bfloat16 on TPUs.
+NAMED = {
+    "h100": _published(989e12, 494e12, 3.35e12, True),
+    "h200": _published(989e12, 494e12, 4.8e12, True),
+    "a100": _published(312e12, 156e12, 2.04e12, True),
+    "t4": _published(65e12, 8.1e12, 0.32e12, False),
+    "v5e": _published(197e12, 197e12, 0.82e12, False),
+}
+MEMORY = {"h100": 80e9, "h200": 141e9, "a100": 80e9, "t4": 16e9, "v5e": 16e9}
+
+
+def of_device(name: str | None = None) -> tuple[str, Rates]:
+    """What to call a device, and its rates: from the table, or measured once and kept in the cache folder.
+
+    `None` is the device that jax computes on; "cpu" is this machine's. Raises `UserError` for a name that is not known.
+    """
+    backend = jax.default_backend()
+    if name in NAMED:
+        return f"one {name.upper()}", NAMED[name]
+    if name not in (None, "cpu", backend):
+        raise unknown("device", name, dict.fromkeys([*NAMED, "cpu", backend]))
+    kind = name or backend
+    return ("this CPU" if kind == "cpu" else f"this {jax.devices(kind)[0].device_kind}"), _measured(kind)
+
+
+def memory(name: str | None = None) -> float | None:
+    """The bytes of a device's memory, where they are known: from the table, or as the device at hand says."""
+    if name in MEMORY:
+        return MEMORY[name]
+    kind = name or jax.default_backend()
+    if kind == "cpu":
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return (jax.devices(kind)[0].memory_stats() or {}).get("bytes_limit")
+
+
+def _measured(kind: str) -> Rates:
+    device = jax.devices(kind)[0]
+    key = f"{device.device_kind}, {os.cpu_count()} cores, jax {jax.__version__}"
+    path = files.home() / "calibration.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    if key not in known:
+        with jax.default_device(device):
+            known[key] = asdict(calibrate())
+        files.write_json(path, known)
+    return Rates(**known[key])
+
+
+def calibrate() -> Rates:
+    """Rates of the default device, in a few seconds: products, convolutions of the sizes that networks have, and a copy.
+
+    They take turns, and the best time of each counts: what else the machine does is left out as far as can be.
+    """
+    random = lambda *shape, dtype=jnp.float32: jax.random.normal(jax.random.key(0), shape, dtype)
+    product, convolve = jax.jit(_product), jax.jit(_convolution)
+    half, single, big = random(SIDE, SIDE, dtype=jnp.bfloat16), random(SIDE, SIDE), random(1 << 24)
+    programs = {
+        "products16": (lambda: product(half, half), 2 * SIDE**3),
+        "products32": (lambda: product(single, single), 2 * SIDE**3),
+        "bandwidth": (functools.partial(jax.jit(lambda x: 1.5 * x), big), 2 * big.nbytes),
+        "launch": (functools.partial(jax.jit(_chain), random(8, 8)), LINKS),
+    }
+    for side, c in CONVOLUTIONS:
+        x, w = random(1, side, side, c), random(3, 3, c, c)
+        programs[side] = functools.partial(convolve, x, w), 2 * 9 * (side * c) ** 2
+    best = _best({name: program for name, (program, _) in programs.items()})
+    speed = {name: work / best[name] for name, (_, work) in programs.items()}
+    sides = [side for side, _ in CONVOLUTIONS]
+    convolutions = sum(programs[side][1] for side in sides) / sum(best[side] for side in sides)
+    return Rates(speed["products16"], speed["products32"], convolutions, speed["bandwidth"], 1 / speed["launch"])
+
+
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+
+
+def _convolution(x: jax.Array, w: jax.Array) -> jax.Array:
+    return jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def _chain(x: jax.Array) -> jax.Array:
+    """Small products, each waiting for the one before."""
+    for _ in range(LINKS):
+        x = jnp.sin(x @ x)
+    return x
+
+
+def _best(programs: dict[Any, Callable[[], jax.Array]]) -> dict[Any, float]:
+    """The shortest time of each, in seconds, compiled before."""
+    best = dict.fromkeys(programs, float("inf"))
+    for turn in range(ROUNDS + 1):
+        for name, program in programs.items():
+            begin = time.perf_counter()
+            jax.block_until_ready(program())
+            if turn:
+                best[name] = min(best[name], time.perf_counter() - begin)
+    return best

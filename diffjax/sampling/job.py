@@ -1,0 +1,442 @@
+"""The sampling job: from a request to a folder of pictures that can be continued, and replayed to the same bytes."""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import time
+import warnings
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.multihost_utils import sync_global_devices
+from jaxtyping import Array, Float, UInt8
+from ml_collections import ConfigDict
+
+from diffjax import build
+from diffjax.data import images
+from diffjax.loading import load, run_folder
+from diffjax.models.model import Encoded, Model
+from diffjax.models.sd3 import SkipLayers
+from diffjax.sampling.batches import Drawing, Part, Picture, Stage, shown
+from diffjax.sampling.folder import (
+    FILES,
+    Background,
+    Gallery,
+    file_name,
+    read_manifest,
+    sha256,
+    unlike,
+    whole,
+    with_places,
+)
+from diffjax.train.experiment import Prompts
+from diffjax.utils import image, seeds
+from diffjax.utils.errors import UserError, unknown
+from diffjax.utils.interrupt import stop_on_signal
+from diffjax.utils.progress import counted
+from diffjax.utils.provenance import checksum
+from diffjax.weights import lora as lora_file
+
+SAVE_SECONDS = 10.0
+PREVIEW_SECONDS = 3.0
+KEPT_STRENGTH = 0.6
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for; None is the model's own choice. `num` images of each prompt (or label, or pair of both).
+
+    `size` is a number of pixels, or (height, width). `image` is where to start from, `strength` how much of it may change;
+    `mask` is white where it is drawn anew, and `feather` how many pixels around that pass over into the kept ones. `guidance` is
+    the scale of the `guide` (a table, see `build.guide`), 0 and 1 none.
+    A model that enlarges does so with the picture `low_res`, or with those of an earlier job in that folder, `level` the
+    noise in them. `two_passes` evaluates the branches of guidance one after the other, in less memory. `skip_layers` is SD3.5's
+    skip-layer guidance, `quantize`, `shard`, `lora` and `variant` are those of `diffjax.load`.
+    """
+
+    model: str
+    revision: str = ""
+    variant: str | None = None
+    dtype: str | None = None
+    prompts: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
+    negative_prompt: str | None = None
+    num: int = 1
+    steps: int | None = None
+    sampler: str | None = None
+    grid: str | None = None
+    guidance: float | None = None
+    guide: dict[str, Any] | None = None
+    eta: float | None = None
+    seed: int = 0
+    batch: int | None = None
+    size: int | tuple[int, int] | None = None
+    image: str | None = None
+    mask: str | None = None
+    feather: int | None = None
+    strength: float | None = None
+    low_res: str | None = None
+    level: float | None = None
+    two_passes: bool = False
+    skip_layers: bool = False
+    quantize: str | None = None
+    shard: str | None = None
+    lora: tuple[str, ...] | None = None
+
+    def __post_init__(self):
+        for name, least in (("num", 1), ("steps", 1), ("batch", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"--{name} is {value}: it must be at least {least}")
+        if any(not prompt.strip() for prompt in self.prompts):
+            raise UserError("a prompt is empty: say what to draw, or leave --prompt out to draw without a text")
+        if self.image is None and (self.mask is not None or self.strength not in (None, 1.0)):
+            raise UserError("--mask and --strength say what may change of a picture: give the picture with --image")
+        if self.mask is None and self.feather:
+            raise UserError("--feather softens the edge of a mask: give the mask with --mask")
+        for name, value in (("eta", self.eta), ("strength", self.strength)):
+            if value is not None:
+                build.within(f"--{name}", value, 0.0, 1.0)
+        build.scale(self.guidance)
+        build.guide(self.guide or "cfg")
+
+    @property
+    def texts(self) -> list[str]:
+        """All that a text encoder reads."""
+        return [*self.prompts, *([] if self.negative_prompt is None else [self.negative_prompt])]
+
+    @property
+    def subjects(self) -> list[tuple[str | None, str | None]]:
+        """Every prompt with every label."""
+        prompts, labels = dict.fromkeys(self.prompts or [None]), dict.fromkeys(self.labels or [None])
+        return list(itertools.product(prompts, labels))
+
+
+def configured(config: ConfigDict) -> Request:
+    """The request of a sampling experiment: a config of fields of `Request`. Raises `UserError` for any other config."""
+    if "model" not in config:
+        raise UserError("this experiment names no published model: `diffjax train` it, then sample with --run")
+    names = [field.name for field in dataclasses.fields(Request)]
+    if wrong := next((name for name in config if name not in names), None):
+        raise unknown("field of a sampling experiment", wrong, names)
+    return Request(**whole_paths(config.to_dict()))
+
+
+def whole_paths(given: dict[str, Any]) -> dict[str, Any]:
+    """The same with the files that it names by their whole path, those of adapters with their strength."""
+    paths = {name: str(Path(given[name]).resolve()) for name in FILES if name != "lora" and given.get(name)}
+    loras = {"lora": tuple(map(str, lora_file.sources(given["lora"])))} if given.get("lora") else {}
+    return given | paths | loras
+
+
+def requested(args: Namespace) -> Request:
+    """The request of the command line's arguments, files named by their whole path.
+
+    What `--quality` stands for fills in what is not given. Raises `UserError` for numbers that cannot be, a run or a prompt
+    file that is not there, and a file without prompts.
+    """
+    if args.config:
+        return configured(args.config)
+    if args.preview is not None and args.preview < 0:
+        raise UserError(f"--preview is {args.preview}: give a number of steps, or 0 for none")
+    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Request)}
+    given["model"] = run_folder(args.workdir) if args.workdir else args.model
+    chosen = build.QUALITIES[args.quality] if args.quality else {}
+    given |= {name: value for name, value in chosen.items() if given[name] is None}
+    read = read_prompts(args.prompt_file) if args.prompt_file else []
+    return Request(**whole_paths(given) | {"prompts": (*args.prompts, *read), "labels": tuple(args.labels)})
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The lines of a file, but for empty ones. Raises `UserError` when there are none."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; give a text file with one prompt on a line") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no text in UTF-8: save it as such, one prompt on a line") from error
+    if prompts := [line.strip() for line in lines if line.strip()]:
+        return prompts
+    raise UserError(f"{path} is empty: write one prompt on a line")
+
+
+def preset(request: Request) -> Request:
+    """The request with the command line's choice of dtype: bfloat16 for published models on accelerators."""
+    is_run = (Path(request.model) / "run.json").exists()
+    if request.dtype or is_run or jax.default_backend() == "cpu":
+        return request
+    return dataclasses.replace(request, dtype="bfloat16")
+
+
+def generate(
+    request: Request,
+    out: str | Path,
+    *,
+    preview: int | None = None,
+    overwrite: bool = False,
+    save_seconds: float = SAVE_SECONDS,
+    expected: dict[str, Any] | None = None,
+) -> Gallery:
+    """Draw what is asked for into the folder `out`, going on where an earlier call stopped.
+
+    Previews are written every `preview` steps (0: never; None: every few seconds). Every `save_seconds` the state is
+    kept, so that a killed job goes on from there with the same bits. Raises `UserError` for what cannot be drawn, when
+    `out` holds something else, and when the recipe is not the `expected` one; `KeyboardInterrupt` once all is saved
+    after Ctrl-C.
+    """
+    kept = request.quantize, request.shard, request.lora, request.variant
+    model = load(request.model, request.dtype, request.revision or None, request.texts, *kept).against(request.guide)
+    request = completed(request, model)
+    drawing = prepared(request, model)
+    recipe = recipe_of(request, model)
+    if expected is not None and (lines := unlike(expected, recipe)):
+        raise UserError(f"this is not what the manifest was made with: {'; '.join(lines)}")
+    gallery = Gallery(Path(out), recipe, request.subjects, request.num)
+    if jax.process_index() == 0:
+        gallery.claim(overwrite)
+    sync_global_devices("claimed")
+    if missing := gallery.missing():
+        parts = to_draw(gallery, drawing, missing)[jax.process_index() :: jax.process_count()]
+        Job(drawing, gallery, preview, save_seconds).run(parts)
+        sync_global_devices("drawn")
+    else:
+        print(f"{out} has {counted(len(gallery.names), 'image')} already: nothing to draw; --overwrite draws again")
+    if jax.process_index() == 0:
+        gallery.finish()
+    return gallery
+
+
+def replay(
+    manifest: str | Path, out: str | Path, model: str | None = None, *, preview: int | None = None, overwrite: bool = False
+) -> bool:
+    """Draw again what a manifest lists, and compare: whether all files have the same bytes.
+
+    `model` is where the model is now, if it was moved. Raises `UserError` when it is not there, or not the one of the manifest.
+    """
+    listed = read_manifest(Path(manifest))
+    names = {field.name for field in dataclasses.fields(Request)}
+    recipe = with_places(listed["recipe"], Path(manifest).parent, whole)
+    asked = {name: value for name, value in recipe.items() if name in names} | ({"model": model} if model else {})
+    if recipe["checksum"] is not None and not Path(asked["model"]).exists():
+        raise UserError(f"{asked['model']} is not there: say with --run or --model where it is now")
+    request = Request(**{name: tuple(value) if isinstance(value, list) else value for name, value in asked.items()})
+    gallery = generate(request, out, preview=preview, overwrite=overwrite, expected=listed["recipe"])
+    differ = [e["file"] for e in listed["images"] if sha256(gallery.folder / e["file"]) != e.get("sha256")]
+    total = len(listed["images"])
+    but = f"; not {', '.join(differ[:5])}" if differ else ""
+    print(f"{total - len(differ)} of {counted(total, 'image')}: the same, byte for byte{but}")
+    return not differ
+
+
+def completed(request: Request, model: Model) -> Request:
+    """The request with the model's choices filled in, so that it means the same whatever the defaults become."""
+    default = model.defaults
+    first = lambda *values: next((value for value in values if value is not None), None)
+    guidance = first(request.guidance, SkipLayers.guidance if request.skip_layers else default.guidance)
+    usual = None if default.guide is None or build.scale(guidance) is None else dict(model.rule())
+    request = dataclasses.replace(request, guidance=guidance, guide=first(request.guide, usual))
+    how = {name: getattr(request, name) for name in ("steps", "sampler", "grid", "eta")}
+    recipe = model.recipe(**how, **guided(request))
+    return dataclasses.replace(
+        request,
+        model=model.name,
+        revision=model.revision,
+        steps=first(request.steps, default.steps),
+        sampler=first(request.sampler, default.sampler),
+        grid=first(request.grid, default.grid if isinstance(default.grid, str) else None),
+        eta=float(recipe.sampler.eta),
+        batch=first(request.batch, default.batch),
+        strength=first(request.strength, KEPT_STRENGTH if request.image and not request.mask else 1.0),
+    )
+
+
+def prepared(request: Request, model: Model) -> Drawing:
+    """How to draw a completed request, prompts encoded. Raises `UserError` for what the model cannot be told."""
+    how = ("steps", "sampler", "grid", "eta", "strength", "size")
+    recipe = model.recipe(**{name: getattr(request, name) for name in how}, **guided(request))
+    model = encoded(model, request.texts)
+    height, width, channels = recipe.shape
+    picture, mask = masked(request, (height * model.factor, width * model.factor), channels if model.encode is None else 3)
+    common = conditions(request, model) | ({} if picture is None else {"image": model.known(picture)})
+    common |= {} if mask is None else {"mask": mask}
+    paste = model.paste(picture, mask, request.feather)
+    drawing = Drawing(model, recipe, seeds.key(request.seed), request.batch, common, paste)
+    for subject in request.subjects:
+        drawing.inputs(Part((Picture(0, *subject),)))
+    return drawing
+
+
+def guided(request: Request) -> dict[str, Any]:
+    """The arguments of `Model.recipe` that say how to guide. Raises `UserError` for what is about guidance, without any."""
+    about, rule = {}, request.guide
+    if request.two_passes:
+        about, rule = {"--two-passes": True}, {**(rule or {}), "two_passes": True}
+    if request.skip_layers:
+        return {"guidance": SkipLayers(request.guidance, guide=rule or "cfg")}
+    if build.scale(request.guidance) is None and (about or rule):
+        flag = next(iter(about), "--guide")
+        raise UserError(f"{flag} is about guidance, and this draws without: give --guidance above 1, or leave it out")
+    return {"guidance": request.guidance, "guide": rule}
+
+
+def encoded(model: Model, prompts: Sequence[str]) -> Model:
+    """The model with the prompts encoded. Raises `UserError` for one that is longer than the encoder of a run reads."""
+    with warnings.catch_warnings():
+        if isinstance(model.text, Prompts):
+            warnings.simplefilter("error", UserWarning)
+        try:
+            return model.with_encoded(prompts)
+        except UserWarning as cut:
+            raise UserError(f"{cut}: say it in fewer words") from cut
+
+
+def masked(request: Request, size: tuple[int, int], channels: int) -> tuple[Array | None, Array | None]:
+    """The picture to start from, in [-1, 1], and its mask, 1 where it is drawn anew, both of `size` pixels, with a first axis of 1.
+
+    Raises `UserError` for a mask that is black everywhere.
+    """
+    if request.image is None:
+        return None, None
+    picture = jnp.asarray(image.from_uint8(images.read(request.image, size, channels)[None]))
+    if request.mask is None:
+        return picture, None
+    mask = images.read(request.mask, size, 1)[None]
+    if not mask.any():
+        raise UserError(f"{request.mask} is black everywhere, so nothing would be drawn: make white what is to be drawn anew")
+    return picture, jnp.asarray(mask / 255, jnp.float32)
+
+
+def conditions(request: Request, model: Model) -> dict[str, Any]:
+    """What all pictures of a request are told in common."""
+    common: dict[str, Any] = {}
+    if request.negative_prompt is not None:
+        common["negative_prompt"] = request.negative_prompt
+    if request.low_res is not None:
+        common["low_res"] = functools.partial(earlier, request, model)
+    if request.level is not None:
+        common["level"] = request.level
+    return common
+
+
+def earlier(request: Request, model: Model, pictures: Sequence[Picture]) -> Float[np.ndarray, "b h w c"]:
+    """What each picture is enlarged from: one file for all, or the picture of the same name in an earlier job's folder.
+
+    Raises `UserError` when it is not there.
+    """
+    folder = Path(request.low_res)
+    if folder.is_file():
+        size = model.low_res, model.low_res
+        return image.from_uint8(images.read(folder, size, model.shape[-1]))[None]
+    places = {subject: place for place, subject in enumerate(request.subjects)}
+    names = [file_name(places[prompt, label], (prompt, label), number) for number, prompt, label in pictures]
+    if absent := next((name for name in names if not (folder / name).is_file()), None):
+        raise UserError(f"{folder} does not hold {absent}: draw the same prompts, and as many of each, there first")
+    return image.from_uint8(np.stack([image.read_png(folder / name)[0] for name in names]))
+
+
+def recipe_of(request: Request, model: Model) -> dict[str, Any]:
+    """All that the pixels depend on, in JSON types: the request, and checksums of the model and of files it names.
+
+    A model of the hub is known by its commit.
+    """
+    named = {name: sha256(Path(path)) for name in ("image", "mask") if (path := getattr(request, name))}
+    if request.lora:
+        named["lora"] = [(source.digest, source.strength) for source in lora_file.sources(request.lora)]
+    if request.low_res:
+        named["low_res"] = drawn_in(Path(request.low_res))
+    recipe = dataclasses.asdict(request) | {"checksum": None, "files": named}
+    if Path(model.name).exists():
+        recipe["checksum"] = int(checksum(model.replace(text=None) if isinstance(model.text, Encoded) else model))
+    return json.loads(json.dumps(recipe | read(request, model)))
+
+
+def read(request: Request, model: Model) -> dict[str, Any]:
+    """The prompts that the text encoder of a run reads in other words (see `reading`), as `read`; nothing without any."""
+    if not isinstance(model.text, Prompts):
+        return {}
+    texts = {prompt: model.text.read(prompt).text for prompt in request.texts}
+    changed = {prompt: text for prompt, text in texts.items() if text != prompt}
+    return {"read": changed} if changed else {}
+
+
+def drawn_in(path: Path) -> str:
+    """The checksum of a picture, or of all that a job has drawn."""
+    if path.is_file():
+        return sha256(path)
+    return hashlib.sha256(json.dumps(read_manifest(path / "manifest.json")["images"]).encode()).hexdigest()
+
+
+def to_draw(gallery: Gallery, drawing: Drawing, missing: Sequence[Picture]) -> list[Part]:
+    """The batches that an earlier call left under way, then the pictures that are in none of them."""
+    saved = gallery.saved(drawing.blank)
+    begun = {picture for part in saved for picture in part.pictures}
+    return saved + drawing.parts([picture for picture in missing if picture not in begun])
+
+
+class Job:
+    """Drawing parts into a gallery: pictures at once, previews and states when they are due."""
+
+    def __init__(self, drawing: Drawing, gallery: Gallery, preview: int | None, save_seconds: float):
+        self.drawing, self.gallery, self.preview = drawing, gallery, preview
+        self.background = Background()
+        self.saves, self.previews = Every(save_seconds), Every(PREVIEW_SECONDS)
+
+    def run(self, parts: Sequence[Part]) -> None:
+        """Draw all of them. Raises `KeyboardInterrupt` after a signal, once what is under way is kept."""
+        groups, begin = self.drawing.groups(parts), time.perf_counter()
+        total = sum(len(part.pictures) for part in parts)
+        stages = self.drawing.stages(groups, self.preview or 0)
+        with stop_on_signal() as stop, contextlib.closing(self.background):
+            for stage in shown(stages, groups, self.drawing.steps, counted(total, "image")):
+                self.take(stage)
+                if stop.is_set():
+                    if not stage.finished:
+                        self.background.write(self.keep, stage)
+                    break
+        print(f"{counted(total, 'image')} in {time.perf_counter() - begin:.1f} s: {self.gallery.folder}")
+
+    def take(self, stage: Stage) -> None:
+        """Hand over what is due of a stage to the thread that writes."""
+        if stage.finished:
+            self.background.write(self.finish, stage, self.drawing.images(stage))
+            return
+        if self.previews.due() if self.preview is None else self.preview and stage.done % self.preview == 0:
+            self.background.offer("preview", self.show, stage)
+        if self.saves.due():
+            self.background.offer("state", self.keep, stage)
+
+    def finish(self, stage: Stage, images: UInt8[np.ndarray, "n h w c"]) -> None:
+        """Write the pictures of a finished stage."""
+        self.gallery.write(stage.pictures, images)
+        self.gallery.forget(stage.parts)
+
+    def show(self, stage: Stage) -> None:
+        """Write its previews: the estimates of x0."""
+        self.gallery.preview(stage.pictures, self.drawing.previews(stage))
+
+    def keep(self, stage: Stage) -> None:
+        """Write its state."""
+        self.gallery.save(stage.standing())
+
+
+class Every:
+    """A clock that says now and then that something is due."""
+
+    def __init__(self, seconds: float):
+        self.seconds, self.last = seconds, time.monotonic()
+
+    def due(self) -> bool:
+        """Whether so many seconds have passed since it last said yes."""
+        if time.monotonic() - self.last < self.seconds:
+            return False
+        self.last = time.monotonic()
+        return True

@@ -1,0 +1,93 @@
+"""Where diffjax keeps things, and how it writes them so that nothing is ever half there."""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from diffjax.utils.errors import UserError
+
+AWKWARD = re.compile(r"[][*?\\]|:/|[\udc80-\udcff]")
+"""What libraries take for a pattern, an escape or a protocol, and what is no UTF-8."""
+
+
+def home() -> Path:
+    """The cache folder: `$DIFFJAX_HOME`, else `$XDG_CACHE_HOME/diffjax`, else `~/.cache/diffjax`."""
+    if "DIFFJAX_HOME" in os.environ:
+        return Path(os.environ["DIFFJAX_HOME"]).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "diffjax"
+
+
+@contextlib.contextmanager
+def open_atomic(path: str | Path) -> Iterator[BinaryIO]:
+    """A binary file whose content stands at `path` once the block ends well; until then `path` holds what it held.
+
+    Raises `UserError` when the disk is full or the folder cannot be written.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise UserError(f"cannot write to {path.parent}: {error.strerror}; choose another folder") from error
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; free some space or choose another folder") from error
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def write_atomic(path: str | Path, data: bytes) -> None:
+    """Write `data` so that `path` holds either all of it or what it held before, whenever the machine stops.
+
+    Raises `UserError` as `open_atomic` does.
+    """
+    with open_atomic(path) as file:
+        file.write(data)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """`write_atomic` of indented JSON."""
+    write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: str | Path) -> Any:
+    """What `write_json` wrote. Raises `UserError` when it cannot be read."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; put it back from a copy") from error
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: put it back from a copy") from error
+
+
+def plain(folder: Path) -> Path:
+    """The absolute `folder`, or a link to it in the cache folder where its own path is `AWKWARD`.
+
+    Raises `UserError` where the cache folder's is too, or it cannot be written.
+    """
+    if not AWKWARD.search(str(folder)):
+        return folder
+    link = home().absolute() / "links" / hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
+    if AWKWARD.search(str(link)):
+        raise UserError(f"neither {folder} nor the cache folder {home()} can be used by the library that writes checkpoints: "
+                        "choose a --workdir without any of []*?\\ in its path, or set DIFFJAX_HOME to a folder without")
+    try:
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(folder, target_is_directory=True)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise UserError(f"cannot write to {link.parent}: {error.strerror}; set DIFFJAX_HOME to another folder") from error
+    return link

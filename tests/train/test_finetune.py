@@ -1,0 +1,129 @@
+"""Training on from a published model, at toy size: it learns, keeps what is frozen, and its results can be used."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import reference
+import sd3_folder
+import toys
+from PIL import Image
+
+import diffjax
+from diffjax import config, convert, weights
+from diffjax.data.dataset import default_config
+from diffjax.data.pipeline import batches
+from diffjax.nets import lora
+from diffjax.plan.programs import experiment as experiment_jobs
+from diffjax.train import finetune
+from diffjax.train.loop import train
+from diffjax.utils.errors import UserError
+from diffjax.weights import lora as lora_file
+
+FILE = Path(__file__).parents[2] / "experiments" / "sd35_finetune.py"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A tiny published model, and four captioned pictures."""
+    folder = tmp_path_factory.mktemp("finetune")
+    sd3_folder.write(folder / "model", t5=False)
+    module = sd3_folder.TRANSFORMERS["large"].clone(num_layers=2)
+    form = weights._format_of(module)
+    weights.save(folder / "model" / "transformer", module, reference.params(form, module, reference.checkpoint(form, module)))
+    (folder / "pictures").mkdir()
+    for i, colour in enumerate(("red", "blue", "white", "black")):
+        Image.new("RGB", (16, 16), colour).save(folder / "pictures" / f"{colour}.png")
+        (folder / "pictures" / f"{colour}.txt").write_text(f"a cat {i}")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    toys.train_on_one(monkeypatch)
+
+
+def experiment(place, kind):
+    settings = config.load(f"{FILE}:{kind}")
+    settings.model = str(place / "model")
+    for data in (settings.data, settings.prior.data):
+        data.path, data.size = str(place / "pictures"), 16
+    settings.dtype, settings.remat, settings.log.tensorboard = "float32", False, False
+    settings.optimizer.update(learning_rate=0.02, schedule={"name": "cosine", "warmup": 5, "final": 0.1})
+    settings.train.update(steps=60, batch=8, log_every=60, save_every=30, preview_every=0)
+    return settings
+
+
+def losses(workdir):
+    return [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_adapters_are_trained_beside_a_frozen_model(place, tmp_path):
+    settings = experiment(place, "lora")
+    settings.lora.targets, settings.train.log_every = "/attn/|proj_out", 10
+    train(settings, tmp_path / "run")
+    logged = losses(tmp_path / "run")
+    assert logged[-1] < 0.7 * logged[0], logged
+    model = diffjax.load(tmp_path / "run", prompts=["a cat 0"])
+    before = diffjax.load(place / "model", prompts=[]).denoiser.params
+    kernel = model.denoiser.params["blocks_0"]["attn"]["to_q"]["kernel"]
+    assert isinstance(kernel, lora.LowRank) and np.abs(kernel.adapter.b).max() > 0
+    np.testing.assert_array_equal(kernel.kernel, before["blocks_0"]["attn"]["to_q"]["kernel"])
+    convert.convert(str(tmp_path / "run"), tmp_path / "out")
+    again = diffjax.load(place / "model", prompts=[], lora=tmp_path / "out" / lora_file.FILE)
+    assert jax.tree.all(jax.tree.map(np.array_equal, again.denoiser.params, model.denoiser.params))
+    with pytest.raises(UserError, match="`diffjax convert .*run OUT` it, and give .* adapters with the published model"):
+        diffjax.load(tmp_path / "run", lora=tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_all_of_a_model_is_trained(place, tmp_path):
+    settings = experiment(place, "full")
+    settings.train.update(steps=4, save_every=2)
+    settings.prior.weight = 1.0
+    train(settings, tmp_path / "run")
+    convert.convert(str(tmp_path / "run"), tmp_path / "out")
+    module, params = weights.load(tmp_path / "out" / "transformer")
+    trained = diffjax.load(tmp_path / "run", prompts=[]).denoiser.params
+    assert jax.tree.all(jax.tree.map(np.array_equal, params, trained))
+    before = diffjax.load(place / "model", prompts=[]).denoiser.params
+    assert np.abs(params["proj_out"]["kernel"] - before["proj_out"]["kernel"]).max() > 0
+
+
+def test_half_of_a_batch_is_of_the_class(tmp_path):
+    def rows(first):
+        latents = finetune.Latents(tuple(paths[first : first + 3]), (("a",),) * 3)
+        return batches(latents, default_config(), 2, 0, lambda texts: {"context": np.zeros((len(texts), 1))}, (0, 1), {})
+
+    paths = [tmp_path / f"{i}.npy" for i in range(6)]
+    for i, path in enumerate(paths):
+        np.save(path, np.full((1, 1, 1), i, np.float32))
+    both = finetune.Paired(rows(0), rows(3), 0.25)
+    first, state, second = next(both), both.get_state(), next(both)
+    assert (first["image"].ravel() < 3).tolist() == [True, True, False, False]
+    assert first["weight"].tolist() == [2, 2, 0.5, 0.5]
+    both.set_state(state)
+    assert all(np.array_equal(second[name], again) for name, again in next(both).items())
+    both.close()
+
+
+def test_what_cannot_be_precomputed_is_said(place, tmp_path):
+    settings = experiment(place, "lora")
+    settings.data.flip = True
+    with pytest.raises(UserError, match="set data.flip=False"):
+        train(settings, tmp_path / "run")
+    with pytest.raises(UserError, match="this trains .*model"):
+        experiment_jobs(settings, None)
+
+
+def test_grey_pictures_are_told_in_three_channels(place, tmp_path):
+    Image.new("L", (16, 16), 77).save(tmp_path / "a.png")
+    grey = diffjax.data.load({"name": "captioned_folder", "path": str(tmp_path), "size": 16})
+    Image.new("RGB", (16, 16), (77, 77, 77)).save(tmp_path / "a.png")
+    coloured = diffjax.data.load({"name": "captioned_folder", "path": str(tmp_path), "size": 16})
+    base = diffjax.load(place / "model")
+    assert (grey.channels, coloured.channels) == (1, 3)
+    found = [finetune.latents(base, data).paths[0].name for data in (grey, coloured)]
+    assert found[0] == found[1]

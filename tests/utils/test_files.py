@@ -1,0 +1,68 @@
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from diffjax.utils.errors import UserError, unknown
+from diffjax.utils.files import home, open_atomic, write_atomic, write_json
+
+
+def test_home_follows_the_environment(monkeypatch):
+    monkeypatch.setenv("DIFFJAX_HOME", "~/elsewhere")
+    assert home() == Path("~/elsewhere").expanduser()
+    monkeypatch.delenv("DIFFJAX_HOME")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
+    assert home() == Path("/caches/diffjax")
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    assert home() == Path.home() / ".cache" / "diffjax"
+
+
+def test_write_makes_folders_and_replaces(tmp_path):
+    path = tmp_path / "a" / "b.bin"
+    write_atomic(path, b"one")
+    write_atomic(path, b"two")
+    assert path.read_bytes() == b"two"
+    assert os.listdir(path.parent) == ["b.bin"]
+
+
+def test_json_keeps_unicode(tmp_path):
+    write_json(tmp_path / "x.json", {"prompt": "œuf 🥚"})
+    text = (tmp_path / "x.json").read_text(encoding="utf-8")
+    assert "🥚" in text and json.loads(text) == {"prompt": "œuf 🥚"}
+
+
+def test_interrupted_write_leaves_the_old_content(tmp_path):
+    path = tmp_path / "x"
+    write_atomic(path, b"old")
+    with pytest.raises(KeyboardInterrupt), open_atomic(path) as file:
+        file.write(b"half of the n")
+        raise KeyboardInterrupt
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_full_disk_is_said_and_leaves_the_old_content(tmp_path, monkeypatch):
+    path = tmp_path / "x"
+    write_atomic(path, b"old")
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="No space left on device; free some space"):
+        write_atomic(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_a_file_in_place_of_the_folder_is_said(tmp_path):
+    (tmp_path / "x").write_text("a file")
+    with pytest.raises(UserError, match="choose another folder"):
+        write_atomic(tmp_path / "x" / "y", b"")
+
+
+def test_unknown_names_the_nearest_or_all():
+    assert str(unknown("sampler", "dpm2m", ["ddim", "dpmpp_2m"])) == "unknown sampler dpm2m: did you mean dpmpp_2m?"
+    assert str(unknown("sampler", "xyz", ["ddim", "heun"])) == "unknown sampler xyz: it can be ddim, heun"
