@@ -3,4 +3,7 @@
 from setuptools import find_packages, setup
 
 experiments = ["diffjax.experiments", *(f"diffjax.experiments.{name}" for name in ("minimagen",))]
-setup(packages=[*find_packages(include=["diffjax", "diffjax.*"]), *experiments], package_dir={"diffjax.experiments": "experiments"})
+setup(
+    packages=[*find_packages(include=["diffjax", "diffjax.*"]), *experiments],
+    package_dir={"diffjax.experiments": "experiments"},
+)

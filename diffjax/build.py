@@ -1,15 +1,16 @@
 """The one place where the strings of a config, or of a command line, become objects.
 
-A choice is a table with a `name` and that choice's own arguments: `{"name": "logit_normal", "mean": 0.6}`. A name with a colon is
-the user's own: `my_losses:flat` is `flat` of the module `my_losses` (`diffjax.own`). An unknown name or argument raises
-`UserError`, naming the nearest one.
+A choice is a table with a `name` and that choice's own arguments: `{"name": "logit_normal", "mean": 0.6}`. A name with
+a colon is the user's own: `my_losses:flat` is `flat` of the module `my_losses` (`diffjax.own`). An unknown name or
+argument raises `UserError`, naming the nearest one.
 """
 
 import functools
 import inspect
 import math
 import re
-from typing import Any, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +20,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, PyTree
 
 from diffjax import user_code
-from diffjax.diffusion import grid as grids
-from diffjax.diffusion import guide as guides
-from diffjax.diffusion import loss, predict
-from diffjax.diffusion import process as processes
+from diffjax.diffusion import grid as grids, guide as guides, loss, predict, process as processes
 from diffjax.diffusion.refine import Chain, Refine, adams, extrapolate, heun, unipc
 from diffjax.diffusion.sample import Sampler, ddim_law
 from diffjax.nets.dit import DiT
@@ -88,8 +86,12 @@ QUALITIES = {
 """How to draw for a budget of evaluations, by docs/nfe.md; `reference` takes the publisher's own grid."""
 GRIDS = {
     "uniform": lambda process, steps, first: grids.uniform(steps, first),
-    "logsnr": lambda process, steps, first: _within(process, steps, first, lambda n: grids.logsnr(process, n, *ends(process))),
-    "karras": lambda process, steps, first: _within(process, steps, first, lambda n: grids.karras(process, n, *_sigmas(process))),
+    "logsnr": lambda process, steps, first: _within(
+        process, steps, first, lambda n: grids.logsnr(process, n, *ends(process))
+    ),
+    "karras": lambda process, steps, first: _within(
+        process, steps, first, lambda n: grids.karras(process, n, *_sigmas(process))
+    ),
     "leading": lambda process, steps, first: grids.spaced("leading", steps, _table(process)),
     "linspace": lambda process, steps, first: grids.spaced("linspace", steps, _table(process)),
     "trailing": lambda process, steps, first: grids.spaced("trailing", steps, _table(process)),
@@ -99,7 +101,9 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float
 
 
 def make(kind: str, table: Mapping[str, Callable], choice: Choice, others: Sequence[str] = ()) -> Any:
-    """`table[choice["name"]](**the rest of choice)`; `others` are fields that the caller reads, known to the error message."""
+    """`table[choice["name"]](**the rest of choice)`; `others` are fields that the caller reads, known to the
+    error message.
+    """
     arguments = dict(choice)
     maker = named(kind, table, arguments.pop("name"))
     known = parameters(maker)
@@ -140,10 +144,11 @@ def prediction(choice: Choice) -> predict.Prediction:
 
 
 def network(config: Mapping[str, Any], **fixed: Any) -> nn.Module:
-    """The network that `config["network"]` names, with the fields of the table of that name (`config["dit"]`, if any) and `fixed`.
+    """The network that `config["network"]` names, with the fields of the table of that name (`config["dit"]`, if any)
+    and `fixed`.
 
-    The table of one's own, `my_nets:Mixer`, is `config["Mixer"]`. `config["classes"]` is the number of classes, 0 without. Of `fixed`, a network takes what it reads; one that reads no
-    low-res pictures must not be given any.
+    The table of one's own, `my_nets:Mixer`, is `config["Mixer"]`. `config["classes"]` is the number of classes, 0
+    without. Of `fixed`, a network takes what it reads; one that reads no low-res pictures must not be given any.
     """
     name = config["network"]
     read = parameters(named("network", NETWORKS, name))
@@ -161,7 +166,9 @@ def table_of(network: str) -> str:
 
 
 def text(choice: Choice, vocabulary: int) -> nn.Module:
-    """The text encoder that is trained with the network, for so many tokens; `tokens` is how many of them a prompt has at most."""
+    """The text encoder that is trained with the network, for so many tokens; `tokens` is how many of them a prompt has
+    at most.
+    """
     fields = {key: _static(key, value) for key, value in choice.items() if key != "tokens"}
     return make("text", TEXTS, {"vocabulary": vocabulary, **fields})
 
@@ -169,7 +176,8 @@ def text(choice: Choice, vocabulary: int) -> nn.Module:
 def sampler(choice: str | Refine | Sampler, eta: float | None = None) -> Sampler:
     """A sampler by its name, of a refinement, or as it is; `eta` other than None replaces its amount of noise.
 
-    Raises `UserError` for an amount outside [0, 1], and for a noisy multistep or Heun method that has no stochastic form.
+    Raises `UserError` for an amount outside [0, 1], and for a noisy multistep or Heun method that has no
+    stochastic form.
     """
     if eta is not None:
         within("eta", eta, 0.0, 1.0)
@@ -226,8 +234,8 @@ def scale(guidance: float | None) -> float | None:
 def guide(choice: str | Choice) -> Callable[..., guides.Guide]:
     """`(denoiser, scale, weak) -> guide` by a name of `GUIDES`, or a table of its name and fields.
 
-    Every guide can be limited to times `low` < t <= `high`, outside of which only the conditional branch is evaluated, and
-    have its output rescaled by `rescale` (phi of `guide.Rescale`). All numbers are traced.
+    Every guide can be limited to times `low` < t <= `high`, outside of which only the conditional branch is evaluated,
+    and have its output rescaled by `rescale` (phi of `guide.Rescale`). All numbers are traced.
     """
     arguments = {"name": choice} if isinstance(choice, str) else {"name": "cfg", **choice}
     given = {name: arguments.pop(name) for name in AROUND if name in arguments}
@@ -240,11 +248,18 @@ def guide(choice: str | Choice) -> Callable[..., guides.Guide]:
 
 
 def _guided(
-    rule: Callable, interval: tuple[float, float] | None, rescale: float | None, denoiser: Any, scale: float, weak: Any = None
+    rule: Callable,
+    interval: tuple[float, float] | None,
+    rescale: float | None,
+    denoiser: Any,
+    scale: float,
+    weak: Any = None,
 ) -> guides.Guide:
     found = rule(denoiser, jnp.float32(scale), weak)
     found = guides.Interval(found, *map(jnp.float32, interval)) if interval else found
-    return found if rescale is None else guides.Rescale(found, denoiser.prediction, denoiser.process, jnp.float32(rescale))
+    return (
+        found if rescale is None else guides.Rescale(found, denoiser.prediction, denoiser.process, jnp.float32(rescale))
+    )
 
 
 def _cfg(two_passes: bool = False) -> Callable[..., guides.Guide]:
@@ -253,7 +268,9 @@ def _cfg(two_passes: bool = False) -> Callable[..., guides.Guide]:
 
 def _cfg_zero(still: float = 1.0, two_passes: bool = False) -> Callable[..., guides.Guide]:
     still = within("still of the guide", still, 0.0, 1.0)
-    return lambda denoiser, scale, weak: guides.CFGZero(denoiser, denoiser.process, scale, jnp.float32(still), not two_passes)
+    return lambda denoiser, scale, weak: guides.CFGZero(
+        denoiser, denoiser.process, scale, jnp.float32(still), not two_passes
+    )
 
 
 def _apg(
@@ -261,7 +278,9 @@ def _apg(
 ) -> Callable[..., guides.Guide]:
     ranges = {"momentum": (momentum, -1.0, 1.0), "radius": (radius, 0.0, math.inf), "parallel": (parallel, 0.0, 1.0)}
     given = [within(f"{name} of the guide", *values) for name, values in ranges.items()]
-    return lambda denoiser, scale, weak: guides.APG(denoiser, denoiser.process, scale, *map(jnp.float32, given), not two_passes)
+    return lambda denoiser, scale, weak: guides.APG(
+        denoiser, denoiser.process, scale, *map(jnp.float32, given), not two_passes
+    )
 
 
 def _autoguidance(step: int = -1) -> Callable[..., guides.Guide]:
@@ -333,9 +352,10 @@ def muon(
 
 
 def muon_or_adamw(params: PyTree) -> PyTree:
-    """"muon" for every kernel inside a block, "adamw" for all others.
+    """ "muon" for every kernel inside a block, "adamw" for all others.
 
-    Embeddings, the first and the last layer stand outside blocks; modulation, norms and biases are inside but no such kernels.
+    Embeddings, the first and the last layer stand outside blocks; modulation, norms and biases are inside but no
+    such kernels.
     """
 
     def label(path: tuple, leaf: Array) -> str:
@@ -372,20 +392,25 @@ def _discrete(betas: str = "linear", steps: int = 1000, zero_terminal_snr: bool 
 
 def _table(of: processes.Process) -> int:
     if not isinstance(of, processes.Discrete):
-        raise UserError(f"this grid counts the steps of a table and {type(of).__name__} has none: take uniform, logsnr or karras")
+        raise UserError(
+            f"this grid counts the steps of a table and {type(of).__name__} has none: take uniform, logsnr or karras"
+        )
     return of.steps
 
 
 def _within(of: processes.Process, steps: int, first: float, make: Callable[[int], grids.Grid]) -> grids.Grid:
-    """The grid that `make` makes of a number of steps, with its first step taken from the time `first`. One that reaches t = 0
-    (where a process has noise left) before its last step does without that step."""
+    """The grid that `make` makes of a number of steps, with its first step taken from the time `first`. One that
+    reaches t = 0 (where a process has noise left) before its last step does without that step.
+    """
     times = make(steps + 1)[:-1] if ends(of)[1] == 0 else make(steps)
     times[0, 0] = first
     return times
 
 
 def ends(of: processes.Process) -> tuple[float, float]:
-    """The times between which `logsnr` and `karras` run: EDM's sigma / alpha, 80 to 0.002, as far as the process reaches."""
+    """The times between which `logsnr` and `karras` run: EDM's sigma / alpha, 80 to 0.002, as far as the
+    process reaches.
+    """
     first = 1 / of.steps if isinstance(of, processes.Discrete) else 0.0
     start, stop = np.clip(of.inverse(-2 * jnp.log(jnp.asarray([80.0, 0.002]))), first, 1.0)
     return float(start), float(stop)
@@ -404,7 +429,9 @@ PROCESSES = {
     "discrete": _discrete,
 }
 GUIDES = {"cfg": _cfg, "cfg_zero": _cfg_zero, "apg": _apg, "autoguidance": _autoguidance}
-"""Classifier-free guidance, CFG-Zero*, adaptive projected guidance, and an earlier checkpoint of the same run, of that `step`."""
+"""Classifier-free guidance, CFG-Zero*, adaptive projected guidance, and an earlier checkpoint of the same run, of
+that `step`.
+"""
 AROUND = ("low", "high", "rescale")
 SCHEDULES = {"linear": warmup_constant_linear, "cosine": warmup_cosine}
 OPTIMIZERS = {"adamw": adamw, "muon": muon}

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status: 0, 1 (the answer is no, or a bug), 2 (the user's to mend), 128 + a signal's number.
+    """Run one command; the exit status: 0, 1 (the answer is no, or a bug), 2 (the user's to mend), 128 + a
+    signal's number.
 
     Errors are one line on stderr; with `--debug` the traceback comes before it.
     """
@@ -238,12 +239,17 @@ def _train(subparsers) -> None:
     parser.add_argument("--config", required=True, metavar="FILE", help="a Python file with get_config()")
     parser.add_argument("--workdir", required=True, metavar="DIR", help="where checkpoints, metrics and samples go")
     parser.add_argument(
-        "--allow-change", action="store_true", help="go on with another config or other data; changes.json says what has changed"
+        "--allow-change",
+        action="store_true",
+        help="go on with another config or other data; changes.json says what has changed",
     )
     parser.add_argument("--init-from", metavar="DIR", help="begin with the weights of another run, as far as they fit")
     parser.add_argument("--init-step", type=int, metavar="N", help="those of this checkpoint (default: the newest)")
     parser.add_argument(
-        "--init-weights", type=one_of("weights", "ema", "raw"), metavar="ema|raw", help="the averaged ones (default) or the raw ones"
+        "--init-weights",
+        type=one_of("weights", "ema", "raw"),
+        metavar="ema|raw",
+        help="the averaged ones (default) or the raw ones",
     )
 
     def run(args) -> None:
@@ -321,7 +327,9 @@ def _sample(subparsers) -> None:
     parser.set_defaults(run=run)
 
 
-def _refuse_beside(flag: str, whence: str, args: argparse.Namespace, parser: argparse.ArgumentParser, *but: str) -> None:
+def _refuse_beside(
+    flag: str, whence: str, args: argparse.Namespace, parser: argparse.ArgumentParser, *but: str
+) -> None:
     given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
     if given := given - {"command", "debug", flag.lstrip("-"), "out", "preview", "overwrite", *but}:
         raise UserError(f"{flag} takes {', '.join(sorted(given))} {whence}: leave them out")
@@ -329,9 +337,13 @@ def _refuse_beside(flag: str, whence: str, args: argparse.Namespace, parser: arg
 
 def _add_which(parser: argparse.ArgumentParser) -> None:
     """Which of the forms in which a model is published."""
-    parser.add_argument("--revision", default="", help="the step of a run's checkpoint; a branch, tag or commit of the hub")
     parser.add_argument(
-        "--variant", metavar="NAME", help="which of several forms of the weights: fp16, ema or the like, or a file's name"
+        "--revision", default="", help="the step of a run's checkpoint; a branch, tag or commit of the hub"
+    )
+    parser.add_argument(
+        "--variant",
+        metavar="NAME",
+        help="which of several forms of the weights: fp16, ema or the like, or a file's name",
     )
 
 
@@ -339,15 +351,25 @@ def _add_subject(parser: argparse.ArgumentParser) -> None:
     """Which model, and what it is told."""
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--run", dest="workdir", metavar="DIR", help="the --workdir of a training")
-    model.add_argument("--model", metavar="ID", help="a hub id, a folder in the layout of diffusers, or a single file of SD3.5")
-    model.add_argument("--cascade", nargs="+", metavar="DIR", help="trainings whose pictures each enlarges those before")
-    model.add_argument("--config", metavar="FILE", help="a sampling experiment; fields are overridden by --config.NAME=value")
+    model.add_argument(
+        "--model", metavar="ID", help="a hub id, a folder in the layout of diffusers, or a single file of SD3.5"
+    )
+    model.add_argument(
+        "--cascade", nargs="+", metavar="DIR", help="trainings whose pictures each enlarges those before"
+    )
+    model.add_argument(
+        "--config", metavar="FILE", help="a sampling experiment; fields are overridden by --config.NAME=value"
+    )
     parser.add_argument(
-        "--replay", metavar="FILE", help="the manifest.json of an earlier job: the same again (with --run or --model: moved there)"
+        "--replay",
+        metavar="FILE",
+        help="the manifest.json of an earlier job: the same again (with --run or --model: moved there)",
     )
     _add_which(parser)
     parser.add_argument("--dtype", type=one_of("dtype", "float32", "bfloat16"), help="what to compute in")
-    parser.add_argument("--quantize", type=one_of("kind", "int8", "int4"), help="keep large weights in fewer bits (SD3.5)")
+    parser.add_argument(
+        "--quantize", type=one_of("kind", "int8", "int4"), help="keep large weights in fewer bits (SD3.5)"
+    )
     parser.add_argument(
         "--shard", type=one_of("way", "fsdp", "tensor", "both"), help="split the weights over all devices (SD3.5)"
     )
@@ -361,11 +383,24 @@ def _add_subject(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-file", metavar="FILE", help="more prompts, one on a line")
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from")
     parser.add_argument("--label", action="append", dest="labels", default=[], help="a class by name or number")
-    parser.add_argument("--size", type=pixels, help="pixels a side, or WIDTHxHEIGHT (default: what the model was trained on)")
+    parser.add_argument(
+        "--size", type=pixels, help="pixels a side, or WIDTHxHEIGHT (default: what the model was trained on)"
+    )
     parser.add_argument("--image", metavar="FILE", help="start from this picture")
-    parser.add_argument("--strength", type=float, help="how much of --image may change, above 0 to 1 (default 0.6, with a mask 1)")
-    parser.add_argument("--mask", metavar="FILE", help="draw --image anew where this picture is white; where it is black its pixels stay")
-    parser.add_argument("--feather", type=int, metavar="N", help="pixels around the white over which the drawn passes into the kept (default 0)")
+    parser.add_argument(
+        "--strength", type=float, help="how much of --image may change, above 0 to 1 (default 0.6, with a mask 1)"
+    )
+    parser.add_argument(
+        "--mask",
+        metavar="FILE",
+        help="draw --image anew where this picture is white; where it is black its pixels stay",
+    )
+    parser.add_argument(
+        "--feather",
+        type=int,
+        metavar="N",
+        help="pixels around the white over which the drawn passes into the kept (default 0)",
+    )
     parser.add_argument("--low-res", metavar="PATH", help="a picture to enlarge, or the folder of an earlier job")
     parser.add_argument("--level", type=float, help="noise in what is enlarged, from 0 to below 1")
 
@@ -387,7 +422,9 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
     add_guide(parser)
     parser.add_argument("--two-passes", action="store_true", help="guidance's two branches in turn: less memory")
     parser.add_argument(
-        "--skip-layers", action="store_true", help="guide away from the network without layers 7 to 9 too (SD3.5 medium)"
+        "--skip-layers",
+        action="store_true",
+        help="guide away from the network without layers 7 to 9 too (SD3.5 medium)",
     )
     parser.add_argument("--eta", type=float, help="fresh noise in each step, from 0 to 1")
     parser.add_argument("--batch", type=int, help="pictures at once on each device; another number rounds otherwise")
@@ -440,7 +477,9 @@ def _evaluate(subparsers) -> None:
 
         workdir = run_folder(args.workdir)
         devices.start()
-        evaluate(workdir, args.num, args.steps, args.guidance, args.sampler, args.grid, args.seed, args.step, args.guide)
+        evaluate(
+            workdir, args.num, args.steps, args.guidance, args.sampler, args.grid, args.seed, args.step, args.guide
+        )
 
     parser.set_defaults(run=run)
 
@@ -463,13 +502,22 @@ def _plan(subparsers) -> None:
     what.add_argument("--model", metavar="ID", help="a hub id, or a folder in the layout of diffusers")
     what.add_argument("--config", metavar="FILE", help="an experiment; any field can be overridden: --config.a.b=value")
     _add_which(parser)
-    for name, meaning in (("steps", "of sampling"), ("num", "pictures in all"), ("batch", "pictures at once"), ("size", "pixels")):
+    for name, meaning in (
+        ("steps", "of sampling"),
+        ("num", "pictures in all"),
+        ("batch", "pictures at once"),
+        ("size", "pixels"),
+    ):
         parser.add_argument(f"--{name}", type=int, metavar="N", help=meaning, default=1 if name == "num" else None)
     parser.add_argument("--sampler", metavar="NAME", help="the solver (heun calls the network twice a step)")
     parser.add_argument("--guidance", type=float, metavar="W", help=GUIDANCE)
     add_guide(parser)
-    parser.add_argument("--dtype", metavar="TYPE", help="float32 or bfloat16 (default: float32, of latent models bfloat16)")
-    parser.add_argument("--device", metavar="NAME", help="h100, h200, a100, t4, v5e or cpu; default: the one found here")
+    parser.add_argument(
+        "--dtype", metavar="TYPE", help="float32 or bfloat16 (default: float32, of latent models bfloat16)"
+    )
+    parser.add_argument(
+        "--device", metavar="NAME", help="h100, h200, a100, t4, v5e or cpu; default: the one found here"
+    )
     parser.add_argument("--compile", action="store_true", help="compile, for the exact peak memory")
 
     def run(args) -> None:
@@ -553,7 +601,9 @@ def _convert(subparsers) -> None:
     parser.add_argument("model", metavar="MODEL", help="a run's folder, one in the layout of diffusers, or a hub id")
     parser.add_argument("out", metavar="OUT", help="the folder to write")
     _add_which(parser)
-    parser.add_argument("--to", type=one_of("format", "diffusers", "orbax"), default="diffusers", help="diffusers or orbax")
+    parser.add_argument(
+        "--to", type=one_of("format", "diffusers", "orbax"), default="diffusers", help="diffusers or orbax"
+    )
 
     def run(args) -> None:
         from diffjax.convert import convert

@@ -1,4 +1,5 @@
-"""Experiments' configs: a Python file with `get_config()`, the fields that it leaves out, and what the command line overrides.
+"""Experiments' configs: a Python file with `get_config()`, the fields that it leaves out, and what the command line
+overrides.
 
 docs/configs.md says what every field means.
 """
@@ -168,7 +169,8 @@ def _arguments(maker: Callable, given: tuple[str, ...], others: Mapping[str, Any
 def complete(config: Mapping[str, Any]) -> ConfigDict:
     """An experiment with every field that its config leaves out; what is no experiment as it is.
 
-    Raises `UserError`, naming the field, for one that does not exist or is missing, and for a value that it cannot have.
+    Raises `UserError`, naming the field, for one that does not exist or is missing, and for a value that it
+    cannot have.
     """
     return ConfigDict(_completed("", _plain(config), base(config))) if _trains(config) else ConfigDict(_plain(config))
 
@@ -192,7 +194,10 @@ def _completed(path: str, value: Any, of: Any, absent: Callable[[type], Any] | N
     known = of.known if isinstance(of, Open) else of
     if wrong := [name for name in value if name not in known and not isinstance(of, Open)]:
         raise unknown("config key", _join(path, wrong[0]), [_join(path, name) for name in known])
-    return {**value, **{name: _completed(_join(path, name), value.get(name, MISSING), of, absent) for name, of in known.items()}}
+    return {
+        **value,
+        **{name: _completed(_join(path, name), value.get(name, MISSING), of, absent) for name, of in known.items()},
+    }
 
 
 def _name(path: str, value: Any) -> str:
@@ -232,7 +237,9 @@ def _checked(path: str, value: Any, kind: type) -> Any:
 def _check_range(path: str, value: float) -> None:
     interval = next((interval for pattern, interval in RANGES.items() if re.fullmatch(pattern, path)), "(-inf, inf)")
     low, high = (float(end) for end in interval[1:-1].split(","))
-    fits = (low <= value if interval[0] == "[" else low < value) and (value <= high if interval[-1] == "]" else value < high)
+    fits = (low <= value if interval[0] == "[" else low < value) and (
+        value <= high if interval[-1] == "]" else value < high
+    )
     if not fits:
         least = {"[": f"at least {low:g}", "(": f"above {low:g}"}[interval[0]]
         most = {"]": f" and at most {high:g}", ")": f" and below {high:g}"}[interval[-1]] if high < math.inf else ""
@@ -253,8 +260,8 @@ def _join(path: str, name: str) -> str:
 def load(spec: str) -> ConfigDict:
     """The config of `FILE` or `FILE:argument`: what the file's `get_config()` or `get_config(argument)` returns.
 
-    Modules that it names are looked for beside it. Raises `UserError` when there is no such file, it does not run, or it has
-    no such function.
+    Modules that it names are looked for beside it. Raises `UserError` when there is no such file, it does not run, or
+    it has no such function.
     """
     path, _, argument = spec.partition(":")
     path = str(found(path))
@@ -286,7 +293,9 @@ def found(path: str) -> Path:
         return given
     if first == EXPERIMENTS and ".." not in inner and (ours := experiments().joinpath(*inner)).is_file():
         return ours
-    raise UserError(f"no config file {path}: give a Python file such as experiments/emoji.py; `diffjax init DIR` writes some")
+    raise UserError(
+        f"no config file {path}: give a Python file such as experiments/emoji.py; `diffjax init DIR` writes some"
+    )
 
 
 def read(workdir: str | Path) -> ConfigDict:
@@ -302,7 +311,9 @@ def read(workdir: str | Path) -> ConfigDict:
 
 
 def settle(config: ConfigDict, workdir: str | Path) -> ConfigDict:
-    """The config with every dtype "auto" decided, and a line said of each: as a run in `workdir` was begun, else for this machine."""
+    """The config with every dtype "auto" decided, and a line said of each: as a run in `workdir` was begun, else for
+    this machine.
+    """
     path = Path(workdir) / "config.json"
     begun = files.read_json(path) if path.is_file() else {}
 
@@ -341,12 +352,13 @@ def _at(config: Any, path: str) -> Any:
 def parse(
     spec: str, arguments: list[str], drawing: Callable[[], Mapping[str, Any]] = dict
 ) -> tuple[ConfigDict, list[str]]:
-    """The config of `load(spec)`, complete, with the `--config.key=value` among `arguments` applied, and the other arguments.
+    """The config of `load(spec)`, complete, with the `--config.key=value` among `arguments` applied, and the other
+    arguments.
 
     The syntax is that of `ml_collections.config_flags`: dotted keys, `--config.key value`, `--noconfig.key`, tuples as
-    `(1, 2)`. With another `name`, the fields of what was named before fall away; a table can be None where it may be left out,
-    or written whole, `{"name": "plain"}`. `drawing()` has the fields of an experiment that only samples. The result is locked.
-    Raises `UserError` for an unknown key, naming the nearest, or a value of another type.
+    `(1, 2)`. With another `name`, the fields of what was named before fall away; a table can be None where it may be
+    left out, or written whole, `{"name": "plain"}`. `drawing()` has the fields of an experiment that only samples. The
+    result is locked. Raises `UserError` for an unknown key, naming the nearest, or a value of another type.
     """
     config = _plain(load(spec))
     if not _trains(config):
@@ -367,7 +379,7 @@ def _restructured(config: dict[str, Any], arguments: list[str]) -> tuple[dict[st
     while waiting:
         argument = waiting.pop(0)
         path, text, separate = _path(argument), argument.partition("=")[2], "=" not in argument
-        if path is None or not _shapes(path, base(config)) or separate and not waiting:
+        if path is None or not _shapes(path, base(config)) or (separate and not waiting):
             rest.append(argument)
             continue
         value = _put(config, path, waiting.pop(0) if separate else text)
@@ -411,7 +423,7 @@ def _is_open(place: Any) -> bool:
 def _shapes(path: str, of: Mapping[str, Any]) -> bool:
     """Whether a field decides which others there are, or is of a table that can have any."""
     above, _, last = path.rpartition(".")
-    free = above and (last == "name" and _is_choice(_place(of, above)) or _is_open(_place(of, above)))
+    free = above and ((last == "name" and _is_choice(_place(of, above))) or _is_open(_place(of, above)))
     return bool(free) or path == "network" or isinstance(_place(of, path), (Maybe, Choice, Mapping, Open))
 
 
@@ -433,7 +445,9 @@ def _put(config: dict[str, Any], path: str, text: str) -> Any:
     else:
         value = _literal(text)
         if not isinstance(value, Mapping) and not (value is None and isinstance(place, Maybe)):
-            raise UserError(f"config key {path} is a table, not {text}: give its fields, such as --config.{path}.name=..., or a whole one")
+            raise UserError(
+                f"config key {path} is a table, not {text}: give its fields, such as --config.{path}.name=..., or a whole one"
+            )
         _table(config, above)[last] = value
         return value
     return text

@@ -33,7 +33,8 @@ def convert(
 ) -> None:
     """Write the model of a run (its averaged parameters), a folder or a hub id as `to`, one of `FORMATS`.
 
-    `revision` and `variant` are those of `diffjax.load`. Raises `UserError` when `out` is not empty, and for a model that the format has no place for.
+    `revision` and `variant` are those of `diffjax.load`. Raises `UserError` when `out` is not empty, and for a model
+    that the format has no place for.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -90,11 +91,18 @@ def scheduler(model: Model) -> Scheduler:
     Raises `UserError` for a prediction that it does not know.
     """
     bound, spacing = model.defaults.bound, model.defaults.grid
-    fields: dict[str, Any] = {"clip_sample": isinstance(bound, Clip), "timestep_spacing": spacing if spacing in SPACINGS else "leading"}
+    fields: dict[str, Any] = {
+        "clip_sample": isinstance(bound, Clip),
+        "timestep_spacing": spacing if spacing in SPACINGS else "leading",
+    }
     if isinstance(bound, Clip):
         fields["clip_sample_range"] = float(bound.radius)
     if isinstance(bound, Threshold):
-        fields |= {"thresholding": True, "dynamic_thresholding_ratio": float(bound.quantile), "sample_max_value": min(float(bound.limit), 1e6)}
+        fields |= {
+            "thresholding": True,
+            "dynamic_thresholding_ratio": float(bound.quantile),
+            "sample_max_value": min(float(bound.limit), 1e6),
+        }
     return Scheduler(prediction_type=_prediction(model.denoiser.prediction), **fields, **_table(model.denoiser.process))
 
 
@@ -102,7 +110,9 @@ def _prediction(prediction: predict.Prediction) -> str:
     for name, known in PREDICTIONS.items():
         if type(known) is type(prediction):
             return name
-    raise UserError(f"a DDPMPipeline predicts eps, v or x0, and this model {type(prediction).__name__}: --to orbax keeps its parameters")
+    raise UserError(
+        f"a DDPMPipeline predicts eps, v or x0, and this model {type(prediction).__name__}: --to orbax keeps its parameters"
+    )
 
 
 def _table(process: Discrete) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Time grids fitted to a model: those with which a solver of few steps ends nearest to its own fine solution.
 
-The times lie between two ends of the log-SNR, at the running sums of `softmax(theta)`, so they stay in order; theta is found by
-gradient descent through the sampler on a few seeds (the idea of Watson et al. 2022, arXiv:2202.05830, with this error).
+The times lie between two ends of the log-SNR, at the running sums of `softmax(theta)`, so they stay in order; theta is
+found by gradient descent through the sampler on a few seeds (the idea of Watson et al. 2022, arXiv:2202.05830, with
+this error).
 """
 
 import functools
@@ -63,13 +64,13 @@ class Times:
     high: Float[Array, ""]
     first: float = 1.0
 
-    def grid(self, theta: Float[Array, "steps"]) -> Float[Array, "steps 2"]:
+    def grid(self, theta: Float[Array, " steps"]) -> Float[Array, "steps 2"]:
         """The grid of these parameters."""
         inner = self.low + (self.high - self.low) * jnp.cumsum(jax.nn.softmax(theta))[:-1]
         times = jnp.concatenate([jnp.full(1, self.first), self.process.inverse(inner), jnp.zeros(1)])
         return jnp.stack([times[:-1], times[1:]], axis=1)
 
-    def theta(self, grid: Float[np.ndarray, "steps 2"]) -> Float[np.ndarray, "steps"]:
+    def theta(self, grid: Float[np.ndarray, "steps 2"]) -> Float[np.ndarray, " steps"]:
         """The parameters of the grid nearest to this one; each step has at least the share `LEAST`."""
         inner = (np.asarray(self.process.logsnr(jnp.asarray(grid[:-1, 1]))) - self.low) / (self.high - self.low)
         shares = np.diff(np.clip(inner, 0, 1), prepend=0.0, append=1.0)
@@ -83,12 +84,19 @@ def between(process: Process) -> Times:
 
 
 def fit(
-    model: Model, steps: int, sampler: str, *, seeds: int = 8, iterations: int = 60, shown: Callable[..., Any] = iter, **told: Any
+    model: Model,
+    steps: int,
+    sampler: str,
+    *,
+    seeds: int = 8,
+    iterations: int = 60,
+    shown: Callable[..., Any] = iter,
+    **told: Any,
 ) -> Fit:
     """Fit a grid of `steps` steps on `seeds` images, and measure it on as many others; Adam makes `iterations` steps.
 
-    `told` is what `Model.sample` takes (guidance, guide, prompt, label); `shown` may show the progress of an iterable. Raises
-    `UserError` for a sampler that adds noise.
+    `told` is what `Model.sample` takes (guidance, guide, prompt, label); `shown` may show the progress of an iterable.
+    Raises `UserError` for a sampler that adds noise.
     """
     if steps < 2:
         raise UserError("a grid of one step has no time to fit: take 2 steps or more")
@@ -96,7 +104,9 @@ def fit(
     model = model.against(rule)
     recipe = functools.partial(model.recipe, sampler=sampler, guidance=guidance, guide=rule)
     if recipe().sampler.eta:
-        raise UserError(f"sampler {sampler} adds noise, so it has no fine solution: take unipc, dpmpp_2m, ipndm or another one")
+        raise UserError(
+            f"sampler {sampler} adds noise, so it has no fine solution: take unipc, dpmpp_2m, ipndm or another one"
+        )
     batches = functools.partial(_batches, model, recipe(), told)
     fine = recipe(steps=max(FINE, 10 * steps), grid="logsnr")
     solved = lambda numbers: [(inputs, fine.advance(inputs, fine.begin(inputs)).x) for inputs in batches(numbers)]
@@ -113,8 +123,8 @@ def fit(
 
 
 def descend(
-    recipe: Recipe, times: Times, theta: Float[np.ndarray, "steps"], examples: list, turns: Iterable[int]
-) -> Float[Array, "steps"]:
+    recipe: Recipe, times: Times, theta: Float[np.ndarray, " steps"], examples: list, turns: Iterable[int]
+) -> Float[Array, " steps"]:
     """The parameters of least error among those that Adam passes from `theta` on; it descends the error's logarithm."""
     recipe = recipe.replace(denoise=Remembered(recipe.denoise))
     adam = optax.adam(RATE)
@@ -164,7 +174,10 @@ def keep(name: str, sampler: str, found: Fit) -> Path:
 
 def report(found: Fit) -> str:
     """The errors as a table, the best last."""
-    rows = [("grid", "error"), *((name, f"{value:.4g}") for name, value in sorted(found.errors.items(), key=lambda row: -row[1]))]
+    rows = [
+        ("grid", "error"),
+        *((name, f"{value:.4g}") for name, value in sorted(found.errors.items(), key=lambda row: -row[1])),
+    ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)
 

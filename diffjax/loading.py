@@ -12,8 +12,7 @@ from diffjax.models import ddpm, sd3
 from diffjax.models.model import Model
 from diffjax.train import experiment, finetune
 from diffjax.utils.errors import UserError
-from diffjax.weights import foreign, hub
-from diffjax.weights import lora as lora_file
+from diffjax.weights import foreign, hub, lora as lora_file
 
 
 def load(
@@ -29,14 +28,15 @@ def load(
     """The model of one of our runs, of a folder in a published layout, of a hub id, or of a single file of SD3.5.
 
     A path that exists or is absolute never asks the hub. With `dtype=None` parameters keep the file's dtype and the
-    network computes as it was trained; else both are `dtype`. `revision` is the step of a run's checkpoint (None: the
-    newest) or a branch, tag or commit of the hub. `variant`, as "fp16" or "ema", says which of several forms of the weights is
-    read, where a published model has more than one. With `prompts`, a published text-to-image model encodes these while it
-    loads and can draw no others: its text encoders and its denoiser are never in memory together. Of such a model, `quantize`
-    ("int8", "int4") keeps the transformer and T5 in fewer bits, and `shard` ("fsdp", "tensor", "both") splits the
-    transformer over all devices; `lora` adds adapters to the transformer and the text encoders: FILE or "FILE:STRENGTH", a
-    list of them, or a table {FILE: strength}, in any order, FILE being a file, a folder that holds one, or a hub id. Raises
-    `UserError` for what is not there, cannot be read or is not implemented.
+    network computes as it was trained; else both are `dtype`. `revision` is the step of a run's checkpoint
+    (None: the newest) or a branch, tag or commit of the hub. `variant`, as "fp16" or "ema", says which of several forms
+    of the weights is read, where a published model has more than one. With `prompts`, a published text-to-image model
+    encodes these while it loads and can draw no others: its text encoders and its denoiser are never in memory
+    together. Of such a model, `quantize` ("int8", "int4") keeps the transformer and T5 in fewer bits, and `shard`
+    ("fsdp", "tensor", "both") splits the transformer over all devices; `lora` adds adapters to the transformer and the
+    text encoders: FILE or "FILE:STRENGTH", a list of them, or a table {FILE: strength}, in any order, FILE being a
+    file, a folder that holds one, or a hub id. Raises `UserError` for what is not there, cannot be read or is not
+    implemented.
     """
     folder = Path(name).expanduser()
     if is_run(folder):
@@ -49,7 +49,9 @@ def load(
             )
         _refuse_kept(str(folder), quantize, shard, lora)
         if variant:
-            raise UserError(f"{folder} is a run, which has no variant {variant}: leave it out, or give a step as revision")
+            raise UserError(
+                f"{folder} is a run, which has no variant {variant}: leave it out, or give a step as revision"
+            )
         step = None if revision is None else int(revision)
         model = finetune.load(folder, step, prompts) if finetune.is_one(folder) else experiment.load(folder, step)
         return _cast(model, dtype).replace(name=str(folder.resolve()))

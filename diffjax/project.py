@@ -12,13 +12,18 @@ IGNORED = "runs/\ndrawn/\npictures/\n__pycache__/\n"
 def create(folder: str | Path) -> str:
     """Write the experiments and a .gitignore into a folder, and say what to do there. What is there alike is left.
 
-    Raises `UserError` when a file is there and another one, before anything is written, and when the folder cannot be written.
+    Raises `UserError` when a file is there and another one, before anything is written, and when the folder cannot
+    be written.
     """
     folder, source = Path(folder), config.experiments()
-    texts = {Path(config.EXPERIMENTS, file.relative_to(source)): file.read_text() for file in sorted(source.rglob("*.py"))}
+    texts = {
+        Path(config.EXPERIMENTS, file.relative_to(source)): file.read_text() for file in sorted(source.rglob("*.py"))
+    }
     texts[Path(".gitignore")] = IGNORED
     try:
-        if other := [name for name, text in texts.items() if (folder / name).exists() and (folder / name).read_text() != text]:
+        if other := [
+            name for name, text in texts.items() if (folder / name).exists() and (folder / name).read_text() != text
+        ]:
             raise UserError(f"{folder / other[0]} is there and another one: choose an empty folder")
         for name, text in texts.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -30,4 +35,3 @@ def create(folder: str | Path) -> str:
         f"  cd {shlex.quote(str(folder))}\n"
         "  diffjax train --config experiments/emoji.py --workdir runs/emoji"
     )
-

@@ -1,7 +1,8 @@
 """What a config names of the user's own code: `"network": "my_nets:Mixer"` is `Mixer` of the module `my_nets`.
 
-Modules are looked for beside the config, in the current folder, then where Python looks. A run keeps those of the first two
-kinds in its folder `code`, with the modules that they import from beside them, and is trained on and read with these.
+Modules are looked for beside the config, in the current folder, then where Python looks. A run keeps those of the first
+two kinds in its folder `code`, with the modules that they import from beside them, and is trained on and read
+with these.
 """
 
 import contextlib
@@ -36,11 +37,15 @@ def look_in(folder: str | Path) -> None:
 
 
 def find(name: str) -> Any:
-    """What `module:name` names. Raises `UserError` for a module that is not there or cannot be imported, and without that name."""
+    """What `module:name` names. Raises `UserError` for a module that is not there or cannot be imported, and without
+    that name.
+    """
     module, _, attribute = name.partition(":")
     found = _imported(module)
     if not hasattr(found, attribute):
-        raise unknown(f"name in {found.__file__ or module}", attribute, [word for word in vars(found) if not word.startswith("_")])
+        raise unknown(
+            f"name in {found.__file__ or module}", attribute, [word for word in vars(found) if not word.startswith("_")]
+        )
     return getattr(found, attribute)
 
 
@@ -56,7 +61,9 @@ def keep(config: Mapping[str, Any], workdir: Path) -> None:
         for path in _sources(module, home).values() if home else ():
             copy, content = folder / path.relative_to(home), path.read_bytes()
             if copy.exists() and copy.read_bytes() != content:
-                raise UserError(f"{path} is not what {workdir} was begun with ({copy}): put that back, or choose another --workdir")
+                raise UserError(
+                    f"{path} is not what {workdir} was begun with ({copy}): put that back, or choose another --workdir"
+                )
             files.write_atomic(copy, content)
     if folder.is_dir():
         look_in(folder)
@@ -72,7 +79,9 @@ def named(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _home(module: str, but: Path | None = None) -> Path | None:
-    """The folder that a module is read from; None where it is Python's own, installed, or nowhere `but` in one folder."""
+    """The folder that a module is read from; None where it is Python's own, installed, or nowhere `but` in
+    one folder.
+    """
     top = module.partition(".")[0]
     installed = {Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")}
     for folder in (*_folders, Path.cwd(), *map(Path, filter(None, sys.path))):
@@ -104,7 +113,9 @@ def _imported(module: str) -> ModuleType:
     sys.path.insert(0, str(home))
     try:
         found = _import(module)
-        for other in _sources(module, home):  # what functions import when they are called, while the folder is in the path
+        for other in _sources(
+            module, home
+        ):  # what functions import when they are called, while the folder is in the path
             with contextlib.suppress(UserError):
                 _import(other)
         return found
@@ -134,5 +145,7 @@ def _within(module: ModuleType, folder: Path) -> bool:
 
 def _broken(module: str, error: Exception) -> UserError:
     if isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]:
-        return UserError(f"there is no module {module} beside the config, in this folder or installed: name one as module:name")
+        return UserError(
+            f"there is no module {module} beside the config, in this folder or installed: name one as module:name"
+        )
     return UserError(f"the module {module} cannot be imported ({type(error).__name__}: {error}): mend it")

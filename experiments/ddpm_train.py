@@ -7,8 +7,9 @@
     diffjax convert runs/ddpm ddpm          # a folder that diffusers.DDPMPipeline.from_pretrained loads
 
 Time: 8.5 hours on one H100 as `diffjax plan` predicts it; not measured. For 256 pixels take the six levels of
-`google/ddpm-cat-256`: --config.data.size=256 --config.unet.block_out_channels="(128, 128, 256, 256, 512, 512)" and its blocks.
-The learning rate, the average and the number of steps are those of Ho et al. 2020, appendix B. How many steps to draw with, and which guidance, was not measured.
+`google/ddpm-cat-256`: --config.data.size=256 --config.unet.block_out_channels="(128, 128, 256, 256, 512, 512)" and its
+blocks. The learning rate, the average and the number of steps are those of Ho et al. 2020, appendix B. How many steps
+to draw with, and which guidance, was not measured.
 """
 
 from ml_collections import ConfigDict

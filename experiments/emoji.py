@@ -4,12 +4,13 @@
 
 A pixel transformer with patches of 8 learns x0 along straight lines from noise (`Flow`), with a velocity loss and Muon.
 
-Time: three and a half minutes on 2 CPU cores with AVX512-BF16, compilation included (160 images/s). Where bfloat16 would be
-emulated it is trained in float32 (`dtype` "auto"); on two cores with AVX2 only bfloat16 took 15 minutes and float32 was a quarter
-faster, so about 12 are to be expected there. Half of the 488 steps will not do: 280, in float32, gave 16.4 dB.
+Time: three and a half minutes on 2 CPU cores with AVX512-BF16, compilation included (160 images/s). Where bfloat16
+would be emulated it is trained in float32 (`dtype` "auto"); on two cores with AVX2 only bfloat16 took 15 minutes and
+float32 was a quarter faster, so about 12 are to be expected there. Half of the 488 steps will not do: 280, in float32,
+gave 16.4 dB.
 
-Result, by `diffjax evaluate --num 200` on 2 cores with avx512f and avx512_bf16, without amx (the mean picture: 11.0 dB). Every row
-is dpmpp_2m on the uniform grid, and in every one each prompt finds its own picture among 200:
+Result, by `diffjax evaluate --num 200` on 2 cores with avx512f and avx512_bf16, without amx (the mean picture: 11.0
+dB). Every row is dpmpp_2m on the uniform grid, and in every one each prompt finds its own picture among 200:
 
     steps  guidance  evaluations  PSNR
         1      1               1  26.9 dB

@@ -4,10 +4,11 @@
     diffjax sample --run runs/sd35 --prompt "a photo of sks dog" --out pictures
     diffjax convert runs/sd35 adapters       # adapters/pytorch_lora_weights.safetensors, for diffusers
 
-PICTURES is a folder of pictures with captions (a .txt beside each, or a metadata file); `--config.model` names another hub id or
-a folder. --config experiments/sd35_finetune.py:full trains the whole transformer. With --config.prior.weight=1
---config.prior.data.path=CLASS half of each batch are pictures of the class that yours are of, so that it is not forgotten.
-For accelerators; no published weights could be had where this was written: at full size it has not been run.
+PICTURES is a folder of pictures with captions (a .txt beside each, or a metadata file); `--config.model` names another
+hub id or a folder. --config experiments/sd35_finetune.py:full trains the whole transformer. With
+--config.prior.weight=1 --config.prior.data.path=CLASS half of each batch are pictures of the class that yours are of,
+so that it is not forgotten. For accelerators; no published weights could be had where this was written: at full size it
+has not been run.
 """
 
 from ml_collections import ConfigDict

@@ -5,7 +5,8 @@
     python scripts/bench_sd35.py --block      a CPU: one block of medium's width against the same in diffusers
 
 Where torch and diffusers are installed (the extra `reference`), they run the same networks on the same device, the
-transformer and the decoder under torch.compile, in a process of their own; else the published time of a step stands beside.
+transformer and the decoder under torch.compile, in a process of their own; else the published time of a step
+stands beside.
 """
 
 import argparse
@@ -39,7 +40,9 @@ def networks(tiny):
         text = ClipText(1000, 32, 2, 2, 64, projection_dim=32)
         decoder = AutoencoderKL(block_out_channels=(32, 32), layers_per_block=1)
         transformer = MMDiT(16, 2, 16, 16, 2, 16, 4, 64, 64, 16)
-        return dict(clip_l=text, clip_g=text, t5=T5Encoder(1000, 64, 16, 128, 2, 4), transformer=transformer, vae=decoder), 16
+        return dict(
+            clip_l=text, clip_g=text, t5=T5Encoder(1000, 64, 16, 128, 2, 4), transformer=transformer, vae=decoder
+        ), 16
     giant = ClipText(49408, 1280, 32, 20, 5120, projection_dim=1280, hidden_act="gelu")
     return dict(clip_l=ClipText(), clip_g=giant, t5=T5Encoder(), transformer=MMDiT(), vae=AutoencoderKL()), 128
 
@@ -64,7 +67,9 @@ def jax_stages(tiny):
     }
     network, time = modules["transformer"], process.Shift(process.Flow(), 3.0)
     context, pooled = draw(2, CONTEXT, network.joint_attention_dim), draw(2, network.pooled_projection_dim)
-    cond = {name: {"context": context[i : i + 1], "pooled": pooled[i : i + 1]} for i, name in enumerate(("cond", "null"))}
+    cond = {
+        name: {"context": context[i : i + 1], "pooled": pooled[i : i + 1]} for i, name in enumerate(("cond", "null"))
+    }
     apply, sampler = denoise.Apply(network), sample.Sampler()
     denoiser = denoise.Denoiser(time, predict.Straight(), params["transformer"], apply, denoise.thousand_sigma)
     state = sample.start(sampler, draw(1, side, side, network.in_channels))
@@ -79,7 +84,9 @@ def jax_stages(tiny):
     }
     flops = {name: program_cost(jax.make_jaxpr(call)(*given).jaxpr).flops for name, (call, given) in programs.items()}
     run = lambda call, given: jax.block_until_ready(call(*given))
-    return {name: (functools.partial(run, jax.jit(call), given), flops[name]) for name, (call, given) in programs.items()}
+    return {
+        name: (functools.partial(run, jax.jit(call), given), flops[name]) for name, (call, given) in programs.items()
+    }
 
 
 def jax_device():
@@ -169,7 +176,9 @@ def compare(tiny, rounds):
     theirs = pipeline("diffusers", tiny, rounds) if all(map(find_spec, ("torch", "diffusers", "transformers"))) else []
     beside = {line["stage"]: line for line in theirs}
     print(f"{about['device']}, {'toy size' if tiny else 'SD3.5 large, 1024 px'}, {STEPS} steps with guidance, bfloat16")
-    print(f"{'stage':12}{'TFLOP':>9}{'seconds':>10}{'share':>8}{'first s':>9}{'of peak':>9}{'diffusers s':>13}{'ratio':>7}")
+    print(
+        f"{'stage':12}{'TFLOP':>9}{'seconds':>10}{'share':>8}{'first s':>9}{'of peak':>9}{'diffusers s':>13}{'ratio':>7}"
+    )
     total = sum(line["seconds"] for line in ours)
     for line in ours:
         used = f"{line['flops'] / line['seconds'] / about['sheet']:.1%}" if about["sheet"] else ""

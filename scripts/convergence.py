@@ -2,9 +2,10 @@
 
     python scripts/convergence.py          prints the table (a minute on 2 cores) and draws docs/convergence.png
 
-Times run from 0.99 to 0.01, x starts on the exact solution and is compared with it at the end, in float64. The suite asserts
-what `measure` returns. `Heun` along the flow is measured on a table whose log-SNR is linear in t: between the entries of any
-other, the interpolated log-SNR has corners in t, which bound its error from below by a number of order 1 / T.
+Times run from 0.99 to 0.01, x starts on the exact solution and is compared with it at the end, in float64. The suite
+asserts what `measure` returns. `Heun` along the flow is measured on a table whose log-SNR is linear in t: between the
+entries of any other, the interpolated log-SNR has corners in t, which bound its error from below by a number of order
+1 / T.
 """
 
 from pathlib import Path
@@ -22,7 +23,9 @@ START, MIDDLE, STOP = 0.99, 0.5, 0.01
 
 
 class Solver(NamedTuple):
-    """A refinement, its order, the order that its own start-up allows, the clock that its grids are even in, and step counts."""
+    """A refinement, its order, the order that its own start-up allows, the clock that its grids are even in, and
+    step counts.
+    """
 
     refine: refine.Refine
     order: int
@@ -71,8 +74,8 @@ def problem(name: str, proc: process.Process) -> Mixture:
 def times(proc: process.Process, clock: str, steps: int, begin: float) -> np.ndarray:
     """Times from `begin` to STOP on a grid smooth in a clock: "time", "logsnr", or "power", (sigma / alpha)^(1/7).
 
-    The steps of the last two grow along the grid by 0.6 to 1.4 of their mean: formulas that hold for equal steps only, and
-    errors that cancel by symmetry, would show.
+    The steps of the last two grow along the grid by 0.6 to 1.4 of their mean: formulas that hold for equal steps only,
+    and errors that cancel by symmetry, would show.
     """
     u = np.linspace(0, 1, steps + 1)
     if clock == "time":
@@ -116,7 +119,9 @@ def _pad(rows: np.ndarray, length: int) -> np.ndarray:
 
 
 def start(mixture: Mixture, solver: Solver, xs: np.ndarray, rows: np.ndarray, length: int) -> sample.State:
-    """The state before step len(xs) - 1 as it would be had every earlier step been exact: x and all that the solver remembers."""
+    """The state before step len(xs) - 1 as it would be had every earlier step been exact: x and all that the solver
+    remembers.
+    """
     sampler = sample.Sampler(solver.refine)
     state = sample.start(sampler, jnp.asarray(xs[0]))
     for x, x_next, row in zip(xs[:-1], xs[1:], rows):
@@ -147,7 +152,8 @@ def ends(mixture: Mixture, solver: Solver, steps: int, begin: float) -> np.ndarr
 class Measured(NamedTuple):
     """Orders between the two step counts, with exact history and from the own start-up, and the last errors of both.
 
-    `startup`: the order of what the own start-up adds, from MIDDLE, where x0 changes fast; from START it adds next to nothing.
+    `startup`: the order of what the own start-up adds, from MIDDLE, where x0 changes fast; from START it adds next
+    to nothing.
     """
 
     order: float
@@ -160,7 +166,9 @@ class Measured(NamedTuple):
 def measure(mixture: Mixture, solver: Solver) -> Measured:
     """The solver's orders on a problem."""
     rms = lambda end, a, b: float(np.sqrt(np.mean((end[a] - end[b]) ** 2)))
-    order = lambda pair, a, b: float(np.log2(rms(pair[0], a, b) / rms(pair[1], a, b)) / np.log2(solver.steps[1] / solver.steps[0]))
+    order = lambda pair, a, b: float(
+        np.log2(rms(pair[0], a, b) / rms(pair[1], a, b)) / np.log2(solver.steps[1] / solver.steps[0])
+    )
     pair = [ends(mixture, solver, steps, START) for steps in solver.steps]
     middle = [ends(mixture, solver, steps, MIDDLE) for steps in solver.steps] if solver.history else None
     startup = order(middle, 0, 1) if solver.history else np.nan
@@ -205,7 +213,9 @@ def main() -> None:
     """Print the table and draw the picture."""
     from rich.progress import track
 
-    print(f"{'solver':14} {'process':10} {'problem':9} {'order':>6} {'measured':>9} {'own':>6} {'start-up':>9} {'allows':>7} {'error':>8}")
+    print(
+        f"{'solver':14} {'process':10} {'problem':9} {'order':>6} {'measured':>9} {'own':>6} {'start-up':>9} {'allows':>7} {'error':>8}"
+    )
     for name, solver in track(SOLVERS.items(), "orders", transient=True):
         for proc in PROCESSES:
             for data in MEANS:

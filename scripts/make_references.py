@@ -1,6 +1,7 @@
-"""Write tests/references/*.npz: small outputs of torch, diffusers and transformers on the random checkpoints of the tests.
+"""Write tests/references/*.npz: small outputs of torch, diffusers and transformers on the random checkpoints of
+the tests.
 
-    python scripts/make_references.py [name ...]
+python scripts/make_references.py [name ...]
 """
 
 import sys

@@ -1,11 +1,12 @@
-"""Error against the number of network evaluations: every deterministic solver on every grid, on an analytic mixture and on a model.
+"""Error against the number of network evaluations: every deterministic solver on every grid, on an analytic mixture and
+on a model.
 
     python scripts/nfe.py                                       the mixture alone, a minute on 2 cores
     python scripts/nfe.py --model RUN --name CIFAR-10 --fitted 10
 
-The error is the root mean square difference, over all values of the images, from the same model's own fine solution from the same
-noise: UniPC in `--fine` steps, even in log-SNR; its own error is estimated by halving its steps and printed first. Images, clipping
-and the start are those of `Model.sample`. Writes docs/nfe.json and docs/nfe.png.
+The error is the root mean square difference, over all values of the images, from the same model's own fine solution
+from the same noise: UniPC in `--fine` steps, even in log-SNR; its own error is estimated by halving its steps and
+printed first. Images, clipping and the start are those of `Model.sample`. Writes docs/nfe.json and docs/nfe.png.
 """
 
 import argparse
@@ -35,7 +36,12 @@ def mixture() -> Model:
     """Two narrow clusters and a wide one in the plane, under the linear table of DDPM."""
     means, variances = [[1.0, 1], [-1, 0.5], [0, -1]], [[0.05, 0.05], [0.02, 0.1], [0.3, 0.3]]
     table = process.discrete(process.linear_betas())
-    return Model(analytic.Mixture(table, jnp.zeros(3), jnp.asarray(means), jnp.asarray(variances)), (2,), Defaults(batch=256), name="mixture")
+    return Model(
+        analytic.Mixture(table, jnp.zeros(3), jnp.asarray(means), jnp.asarray(variances)),
+        (2,),
+        Defaults(batch=256),
+        name="mixture",
+    )
 
 
 def solve(model: Model, inputs: Inputs, sampler: str, grid: str, steps: int, length: int) -> np.ndarray:
@@ -53,7 +59,9 @@ def steps_of(sampler: str, evaluations: int) -> int:
 def cases(model: Model, counts: list[int]) -> Iterator[tuple[str, str, int]]:
     """Sampler, grid and evaluations; fitted grids where one was made for the model."""
     for sampler, grid, count in itertools.product(SAMPLERS, GRIDS, COUNTS):
-        if grid != fitted.FITTED or (count in counts and fitted.path(model.name, sampler, count, fitted.fitted_to(model, None, None)).exists()):
+        if grid != fitted.FITTED or (
+            count in counts and fitted.path(model.name, sampler, count, fitted.fitted_to(model, None, None)).exists()
+        ):
             yield sampler, grid, count
 
 
@@ -62,7 +70,9 @@ def rms(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.sqrt(np.mean(np.square(a.astype(np.float64) - b))))
 
 
-def measure(model: Model, images: int, fine: int, fitted: list[int], title: str) -> dict[str, dict[str, list[float | None]]]:
+def measure(
+    model: Model, images: int, fine: int, fitted: list[int], title: str
+) -> dict[str, dict[str, list[float | None]]]:
     """Errors by sampler and grid, one for each of `COUNTS`."""
     from rich.progress import track
 
@@ -80,7 +90,12 @@ def measure(model: Model, images: int, fine: int, fitted: list[int], title: str)
 
 def best(errors: dict[str, dict[str, list[float | None]]], i: int) -> list[tuple[float, str, str]]:
     """Error, sampler and grid at the i-th count, the best first."""
-    return sorted((row[i], sampler, grid) for sampler, grids in errors.items() for grid, row in grids.items() if row[i] is not None)
+    return sorted(
+        (row[i], sampler, grid)
+        for sampler, grids in errors.items()
+        for grid, row in grids.items()
+        if row[i] is not None
+    )
 
 
 def table(errors: dict[str, dict[str, list[float | None]]]) -> str:
@@ -89,7 +104,10 @@ def table(errors: dict[str, dict[str, list[float | None]]]) -> str:
     lines = ["| solver | grid | " + " | ".join(str(COUNTS[i]) for i in shown) + " |", "|---|---|" + "---|" * len(shown)]
     for sampler, grids in errors.items():
         for grid, row in grids.items():
-            cells = ["" if row[i] is None else ("**{:.2g}**" if row[i] == best(errors, i)[0][0] else "{:.2g}").format(row[i]) for i in shown]
+            cells = [
+                "" if row[i] is None else ("**{:.2g}**" if row[i] == best(errors, i)[0][0] else "{:.2g}").format(row[i])
+                for i in shown
+            ]
             lines.append(f"| {sampler} | {grid} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -101,11 +119,18 @@ def draw(problems: dict[str, dict], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(2, len(problems), figsize=(5 * len(problems), 7.4), layout="constrained", squeeze=False)
+    figure, axes = pyplot.subplots(
+        2, len(problems), figsize=(5 * len(problems), 7.4), layout="constrained", squeeze=False
+    )
     for column, (title, errors) in enumerate(problems.items()):
         by_grid = {grid: [row[grid] for row in errors.values() if grid in row] for grid in GRIDS}
-        groups = ({name: list(rows.values()) for name, rows in errors.items()}, {name: rows for name, rows in by_grid.items() if rows})
-        for axis, lines, of in zip(axes[:, column], groups, ("each solver on its best grid", "each grid with its best solver")):
+        groups = (
+            {name: list(rows.values()) for name, rows in errors.items()},
+            {name: rows for name, rows in by_grid.items() if rows},
+        )
+        for axis, lines, of in zip(
+            axes[:, column], groups, ("each solver on its best grid", "each grid with its best solver")
+        ):
             for (name, rows), marker in zip(lines.items(), "o^v<>sD"):
                 known = {count: [row[i] for row in rows if row[i] is not None] for i, count in enumerate(COUNTS)}
                 least = {count: min(values) for count, values in known.items() if values}
@@ -126,7 +151,9 @@ def main() -> None:
     parser.add_argument("--name", help="what the plot calls it")
     parser.add_argument("--images", type=int, default=8, help="images of the model (default 8)")
     parser.add_argument("--fine", type=int, default=400, help="steps of the model's fine solution (default 400)")
-    parser.add_argument("--fitted", type=int, nargs="*", default=[], metavar="N", help="counts for which fit-grid was run")
+    parser.add_argument(
+        "--fitted", type=int, nargs="*", default=[], metavar="N", help="counts for which fit-grid was run"
+    )
     args = parser.parse_args()
     problems = {"analytic mixture": measure(mixture(), 256, 2000, [], "analytic mixture")}
     if args.model:
@@ -139,7 +166,11 @@ def main() -> None:
     for title, errors in problems.items():
         print(f"\n{title}\n\n{table(errors)}\n")
         for i, count in enumerate(COUNTS):
-            print(f"{count:3} evaluations:", *(f"{sampler}/{grid} {error:.3g}" for error, sampler, grid in best(errors, i)[:3]), sep="  ")
+            print(
+                f"{count:3} evaluations:",
+                *(f"{sampler}/{grid} {error:.3g}" for error, sampler, grid in best(errors, i)[:3]),
+                sep="  ",
+            )
     (DOCS / "nfe.json").write_text(json.dumps({"evaluations": COUNTS, "errors": problems}, indent=1) + "\n")
     draw(problems, DOCS / "nfe.png")
 

@@ -2,8 +2,8 @@
 
     python scripts/plan_table.py                     a few minutes on two cores
 
-The rates are measured in turns with the programs, and the best time of each counts, since whatever else the machine does slows
-both. Weights are random.
+The rates are measured in turns with the programs, and the best time of each counts, since whatever else the machine
+does slows both. Weights are random.
 """
 
 import tempfile

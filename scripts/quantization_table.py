@@ -2,8 +2,9 @@
 
     python scripts/quantization_table.py             about two minutes on two cores, 8 GB
 
-Two layers of real width with random weights, float32 against the same with kernels in whole numbers; the error is that of the
-output, root mean square relative to the output's own. Bytes are those of the whole network, bfloat16 where not quantised.
+Two layers of real width with random weights, float32 against the same with kernels in whole numbers; the error is that
+of the output, root mean square relative to the output's own. Bytes are those of the whole network, bfloat16 where not
+quantised.
 """
 
 import jax
@@ -17,13 +18,15 @@ from diffjax.nets.t5 import T5Encoder
 from diffjax.weights import mmdit, t5
 
 LARGE = MMDiT()
-MEDIUM = MMDiT(
-    num_layers=24, num_attention_heads=24, pos_embed_max_size=384, dual_attention_layers=tuple(range(13))
-)
+MEDIUM = MMDiT(num_layers=24, num_attention_heads=24, pos_embed_max_size=384, dual_attention_layers=tuple(range(13)))
 NETWORKS = {
     # name: (the whole network, two of its layers, its format)
     "SD3.5 large": (LARGE, LARGE.clone(num_layers=2, pos_embed_max_size=64), mmdit.FORMAT),
-    "SD3.5 medium": (MEDIUM, MEDIUM.clone(num_layers=2, pos_embed_max_size=64, dual_attention_layers=(0,)), mmdit.FORMAT),
+    "SD3.5 medium": (
+        MEDIUM,
+        MEDIUM.clone(num_layers=2, pos_embed_max_size=64, dual_attention_layers=(0,)),
+        mmdit.FORMAT,
+    ),
     "T5 XXL": (T5Encoder(), T5Encoder(num_layers=2, vocab_size=256), t5.FORMAT),
 }
 LATENT, TOKENS = 32, 333
@@ -66,7 +69,10 @@ def main():
         call = jax.jit(lambda params, part=part, given=given: part.apply({"params": params}, *given))
         exact = call(params)
         half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(leaf.dtype), params)
-        print(f"| {name} | bfloat16 | {plan.tree_bytes(shapes) / 1e9:.2f} GB | {error(call(half), exact):.2%} |", flush=True)
+        print(
+            f"| {name} | bfloat16 | {plan.tree_bytes(shapes) / 1e9:.2f} GB | {error(call(half), exact):.2%} |",
+            flush=True,
+        )
         for scheme in SCHEMES:
             kept = jax.eval_shape(lambda params, scheme=scheme: quantize(params, SCHEMES[scheme]), shapes)
             loss = error(call(quantize(params, SCHEMES[scheme])), exact)

@@ -1,5 +1,5 @@
-"""Benchmarks on a CPU whose variants are processes that take turns: one call each a round, so that a busy machine is unfair to
-none. Each runs as installed and with the tuned allocator (glibc keeps its memory).
+"""Benchmarks on a CPU whose variants are processes that take turns: one call each a round, so that a busy machine is
+unfair to none. Each runs as installed and with the tuned allocator (glibc keeps its memory).
 """
 
 import json
@@ -66,7 +66,9 @@ class Worker:
 
 
 def measure(variants, rounds):
-    """One line a variant (name: arguments) and allocator: median and best seconds, the first call's, the peak of memory."""
+    """One line a variant (name: arguments) and allocator: median and best seconds, the first call's, the peak
+    of memory.
+    """
     chosen = [(variant, tuned) for variant in variants for tuned in (False, True)]
     workers = [Worker(variants[variant], tuned) for variant, tuned in chosen]
     for _ in range(rounds):

@@ -18,7 +18,9 @@ os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
 QUICK = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 DEVICES = "--xla_force_host_platform_device_count=8"
-PATIENT = "--xla_cpu_collective_call_terminate_timeout_seconds=600"  # eight devices wait for each other on two busy cores
+PATIENT = (
+    "--xla_cpu_collective_call_terminate_timeout_seconds=600"  # eight devices wait for each other on two busy cores
+)
 os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')} {DEVICES} {PATIENT}"
 gc.set_threshold(100_000, 50, 50)  # tracing makes many objects and few cycles
 
@@ -53,8 +55,9 @@ def private_home(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def in_the_foreground():
-    """Signals mean something, in tests and their processes, though a shell ignores Ctrl-C for a suite in the background, and
-    nohup the end of a terminal."""
+    """Signals mean something, in tests and their processes, though a shell ignores Ctrl-C for a suite in the
+    background, and nohup the end of a terminal.
+    """
     usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
     ignored = [number for number in usual if signal.getsignal(number) is signal.SIG_IGN]
     for number in ignored:
@@ -66,7 +69,9 @@ def in_the_foreground():
 
 @pytest.fixture(scope="module")
 def optimized():
-    """Programs as they are outside of tests; none of the other kind is met, since the two may differ in their last bits."""
+    """Programs as they are outside of tests; none of the other kind is met, since the two may differ in their
+    last bits.
+    """
     import jax
 
     def switch(off: bool) -> None:

@@ -45,7 +45,10 @@ def test_choices_become_objects():
         (lambda: build.network({"network": "dit", "classes": 0, "dit": {"widht": 8}}), "did you mean width"),
         (lambda: build.network({"network": "dit", "classes": 0, "dit": {"dtype": "bf16"}}), "did you mean bfloat16"),
         (lambda: build.optimizer({**CONSTANT, **ADAMW, "name": "adam"}, 10), "did you mean adamw"),
-        (lambda: build.optimizer({**CONSTANT, **ADAMW, "momentum": 0.9}, 10), "unknown field of optimizer adamw momentum"),
+        (
+            lambda: build.optimizer({**CONSTANT, **ADAMW, "momentum": 0.9}, 10),
+            "unknown field of optimizer adamw momentum",
+        ),
     ],
 )
 def test_what_does_not_exist_is_named_with_the_nearest(wrong, said):
@@ -61,7 +64,9 @@ def test_samplers():
 
 
 @pytest.mark.parametrize("name", ["uniform", "logsnr", "karras"])
-@pytest.mark.parametrize("of", [process.Flow(), process.Cosine(), process.Linear(), process.discrete(process.linear_betas())])
+@pytest.mark.parametrize(
+    "of", [process.Flow(), process.Cosine(), process.Linear(), process.discrete(process.linear_betas())]
+)
 def test_grids_run_from_noise_to_image(name, of):
     grid = build.grid(name, of, 7)
     assert grid.shape == (7, 2)
@@ -82,7 +87,9 @@ def labels(params):
 
 def inputs(channels=3):
     x = jnp.zeros((1, 16, 16, channels))
-    return dict(x=x, t=jnp.zeros(1), context=jnp.zeros((1, 4, 8)), mask=jnp.ones((1, 4), bool), pooled=jnp.zeros((1, 8)))
+    return dict(
+        x=x, t=jnp.zeros(1), context=jnp.zeros((1, 4, 8)), mask=jnp.ones((1, 4), bool), pooled=jnp.zeros((1, 8))
+    )
 
 
 def test_muon_takes_the_matrices_of_the_transformers_blocks_and_nothing_else():
@@ -92,7 +99,10 @@ def test_muon_takes_the_matrices_of_the_transformers_blocks_and_nothing_else():
     )  # fmt: skip
     params = jax.eval_shape(module.init, jax.random.key(0), **inputs())["params"]
     taken = {name for name, label in labels(params).items() if label == "muon"}
-    assert taken == {f"blocks/{name}/kernel" for name in ("attention/q", "attention/k", "attention/v", "attention/out", "mlp/gate", "mlp/up", "mlp/down")}
+    assert taken == {
+        f"blocks/{name}/kernel"
+        for name in ("attention/q", "attention/k", "attention/v", "attention/out", "mlp/gate", "mlp/up", "mlp/down")
+    }
     assert params["blocks"]["attention"]["q"]["kernel"].ndim == 3
 
 

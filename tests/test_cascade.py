@@ -163,9 +163,15 @@ def test_image_to_image_starts_the_first_stage():
         (lambda: cascade.shrink(pictures(1, 8), 3), "8 x 8 pixels cannot be shrunk to 3"),
         (lambda: LowRes(8, 1.0), "most 1.0"),
         (lambda: Cascade((toys.model(), toys.model())), "stage 2 .toy. enlarges nothing"),
-        (lambda: Cascade((toys.model(size=4), enlarging())), "reads 8 pixels of 3 channels and stage 1 .toy. draws 4 of 3"),
+        (
+            lambda: Cascade((toys.model(size=4), enlarging())),
+            "reads 8 pixels of 3 channels and stage 1 .toy. draws 4 of 3",
+        ),
         (lambda: Cascade((toys.model(size=8).replace(shape=(8, 8, 1)), enlarging())), "stage 1 .toy. draws 8 of 1"),
-        (lambda: Cascade((toys.model(), enlarging(text=toys.model(text=True).text))), "stage 1 .toy. none: train it with"),
+        (
+            lambda: Cascade((toys.model(), enlarging(text=toys.model(text=True).text))),
+            "stage 1 .toy. none: train it with",
+        ),
         (lambda: enlarging().sample(KEY), "to 16 enlarges pictures of 8 x 8 pixels in 3 channels, and none is given"),
         (lambda: enlarging().sample(KEY, low_res=pictures(1, 4)), "and not 4 x 4 of 3"),
         (lambda: enlarging().sample(KEY, low_res=pictures(1, 8), level=1.0), "level is 1.0"),
@@ -204,7 +210,16 @@ def runs(tmp_path_factory):
 
 def test_the_test_experiments_train_and_draw_together(runs, capsys):
     out = runs / "out"
-    words = ["sample", "--cascade", str(runs / "test_base"), str(runs / "test_super"), "--prompt", "picture 3", "--num", "2"]
+    words = [
+        "sample",
+        "--cascade",
+        str(runs / "test_base"),
+        str(runs / "test_super"),
+        "--prompt",
+        "picture 3",
+        "--num",
+        "2",
+    ]
     assert cli.main([*words, "--out", str(out)]) == 0
     stages = [image.read_png(path / "000_picture-3_0001.png")[0] for path in (out / "stage_1", out)]
     assert [picture.shape for picture in stages] == [(8, 8, 3), (16, 16, 3)]
@@ -214,7 +229,15 @@ def test_the_test_experiments_train_and_draw_together(runs, capsys):
 
 
 def test_one_stage_enlarges_a_picture(runs):
-    words = ["sample", "--run", str(runs / "test_super"), "--low-res", str(runs / "pictures" / "1.png"), "--level", "0.2"]
+    words = [
+        "sample",
+        "--run",
+        str(runs / "test_super"),
+        "--low-res",
+        str(runs / "pictures" / "1.png"),
+        "--level",
+        "0.2",
+    ]
     assert cli.main([*words, "--prompt", "picture 1", "--num", "1", "--out", str(runs / "one")]) == 0
     assert image.read_png(runs / "one" / "000_picture-1_0000.png")[0].shape == (16, 16, 3)
 

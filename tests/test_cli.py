@@ -100,11 +100,16 @@ def test_train_gets_config_and_workdir(config_file, trained):
 
 def test_train_is_told_what_may_change_and_what_to_begin_from(config_file, trained, capsys):
     flags = ["train", "--config", f"{config_file}:large", "--workdir", "w"]
-    assert cli.main([*flags, "--allow-change", "--init-from", "runs/a", "--init-step", "7", "--init-weights", "raw"]) == 0
+    assert (
+        cli.main([*flags, "--allow-change", "--init-from", "runs/a", "--init-step", "7", "--init-weights", "raw"]) == 0
+    )
     [(config, _, allow_change)] = trained
     assert allow_change and config.init_from.to_dict() == {"run": "runs/a", "step": 7, "weights": "raw"}
     assert cli.main([*flags, "--init-step", "7"]) == 2 and "--init-from" in capsys.readouterr().err
-    assert cli.main([*flags, "--init-from", "a", "--init-weights", "emma"]) == 2 and "did you mean ema" in capsys.readouterr().err
+    assert (
+        cli.main([*flags, "--init-from", "a", "--init-weights", "emma"]) == 2
+        and "did you mean ema" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,11 @@ def test_an_experiment_is_complete_and_stays_itself(file):
     whole = config.complete(loaded)
     found = dict(fields(whole))
     assert found | dict(fields(loaded)) == found and len(found) > len(dict(fields(loaded)))
-    again = (config.complete(whole), config.parse(str(file), [])[0], config.complete(json.loads(whole.to_json_best_effort())))
+    again = (
+        config.complete(whole),
+        config.parse(str(file), [])[0],
+        config.complete(json.loads(whole.to_json_best_effort())),
+    )
     assert all(other.to_dict() == whole.to_dict() for other in again)
 
 
@@ -86,9 +90,16 @@ def test_another_optimizer_keeps_clip_and_schedule_alone():
 
 def test_tables_that_can_be_none_come_and_go():
     assert parse("lora=None", spec=FINETUNE).lora is None
-    assert parse("lora.rank=4", spec=f"{FINETUNE}:full").lora.to_dict() == {"rank": 4, "alpha": 16.0, "targets": "/attn2?/"}
+    assert parse("lora.rank=4", spec=f"{FINETUNE}:full").lora.to_dict() == {
+        "rank": 4,
+        "alpha": 16.0,
+        "targets": "/attn2?/",
+    }
     without = str(EXPERIMENTS / "cifar10.py")
-    assert parse("text.tokens=7", spec=without).text.to_dict() | {"tokens": 7, "name": "words"} == parse("text.name=words", "text.tokens=7", spec=without).text.to_dict()
+    assert (
+        parse("text.tokens=7", spec=without).text.to_dict() | {"tokens": 7, "name": "words"}
+        == parse("text.name=words", "text.tokens=7", spec=without).text.to_dict()
+    )
 
 
 def test_all_that_can_be_asked_of_a_sampling_experiment_can_be_overridden():
@@ -106,7 +117,10 @@ def test_all_that_can_be_asked_of_a_sampling_experiment_can_be_overridden():
     [
         (["text=None", "text.tokens=3"], "unknown config key text.tokens"),
         (["data=None"], "config key data is a table, not None"),
-        (["optimizer=adamw"], "config key optimizer is a table, not adamw: give its fields, such as --config.optimizer.name="),
+        (
+            ["optimizer=adamw"],
+            "config key optimizer is a table, not adamw: give its fields, such as --config.optimizer.name=",
+        ),
         (["optimizer.name=adam"], "unknown optimizer.name adam: did you mean adamw?"),
         (["optimizer.name=adamw", "optimizer.momentum=0.9"], "unknown config key optimizer.momentum"),
         (["dit.dtype=bf16"], "unknown dit.dtype bf16: did you mean bfloat16?"),
@@ -132,7 +146,7 @@ def test_a_mistake_in_any_field_of_a_file_is_told_by_its_name(file):
         if value is None:
             continue
         for wrong in ({"x": 1}, [object()] if isinstance(value, str) else "wrong", None):
-            if isinstance(value, str) and wrong is None or wrong == "wrong" and path.endswith("name"):
+            if (isinstance(value, str) and wrong is None) or (wrong == "wrong" and path.endswith("name")):
                 continue
             broken = config.complete(whole).to_dict()
             table = broken
@@ -145,7 +159,9 @@ def test_a_mistake_in_any_field_of_a_file_is_told_by_its_name(file):
                 config.complete(broken)
 
 
-@pytest.mark.parametrize("path", ["name", "data", "process", "loss.times", "optimizer", "network", "train.steps", "train.batch"])
+@pytest.mark.parametrize(
+    "path", ["name", "data", "process", "loss.times", "optimizer", "network", "train.steps", "train.batch"]
+)
 def test_a_missing_field_is_named(path):
     settings = config.load(EMOJI).to_dict()
     table = settings
@@ -184,4 +200,8 @@ def test_the_page_names_every_field_and_its_commands_are_read():
     overrides = [[word for word in words if word.startswith("--config.")] for words in commands]
     found = [config.parse(EMOJI, words)[0] for words in overrides]
     assert (found[0].train.steps, found[0].data.flip) == (1000, True)
-    assert found[1].optimizer.name == "adamw" and found[2].text is None and found[2].loss.weight.to_dict() == {"name": "plain"}
+    assert (
+        found[1].optimizer.name == "adamw"
+        and found[2].text is None
+        and found[2].loss.weight.to_dict() == {"name": "plain"}
+    )

@@ -199,6 +199,4 @@ def test_json_holds_facts_and_problems(monkeypatch, capsys):
     doctor.main(as_json=True)
     found = json.loads(capsys.readouterr().out)
     assert found["driver"] == "580.95.05" and found["gpus"][0]["name"] == "NVIDIA H100"
-    assert found["problems"] == [
-        {"what": "JAX_PLATFORMS=cpu lets jax use nothing else", "fix": "unset JAX_PLATFORMS"}
-    ]
+    assert found["problems"] == [{"what": "JAX_PLATFORMS=cpu lets jax use nothing else", "fix": "unset JAX_PLATFORMS"}]

@@ -10,8 +10,7 @@ import pytest
 
 from diffjax import build, cli, config
 from diffjax.parallel import devices
-from diffjax.train import experiment as experiments
-from diffjax.train import record
+from diffjax.train import experiment as experiments, record
 from diffjax.train.parallel import by_jit, by_pmap
 from diffjax.train.state import create
 from diffjax.train.step import make_step
@@ -86,7 +85,10 @@ def batch(plan, size):
 
 
 CASES = [case for file in FILES for case in ways(file)]
-STEPPED = [case if case in (("emoji", "dit"), ("cifar10", "unet")) else pytest.param(*case, marks=pytest.mark.slow) for case in CASES]
+STEPPED = [
+    case if case in (("emoji", "dit"), ("cifar10", "unet")) else pytest.param(*case, marks=pytest.mark.slow)
+    for case in CASES
+]
 
 
 @pytest.mark.parametrize("name, network", STEPPED)
@@ -96,7 +98,9 @@ def test_an_experiment_has_the_size_it_says(name, network, tmp_path):
     optimizer, _ = build.optimizer(settings.optimizer, settings.train.steps)
     state = jax.eval_shape(lambda: create(plan.init(jax.random.key(0)), optimizer, jax.random.key(1)))
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
-    low, high = {"emoji": (6e6, 1.2e7), "emoji64": (4e7, 8e7), "cifar10": (2e7, 4.5e7), "ddpm_train": (3.5e7, 3.6e7)}[name]
+    low, high = {"emoji": (6e6, 1.2e7), "emoji64": (4e7, 8e7), "cifar10": (2e7, 4.5e7), "ddpm_train": (3.5e7, 3.6e7)}[
+        name
+    ]
     assert low < parameters < high
     step = make_step(plan.objective(), optimizer, settings.train.ema, settings.train.accumulate)
     after, metrics = jax.eval_shape(step, state, batch(plan, settings.train.batch))
@@ -171,16 +175,21 @@ def test_words_of_a_run_are_listed(tmp_path, capsys):
 
 def test_words_of_templates_are_known():
     words = experiments.tokenizer(experiment("emoji", "dit"), Data(16, 0).captions(), ("{}", "an icon of {}")).words
-    assert (words.counts["icon"], words.counts["pizza"]) == (3, 2) and words.read("icon of a pizza").text == "an icon of pizza"
+    assert (words.counts["icon"], words.counts["pizza"]) == (3, 2) and words.read(
+        "icon of a pizza"
+    ).text == "an icon of pizza"
 
 
 @pytest.mark.parametrize(
-    ("name", "size"), [("emoji", 20), ("cifar10", 27), ("ddpm_train", 20), ("minimagen/base64", 20), ("minimagen/emoji_super128", 66)]
+    ("name", "size"),
+    [("emoji", 20), ("cifar10", 27), ("ddpm_train", 20), ("minimagen/base64", 20), ("minimagen/emoji_super128", 66)],
 )
 def test_a_size_that_the_network_cannot_cut_is_refused_before_training(name, size):
     settings = config.load(str(Path(__file__).parents[1] / "experiments" / f"{name}.py"))
     settings.text = None
     if settings.get("low_res"):
         settings.low_res.size = 33
-    with pytest.raises(UserError, match=rf"data.size={size}: this {settings.network} reads multiples of \d+ pixels; change data.size"):
+    with pytest.raises(
+        UserError, match=rf"data.size={size}: this {settings.network} reads multiples of \d+ pixels; change data.size"
+    ):
         experiments.planned(settings, (size, size, 3), tuple(map(str, range(settings.classes))), None)

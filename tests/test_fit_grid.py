@@ -22,7 +22,10 @@ STEPS = 6
 def mixture():
     """Two narrow clusters and a wide one in the plane."""
     parts = analytic.Mixture(
-        process.Cosine(), jnp.zeros(3), jnp.asarray([[1.0, 1], [-1, 0.5], [0, -1]]), jnp.asarray([[0.05, 0.05], [0.02, 0.1], [0.3, 0.3]])
+        process.Cosine(),
+        jnp.zeros(3),
+        jnp.asarray([[1.0, 1], [-1, 0.5], [0, -1]]),
+        jnp.asarray([[0.05, 0.05], [0.02, 0.1], [0.3, 0.3]]),
     )
     return Model(parts, (2,), Defaults(sampler="dpmpp_2m", batch=256), name="mixture")
 
@@ -32,7 +35,9 @@ def found(mixture):
     return fit_grid.fit(mixture, STEPS, "dpmpp_2m", seeds=256, iterations=60)
 
 
-@pytest.mark.parametrize("of", [process.Flow(), process.Cosine(), process.discrete(process.linear_betas())], ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize(
+    "of", [process.Flow(), process.Cosine(), process.discrete(process.linear_betas())], ids=lambda p: type(p).__name__
+)
 @pytest.mark.parametrize("name", ["logsnr", "karras"])
 def test_parameters_of_a_named_grid_give_it_back(of, name):
     times = fit_grid.between(of)
@@ -56,7 +61,10 @@ def test_the_error_is_that_of_other_seeds(mixture, found):
     key, numbers = jax.random.key(0), np.arange(256, 512)
     inputs = mixture.inputs(key, numbers)
     ends = []
-    for times in (grid.pairs(np.append(found.grid[:, 0], 0.0)), build.grid("logsnr", mixture.denoiser.process, fit_grid.FINE)):
+    for times in (
+        grid.pairs(np.append(found.grid[:, 0], 0.0)),
+        build.grid("logsnr", mixture.denoiser.process, fit_grid.FINE),
+    ):
         recipe = mixture.recipe(steps=len(times), sampler="dpmpp_2m", grid=times)
         ends.append(np.asarray(recipe.advance(inputs, recipe.begin(inputs)).x))
     assert np.sqrt(np.mean((ends[0] - ends[1]) ** 2)) == pytest.approx(found.errors["fitted"], rel=1e-3)
@@ -87,7 +95,11 @@ def test_a_model_samples_on_its_fitted_grid(found, tmp_path):
         ({"revision": "9"}, {}, 'another state of .*revision is "7" there and "9" here'),
         ({"denoiser": toys.model(text=True, seed=1).denoiser}, {}, "another state of .*checksum is "),
         ({"shape": (16, 16, 3)}, {}, r"another state of .*shape is \[8, 8, 3\] there and \[16, 16, 3\] here"),
-        ({}, {"guidance": 3.0}, "for dpmpp_2m --guidance 3: diffjax fit-grid --steps 6 --sampler dpmpp_2m --guidance 3 makes one"),
+        (
+            {},
+            {"guidance": 3.0},
+            "for dpmpp_2m --guidance 3: diffjax fit-grid --steps 6 --sampler dpmpp_2m --guidance 3 makes one",
+        ),
         ({}, {"guidance": 0}, "no grid of 6 steps was fitted to .* for dpmpp_2m: "),
         ({}, {"guide": "apg"}, "for dpmpp_2m --guidance 2 --guide apg: "),
         ({}, {"guidance": lambda denoise: denoise}, "guidance by a scale"),
@@ -120,10 +132,27 @@ def test_what_cannot_be_fitted(mixture):
 
 def test_the_command_fits_a_guided_network(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("diffjax.loading.load", lambda name, **_: toys.model(text=True).replace(name=name))
-    asked = ["--steps", "3", "--sampler", "dpmpp_2m", "--seeds", "2", "--iterations", "2", "--guidance", "2", "--guide", "apg", "momentum=-0.5"]
+    asked = [
+        "--steps",
+        "3",
+        "--sampler",
+        "dpmpp_2m",
+        "--seeds",
+        "2",
+        "--iterations",
+        "2",
+        "--guidance",
+        "2",
+        "--guide",
+        "apg",
+        "momentum=-0.5",
+    ]
     assert cli.main(["fit-grid", "--run", str(tmp_path), *asked, "--prompt", "one", "--prompt", "two"]) == 0
     said = capsys.readouterr().out
-    assert all(name in said for name in ("fitted", *fit_grid.NAMED)) and "--steps 3 --sampler dpmpp_2m --grid fitted" in said
+    assert (
+        all(name in said for name in ("fitted", *fit_grid.NAMED))
+        and "--steps 3 --sampler dpmpp_2m --grid fitted" in said
+    )
     assert "--grid fitted --guidance 2 --guide apg momentum=-0.5" in said
     model = toys.model(text=True).replace(name=str(tmp_path))
     assert fitted.stored(model, "dpmpp_2m", 3, 2.0, {"name": "apg", "momentum": -0.5}).shape == (3, 2)

@@ -48,7 +48,12 @@ def test_an_experiment_that_comes_with_the_package_is_found_from_anywhere(tmp_pa
 
 
 def test_what_an_extra_needs_is_named_as_pip_finds_it(monkeypatch):
-    needed = ["numpy>=2", "resvg-py>=0.3; extra == 'emoji'", 'emoji>=2.14; extra == "emoji"', "pytest>=8; extra == 'test'"]
+    needed = [
+        "numpy>=2",
+        "resvg-py>=0.3; extra == 'emoji'",
+        'emoji>=2.14; extra == "emoji"',
+        "pytest>=8; extra == 'test'",
+    ]
     monkeypatch.setattr(metadata, "requires", lambda name: needed)
     monkeypatch.setattr(sys, "prefix", "/usr")
     assert install.to_install("emoji") == f"{shlex.quote(sys.executable)} -m pip install 'resvg-py>=0.3' 'emoji>=2.14'"
@@ -73,7 +78,10 @@ def test_the_wheel_has_all_of_the_package_and_the_experiments(tmp_path):
         assert {name if folder == "diffjax" else f"diffjax/{name}" for name in inside} <= names
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
     run = lambda *words: subprocess.run(
-        [sys.executable, "-m", "diffjax", *words], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path / "installed")}, check=True
+        [sys.executable, "-m", "diffjax", *words],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(tmp_path / "installed")},
+        check=True,
     )
     run("init", "work")
     assert (tmp_path / "work" / "experiments" / "minimagen" / "base64.py").is_file()

@@ -26,7 +26,13 @@ NETWORKS = {
     | {"heads": 2, "head_dim": 4, "groups": 4},
     "subpixel": {"patch": 4, "width": 8, "depth": 1, "groups": 4},
 }
-PROCESSES = [{"name": "flow"}, {"name": "cosine"}, {"name": "linear"}, {"name": "exploding"}, {"name": "flow", "shift": 2.0}]
+PROCESSES = [
+    {"name": "flow"},
+    {"name": "cosine"},
+    {"name": "linear"},
+    {"name": "exploding"},
+    {"name": "flow", "shift": 2.0},
+]
 PROCESSES += [{"name": "discrete", "steps": 50}, {"name": "discrete", "betas": "squared_cosine", "steps": 20}]
 WEIGHTS = ["plain", "x0", "velocity", "min_snr", "sigmoid", "edm", "p2"]
 
@@ -58,8 +64,10 @@ def legal(number, pictures):
     kind = "neither" if network == "subpixel" else kind
     process = dict(draw.choice(PROCESSES))
     table = process["name"] == "discrete"
-    stage = network == "subpixel" or network == "imagen" and draw.random() < 0.3
-    predictions = ["eps", "x0", "v", "edm"] if process["name"] in ("exploding", "linear", "discrete") else ["x0", "v", "edm"]
+    stage = network == "subpixel" or (network == "imagen" and draw.random() < 0.3)
+    predictions = (
+        ["eps", "x0", "v", "edm"] if process["name"] in ("exploding", "linear", "discrete") else ["x0", "v", "edm"]
+    )
     predictions += ["flow"] if process["name"] in ("flow", "cosine") else []
     optimizer = draw.choice([{"name": "adamw"}, {"name": "muon", "momentum": 0.9}])
     return {
@@ -129,14 +137,21 @@ def illegal(number, pictures):
     """A legal config with one mistake drawn by the number, and what was done to it."""
     draw = random.Random(-1 - number)
     settings = configs.complete(legal(number, pictures)).to_dict()
-    path, value = draw.choice([(path, value) for path, value in places(settings) if value is not None and path != "name"])
+    path, value = draw.choice(
+        [(path, value) for path, value in places(settings) if value is not None and path != "name"]
+    )
     if path.startswith("data.") and isinstance(value, str) and path != "data.name":
         path, value = "data.size", settings["data"]["size"]
     wrong = [{"no such": 1}, [[]] if isinstance(value, str) else "no such"]
     wrong += [None] if isinstance(value, dict) and path not in ("text", "low_res") else []
     wrong += [float("nan"), float("inf")] if isinstance(value, float) else []
     wrong += [-1, 0.5] if type(value) is int and not path.startswith(settings["network"]) else []
-    wrong += ["no such"] if path.endswith("name") or path in ("network", "loss.uniforms", "sample.sampler", "sample.grid", "train.parallel") else []
+    wrong += (
+        ["no such"]
+        if path.endswith("name")
+        or path in ("network", "loss.uniforms", "sample.sampler", "sample.grid", "train.parallel")
+        else []
+    )
     wrong = draw.choice(wrong)
     table = settings
     for name in path.split(".")[:-1]:
@@ -165,7 +180,9 @@ def test_a_few_illegal_configs_are_one_line(pictures, tmp_path):
 
 @pytest.mark.slow
 def test_many_legal_configs_live(pictures, tmp_path):
-    print(f"{count_legal(range(300), pictures, tmp_path)} of 300 legal configs trained, drew, were converted and loaded again")
+    print(
+        f"{count_legal(range(300), pictures, tmp_path)} of 300 legal configs trained, drew, were converted and loaded again"
+    )
 
 
 @pytest.mark.slow

@@ -1,4 +1,6 @@
-"""The user's own network, loss and optimizer: found beside the config, kept with the run, and read from there wherever it goes."""
+"""The user's own network, loss and optimizer: found beside the config, kept with the run, and read from there wherever
+it goes.
+"""
 
 import json
 import os
@@ -12,8 +14,7 @@ import toys
 from PIL import Image
 
 import diffjax
-from diffjax import config as configs
-from diffjax import user_code
+from diffjax import config as configs, user_code
 from diffjax.train import loop
 from diffjax.utils.errors import UserError
 
@@ -142,7 +143,11 @@ def test_a_run_does_not_go_on_with_other_code(project, tmp_path):
         ("my_nets.py", "def (", "the module my_nets cannot be imported (SyntaxError"),
         ("my_nets.py", "1 / 0", "the module my_nets cannot be imported (ZeroDivisionError"),
         ("my_nets.py", "class Mixr: pass", "my_nets.py Mixer: did you mean Mixr?"),
-        ("my_parts.py", PARTS.replace("height", "hight"), "unknown config key loss.weight.height: did you mean loss.weight.hight?"),
+        (
+            "my_parts.py",
+            PARTS.replace("height", "hight"),
+            "unknown config key loss.weight.height: did you mean loss.weight.hight?",
+        ),
         ("my_parts.py", PARTS.replace("rate):", "rate, speed):"), "the config has no optimizer.speed: add it, a value"),
     ],
 )
@@ -155,6 +160,8 @@ def test_what_is_wrong_with_it_is_one_line(project, file, text, said):
 
 def test_a_network_that_cannot_read_the_pictures_is_said_before_anything_is_written(project, tmp_path):
     (project / "my_nets.py").write_text(NETS.replace("nn.Dense(self.width)(pooled)", "pooled[:, :3]"))
-    with pytest.raises(UserError, match="network my_nets:Mixer cannot be made for these pictures .*: change the fields of Mixer"):
+    with pytest.raises(
+        UserError, match="network my_nets:Mixer cannot be made for these pictures .*: change the fields of Mixer"
+    ):
         loop.train(configs.parse(str(project / "own.py"), [])[0], tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,5 @@
-"""Pictures with captions from a folder, a table or tar files, as a TFDS dataset: read once, then trained from array_record.
+"""Pictures with captions from a folder, a table or tar files, as a TFDS dataset: read once, then trained from
+array_record.
 
 The prepared copy holds every picture with its shorter side reduced to `size`. A changed source is prepared anew, an
 unchanged one never.
@@ -67,7 +68,9 @@ def _distinct(pictures: list[Captioned]) -> list[Captioned]:
     for picture in pictures:
         called = printable(picture.name)
         name = next(
-            name for name in itertools.chain([called], (f"{called}#{i}" for i in itertools.count(2))) if name not in taken
+            name
+            for name in itertools.chain([called], (f"{called}#{i}" for i in itertools.count(2)))
+            if name not in taken
         )
         taken.add(name)
         found.append(dataclasses.replace(picture, name=name))
@@ -105,7 +108,7 @@ def _check_sizes(settings: PicturesConfig) -> None:
         try:
             with Image.open(picture.file, formats=formats()) as opened:
                 found = opened.size
-        except Exception:  # noqa: BLE001  a broken file raises nearly anything; preparation counts and names it
+        except Exception:
             continue
         if min(found) < settings.size:
             small.append((picture.file, found))
@@ -115,7 +118,9 @@ def _check_sizes(settings: PicturesConfig) -> None:
 
 
 class Stored(NamedTuple):
-    """What is kept of a picture: the file's bytes, a digest of its pixels, whether it is grey, and how many its file held."""
+    """What is kept of a picture: the file's bytes, a digest of its pixels, whether it is grey, and how many its
+    file held.
+    """
 
     data: bytes
     pixels: bytes
@@ -139,15 +144,17 @@ def _stored(picture: Captioned, settings: PicturesConfig) -> Stored | str:
         return Stored(buffer.getvalue(), pixels, flat.mode == "L", held)
     except UserError as error:
         return str(error)
-    except Exception as error:  # noqa: BLE001  a broken file raises nearly anything; each is counted and named
+    except Exception as error:
         return f"cannot be read: {error}"
 
 
 class CaptionedPictures(tfds.core.GeneratorBasedBuilder):
-    """TFDS builder `captioned_pictures`: `image`, `file` and, where there are any, `captions` and `label`; split `train`.
+    """TFDS builder `captioned_pictures`: `image`, `file` and, where there are any, `captions` and `label`;
+    split `train`.
 
-    Pictures that cannot be used, and those without a caption where others have one, are left out and named in `Skipped`.
-    The metadata say whether all are `grey`, and have a digest of the `content`: names, pixels, captions and classes.
+    Pictures that cannot be used, and those without a caption where others have one, are left out and named in
+    `Skipped`. The metadata say whether all are `grey`, and have a digest of the `content`: names, pixels, captions
+    and classes.
     """
 
     VERSION = tfds.core.Version("1.1.0")

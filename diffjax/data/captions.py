@@ -2,8 +2,9 @@
 
 Beside a picture `cat.png`: `cat.txt` (one caption a line) or `cat.json` (a caption, a list of captions, or an object
 with one of `CAPTION_KEYS`); `cat.png.txt` and `cat.png.json` too. Anywhere in the folder: a table (`rows`) whose
-pictures are paths relative to it, or a `.json` object from file to captions. Folders are searched recursively, through links
-too, and a picture's captions are gathered from everywhere. Names are found in whatever case and form of Unicode they stand.
+pictures are paths relative to it, or a `.json` object from file to captions. Folders are searched recursively, through
+links too, and a picture's captions are gathered from everywhere. Names are found in whatever case and form of Unicode
+they stand.
 """
 
 import os
@@ -82,7 +83,10 @@ class Classes(Folder):
                 f"{self.path} has the folders {', '.join(sorted(classes))}: set data.path to the one of them to train on"
             )
         labels = {file: label if (label := printable(name.parts[0])) in classes else "" for file, name in names.items()}
-        return [Captioned(str(name), file, label=labels[file], problem=left_out.get(file, "")) for file, name in names.items()]
+        return [
+            Captioned(str(name), file, label=labels[file], problem=left_out.get(file, ""))
+            for file, name in names.items()
+        ]
 
 
 def _is_picture(file: Path) -> bool:
@@ -107,8 +111,8 @@ def stamps(files: Iterable[Path], folder: Path) -> Iterator[str]:
 def scan(folder: Path) -> list[Captioned]:
     """Every picture under `folder` with its captions (none, if there are none), ordered by path.
 
-    What cannot be used (see `walk`) and faulty rows of tables have a `problem`. Raises `UserError` when the folder is missing
-    or has no pictures, when a caption's picture is missing, and when a caption file cannot be read.
+    What cannot be used (see `walk`) and faulty rows of tables have a `problem`. Raises `UserError` when the folder is
+    missing or has no pictures, when a caption's picture is missing, and when a caption file cannot be read.
     """
     folder = Path(os.path.abspath(folder))
     files, left_out = walk(folder)
@@ -128,7 +132,10 @@ def scan(folder: Path) -> list[Captioned]:
         raise without_picture(folder, missing)
     found = sorted(pictures.captions.items())
     return [
-        *(Captioned(os.path.relpath(file, folder), file, tuple(said), problem=left_out.get(file, "")) for file, said in found),
+        *(
+            Captioned(os.path.relpath(file, folder), file, tuple(said), problem=left_out.get(file, ""))
+            for file, said in found
+        ),
         *faulty,
     ]
 
@@ -161,7 +168,9 @@ class Pictures:
 def without_picture(path: Path, missing: list[str]) -> UserError:
     """The error for captions whose pictures are not there."""
     remedy = "put the pictures back or remove their captions"
-    return UserError(f"{path}: {counted(len(missing), 'caption')} without a picture, the first is {missing[0]}; {remedy}")
+    return UserError(
+        f"{path}: {counted(len(missing), 'caption')} without a picture, the first is {missing[0]}; {remedy}"
+    )
 
 
 def gather(known: list[str], captions: list[str]) -> None:

@@ -173,7 +173,7 @@ def _named(config: ml_collections.ConfigDict, folder: Path) -> Any:
         raise UserError(f'data.name="{config.name}" is no data set; {hint}') from error
     except UserError:
         raise
-    except Exception as error:  # noqa: BLE001  hundreds of builders fail in their own ways: no network, no package
+    except Exception as error:
         remedy = "check the network, or set data.data_dir to a folder that holds it"
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"cannot prepare {config.name}: {reason}; {remedy}") from error
@@ -184,7 +184,9 @@ BUILDERS = {"openmoji": _openmoji, **dict.fromkeys(SOURCES, _captioned_pictures)
 
 
 def fetch(config: ml_collections.ConfigDict, retry: bool = False) -> None:
-    """Fetch the pictures that a table has on the web, which `load` never does; with `retry` also those that failed before."""
+    """Fetch the pictures that a table has on the web, which `load` never does; with `retry` also those that
+    failed before.
+    """
     config = _complete(config)
     if config.name == "captioned_table":
         _source(config).fetch(retry)
@@ -215,7 +217,9 @@ def _channels(config: ml_collections.ConfigDict, depth: int | None, metadata: An
 def _say(skipped: Skipped, name: str) -> None:
     """How many pictures are left out, and the first of them."""
     if left_out := skipped.read():
-        shown = "".join(f"\n  {picture}: {why}" for picture, why in left_out[:SHOWN]) + "\n  ..." * (len(left_out) > SHOWN)
+        shown = "".join(f"\n  {picture}: {why}" for picture, why in left_out[:SHOWN]) + "\n  ..." * (
+            len(left_out) > SHOWN
+        )
         verb = "is" if len(left_out) == 1 else "are"
         message = f"%s of {name} {verb} left out; %s says which and why:%s"
         logging.getLogger("diffjax").warning(message, counted(len(left_out), "picture"), skipped.path, shown)

@@ -1,7 +1,8 @@
 """Pictures fetched from the web into the cache folder, many at once; nothing that comes back is trusted.
 
 Only http and https are spoken, whatever an answer leads to. An answer has to begin in time, to end in time, to stay
-within `MOST_BYTES`, and to decode as a picture to its end; it is kept only then. What may pass is tried `ATTEMPTS` times.
+within `MOST_BYTES`, and to decode as a picture to its end; it is kept only then. What may pass is tried
+`ATTEMPTS` times.
 """
 
 import hashlib
@@ -134,7 +135,7 @@ def _checked(data: bytes) -> bytes:
     try:
         picture = open_picture(data, 1)
         picture.load()
-    except Exception as error:  # noqa: BLE001  a broken file raises nearly anything
+    except Exception as error:
         if looks_like_picture(data[:12]):
             raise OSError(f"is not all there: {error}") from error
         raise Refused(f"is no picture: {error}") from error

@@ -60,7 +60,9 @@ def formats() -> tuple[str, ...]:
 
 def looks_like_picture(head: bytes) -> bool:
     """Whether the first 12 bytes of a file are those of a picture in one of `FORMATS`, or HEIF."""
-    if head.startswith((PNG, b"\xff\xd8\xff", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*", b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  ")):
+    if head.startswith(
+        (PNG, b"\xff\xd8\xff", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*", b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  ")
+    ):
         return True
     boxed = head[4:12] in (b"ftypavif", b"ftypavis", *(b"ftyp" + kind for kind in HEIF))
     named = (head[:4] == b"RIFF" and head[8:12] == b"WEBP") or (head[:2] == b"BM" and head[6:10] == bytes(4))
@@ -115,7 +117,8 @@ def _turn(picture: Image.Image) -> None:
 
 
 def _grey(picture: Image.Image) -> Image.Image | None:
-    """A picture of whole numbers above 255, or of floats in [0, 1], in 8 bits with its transparency; None for any other.
+    """A picture of whole numbers above 255, or of floats in [0, 1], in 8 bits with its transparency; None for
+    any other.
 
     PIL's own conversions would clip them. Raises `ValueError` where it is not known which number is white.
     """
@@ -127,7 +130,9 @@ def _grey(picture: Image.Image) -> Image.Image | None:
     elif picture.mode == "F":
         values = np.asarray(picture, np.float32)
         if not (values.min() >= 0 and values.max() <= 1):
-            raise ValueError(f"floats from {values.min():g} to {values.max():g}: only those from 0 to 1 have a known white")
+            raise ValueError(
+                f"floats from {values.min():g} to {values.max():g}: only those from 0 to 1 have a known white"
+            )
         grey = np.round(values * 255).astype(np.uint8)
     elif picture.mode == "I":
         raise ValueError("whole numbers of 32 bits, of which nobody says which is white: save it with 8 or 16 bits")
@@ -221,7 +226,8 @@ def check_size(found: tuple[int, int], size: int, enlarge: bool, of: str = "a pi
 
 
 def read(path: str | Path, size: tuple[int, int], channels: int = 3) -> UInt8[np.ndarray, "h w c"]:
-    """Any picture file, its middle cropped to the shape of `size` (height, width) and resized to it, transparency on white.
+    """Any picture file, its middle cropped to the shape of `size` (height, width) and resized to it, transparency
+    on white.
 
     Raises `UserError` when it is no picture.
     """

@@ -203,8 +203,11 @@ class Openmoji(tfds.core.GeneratorBasedBuilder):
         settings = self.builder_config
         for emoji in track(chosen, f"drawing the emoji at {settings.size} px", len(chosen)):
             codepoints = "-".join(f"{point:04X}" for point in emoji.codepoints)
-            yield codepoints, {
-                "image": rasterise(emoji.file, settings.size, settings.background),
-                "captions": list(emoji.names),
-                "codepoints": codepoints,
-            }
+            yield (
+                codepoints,
+                {
+                    "image": rasterise(emoji.file, settings.size, settings.background),
+                    "captions": list(emoji.names),
+                    "codepoints": codepoints,
+                },
+            )

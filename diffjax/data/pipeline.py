@@ -103,7 +103,7 @@ class Pictures:
             return read()
         except UserError:
             raise
-        except Exception as error:  # noqa: BLE001  a broken file raises nearly anything; each is counted and named
+        except Exception as error:
             self._unreadable.add(index)
             self._skipped.add([(f"record {index}", f"cannot be read: {error}")])
             logging.getLogger("diffjax").warning("record %d cannot be read; see %s", index, self._skipped.path)
@@ -239,8 +239,8 @@ class Batches:
     def set_state(self, state: bytes, allow_change: bool = False) -> Changes:
         """Go on where `get_state` was: at that batch, or of another batch size at about as many examples.
 
-        Returns what differs, by name, as it was and as it is. Raises `UserError` when data, seed or batch size differ and that
-        is not allowed.
+        Returns what differs, by name, as it was and as it is. Raises `UserError` when data, seed or batch size differ
+        and that is not allowed.
         """
         there = json.loads(state)
         number = there.pop("batch")
@@ -287,7 +287,8 @@ def batches(
 class Prefetch:
     """Batches made and placed on the devices by a thread, `depth` ahead; the state is that of the batch not yet taken.
 
-    `place` takes a batch to the devices. What the thread raises, `next` and `peek` raise; the next `next` tries that batch again.
+    `place` takes a batch to the devices. What the thread raises, `next` and `peek` raise; the next `next` tries that
+    batch again.
     """
 
     def __init__(self, batches: Batches, place: Callable[[Batch], Any], depth: int = 2):
@@ -339,7 +340,7 @@ class Prefetch:
             try:
                 placed = self._place(next(self._batches))
                 item = (placed, self._batches.get_state(), None)
-            except BaseException as error:  # noqa: BLE001  raised again by the thread that asks for the batch
+            except BaseException as error:
                 item = (None, None, error)
             while not stopped():
                 try:

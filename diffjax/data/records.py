@@ -97,8 +97,8 @@ class Records:
     def digest(self) -> str:
         """A hash of what the records hold and of their order, the same wherever the data were prepared from.
 
-        Of our own builders, by the digest of all pictures, captions and classes that they keep; of others, by `SAMPLED` whole
-        records, evenly spaced. The order is that of as many captions.
+        Of our own builders, by the digest of all pictures, captions and classes that they keep; of others, by `SAMPLED`
+        whole records, evenly spaced. The order is that of as many captions.
         """
         total = hashlib.sha256(repr((self._content, len(self), self.class_names)).encode())
         for index in np.linspace(0, len(self) - 1, min(SAMPLED, len(self))).astype(int):

@@ -1,7 +1,8 @@
 """The rows of tables: which picture, and which captions.
 
-A table has one of `FILE_KEYS` and one of `CAPTION_KEYS` in its header, in any case. A faulty row is left out by its file and
-line; a fault that hides what other rows say (quotes that swallow rows, captions that are cut at a comma) refuses the table.
+A table has one of `FILE_KEYS` and one of `CAPTION_KEYS` in its header, in any case. A faulty row is left out by its
+file and line; a fault that hides what other rows say (quotes that swallow rows, captions that are cut at a comma)
+refuses the table.
 
     .csv      commas, semicolons or tabs, whichever the header has; quotes as RFC 4180 has them
     .tsv      the same where all its quotes fit; else a quote is a letter like any other
@@ -120,7 +121,9 @@ def _lines(file: Path) -> Iterator[str]:
     """The lines of a text file with their ends, one after the other. Raises `ValueError` as `text_in` does."""
     with file.open("rb") as opened:
         encoding = _encoding(opened.read(4))
-    with file.open(encoding=encoding, newline="", errors="surrogateescape" if encoding == "utf-8-sig" else "strict") as opened:
+    with file.open(
+        encoding=encoding, newline="", errors="surrogateescape" if encoding == "utf-8-sig" else "strict"
+    ) as opened:
         for number, line in enumerate(opened, 1):
             try:
                 line.encode()
@@ -189,7 +192,9 @@ def _fitting(records: Iterator[tuple[int, list[str]]], between: str) -> Iterator
         for inner in (inner for field in fields for inner in field.splitlines()[1:]):
             parts = dict(zip(header, inner.split(between)))
             if len(parts) == len(header) and any(_is_picture(parts[name]) for name in FILE_KEYS if name in parts):
-                raise ValueError(f"the quotes that begin on line {line} take in another row ({inner[:40]!r}): close them")
+                raise ValueError(
+                    f"the quotes that begin on line {line} take in another row ({inner[:40]!r}): close them"
+                )
         yield line, dict(zip(header, fields))
 
 
@@ -230,7 +235,9 @@ def _parquet(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
     try:
         table = pyarrow.parquet.ParquetFile(file)
-        held = [field.name for field in table.schema_arrow if _key(field.name) in FILE_KEYS and _holds_bytes(field.type)]
+        held = [
+            field.name for field in table.schema_arrow if _key(field.name) in FILE_KEYS and _holds_bytes(field.type)
+        ]
         known = FILE_KEYS + CAPTION_KEYS + (LABEL_KEYS if held else ())
         columns = [name for name in table.schema_arrow.names if _key(name) in known and name not in held]
         classes, number = _classes(table.schema_arrow), 0
@@ -241,7 +248,10 @@ def _parquet(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 fields = told[row] if columns else {}
                 label = next((fields[name] for name in columns if _key(name) in LABEL_KEYS), None)
                 label = classes[label] if classes and isinstance(label, int) and 0 <= label < len(classes) else label
-                yield number, fields | {name: Inside(name, group, row, "" if label is None else str(label)) for name in held}
+                yield (
+                    number,
+                    fields | {name: Inside(name, group, row, "" if label is None else str(label)) for name in held},
+                )
     except pyarrow.ArrowException as error:
         raise ValueError(str(error).partition("\n")[0]) from error
 
@@ -249,7 +259,11 @@ def _parquet(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def _holds_bytes(kind: Any) -> bool:
     from pyarrow import types
 
-    return types.is_binary(kind) or types.is_large_binary(kind) or (types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
+    return (
+        types.is_binary(kind)
+        or types.is_large_binary(kind)
+        or (types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
+    )
 
 
 def _classes(schema: Any) -> list[str]:
@@ -262,7 +276,9 @@ def _classes(schema: Any) -> list[str]:
 
 
 def captions_in(value: Any) -> list[str]:
-    """The captions in a string, a list of strings, or an object that has them under one of `CAPTION_KEYS`; null is none."""
+    """The captions in a string, a list of strings, or an object that has them under one of `CAPTION_KEYS`; null
+    is none.
+    """
     if isinstance(value, dict):
         value = next((value[key] for key in CAPTION_KEYS if value.get(key)), [])
     captions = [value] if isinstance(value, str) else [] if value is None else value

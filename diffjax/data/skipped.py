@@ -14,9 +14,11 @@ NAME = "left_out.jsonl"
 
 @dataclass(frozen=True)
 class Skipped:
-    """What was left out of the data that are, or would be, prepared in `folder`: JSON lines, a `name` and a `reason` each.
+    """What was left out of the data that are, or would be, prepared in `folder`: JSON lines, a `name` and a
+    `reason` each.
 
-    They stand in `left_out.jsonl` there; in the cache folder where that cannot be written. Several processes may add lines.
+    They stand in `left_out.jsonl` there; in the cache folder where that cannot be written. Several processes may
+    add lines.
     """
 
     folder: Path

@@ -1,7 +1,7 @@
 """A table of paths or URLs with captions, in one file or many, as a source of captioned pictures.
 
-Pictures on the web are fetched by `Table.fetch`, which `diffjax prepare` calls, and never by training. Parquet files may hold
-the pictures themselves.
+Pictures on the web are fetched by `Table.fetch`, which `diffjax prepare` calls, and never by training. Parquet files
+may hold the pictures themselves.
 """
 
 import functools
@@ -28,7 +28,8 @@ _reading = threading.Lock()
 
 
 def parts(path: Path, suffixes: Iterable[str]) -> list[Path]:
-    """The files that a path means: itself, all in a folder or its subfolders, or those of a pattern such as `shards/*.tar`.
+    """The files that a path means: itself, all in a folder or its subfolders, or those of a pattern such as
+    `shards/*.tar`.
 
     Raises `UserError` when there is none, one has none of the suffixes, or a folder has some that are packed.
     """
@@ -47,7 +48,9 @@ def parts(path: Path, suffixes: Iterable[str]) -> list[Path]:
 
 @dataclass(frozen=True)
 class Held(Captioned):
-    """A picture in a Parquet file: in row `row` of a column's row group, where `read` finds its bytes or the path to them."""
+    """A picture in a Parquet file: in row `row` of a column's row group, where `read` finds its bytes or the path
+    to them.
+    """
 
     inside: Inside = Inside("", 0, 0, "")
 
@@ -110,7 +113,11 @@ class Table:
                     told = {"captions": tuple(row.captions), "label": row.picture.label, "inside": row.picture}
                     found.held.append(Held(f"{called} {row.where}", table, **told))
                 else:
-                    place = row.picture if download.is_link(row.picture) else relative(Path(os.path.abspath(table)), row.picture)
+                    place = (
+                        row.picture
+                        if download.is_link(row.picture)
+                        else relative(Path(os.path.abspath(table)), row.picture)
+                    )
                     gather(found.captions.setdefault(place, []), row.captions)
         named = [place for place in found.captions if isinstance(place, Path)]
         if named and not any(map(os.path.lexists, named)):
@@ -131,7 +138,9 @@ class Table:
         return files.home() / "downloads" / f"failed-{label(self.path)}-{digest.hexdigest()[:16]}.jsonl"
 
     def failed(self) -> dict[str, str]:
-        """Why each of the pictures that are not there could not be fetched. Raises `UserError` before `fetch` is done."""
+        """Why each of the pictures that are not there could not be fetched. Raises `UserError` before `fetch`
+        is done.
+        """
         if not self.links:
             return {}
         if not self.log.exists():
@@ -166,7 +175,9 @@ class Table:
                 download.place(url).unlink()
 
     def stamp(self) -> Iterator[str]:
-        """The tables, what could not be fetched, the sizes of what was, and the sizes and times of change of the files."""
+        """The tables, what could not be fetched, the sizes of what was, and the sizes and times of change of
+        the files.
+        """
         if self.contents.held:
             yield from stamps(self.files, self.path.parent)
         else:
@@ -184,7 +195,13 @@ class Table:
 
     def _picture(self, place: str | Path, captions: tuple[str, ...], failed: dict[str, str]) -> Captioned:
         if isinstance(place, Path):
-            problem = "" if os.path.isfile(place) else "is a link that leads nowhere" if place.is_symlink() else "is not there"
+            problem = (
+                ""
+                if os.path.isfile(place)
+                else "is a link that leads nowhere"
+                if place.is_symlink()
+                else "is not there"
+            )
             return Captioned(os.path.relpath(place, self.path.parent), place, captions, problem=problem)
         file = download.place(place)
         if place not in failed and not file.exists():

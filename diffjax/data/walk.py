@@ -25,8 +25,8 @@ class Found(NamedTuple):
 def walk(folder: Path) -> Found:
     """Everything under `folder`, through links too, but what is hidden. Raises `UserError` when the folder is missing.
 
-    Left out are hidden pictures, links that lead nowhere or back, folders that cannot be listed, archives, and pictures whose
-    names do not end like one's.
+    Left out are hidden pictures, links that lead nowhere or back, folders that cannot be listed, archives, and pictures
+    whose names do not end like one's.
     """
     if folder.is_file():
         raise UserError(f"{folder} is a file: set data.name to captioned_table for a table, or webdataset for a .tar")
@@ -65,7 +65,9 @@ def unused(file: Path, hidden: bool) -> str | None:
     """Why a file is not used: a reason if it may be a picture, "" if it is none of our business, None if it is used."""
     suffix = file.suffix.lower()
     if hidden:
-        return "is hidden: a name on its path begins with a dot" if suffix in SUFFIXES and not is_apples(file.name) else ""
+        return (
+            "is hidden: a name on its path begins with a dot" if suffix in SUFFIXES and not is_apples(file.name) else ""
+        )
     try:
         if not stat.S_ISREG(file.stat().st_mode):
             return "is no regular file" if suffix in SUFFIXES else ""

@@ -1,9 +1,10 @@
 """Tar files in webdataset's layout as a source of captioned pictures: `KEY.jpg` beside `KEY.txt` or `KEY.json`.
 
-Nothing is unpacked: a shard's headers are read once, and a picture is a stretch of the tar file. A key is a member's path up
-to the first dot of its name (dots in folders count for nothing) in the convention, up to the last where people put files with
-dots in their names into a tar. Both are served: a picture has the captions of `NAME.txt` for its own NAME, whatever dots that
-has; `KEY.left.jpg` without any has those of `KEY.txt`, unless there is a `KEY.jpg`, to which they belong.
+Nothing is unpacked: a shard's headers are read once, and a picture is a stretch of the tar file. A key is a member's
+path up to the first dot of its name (dots in folders count for nothing) in the convention, up to the last where people
+put files with dots in their names into a tar. Both are served: a picture has the captions of `NAME.txt` for its own
+NAME, whatever dots that has; `KEY.left.jpg` without any has those of `KEY.txt`, unless there is a `KEY.jpg`, to which
+they belong.
 """
 
 import functools
@@ -83,7 +84,9 @@ def _index(shard: Path, called: str) -> list[Captioned]:
         with tarfile.open(shard, "r:") as tar:
             members = _resolved(_members(tar))
     except (tarfile.TarError, EOFError, ValueError) as error:
-        raise UserError(f"{shard} is no tar file, or damaged ({error}); download it again, and uncompress it") from error
+        raise UserError(
+            f"{shard} is no tar file, or damaged ({error}); download it again, and uncompress it"
+        ) from error
     with shard.open("rb") as file:
         return list(_pictures(shard, called, [_checked(member, file) for member in members]))
 
@@ -95,7 +98,9 @@ def _members(tar: tarfile.TarFile) -> Iterator[_Member]:
             base = os.path.dirname(member.name) if member.issym() else ""
             yield _Member(member.name, target=os.path.normpath(os.path.join(base, member.linkname)))
         elif member.isreg():
-            yield _Member(member.name, member.offset_data, member.size, problem="is a sparse file" if member.issparse() else "")
+            yield _Member(
+                member.name, member.offset_data, member.size, problem="is a sparse file" if member.issparse() else ""
+            )
         elif not member.isdir():
             yield _Member(member.name, problem="is no regular file")
         tar.members.clear()  # it would remember every header
@@ -114,7 +119,9 @@ def _resolved(members: Iterable[_Member]) -> list[_Member]:
         end, steps = member, 0
         while end.target and steps < 10:
             end, steps = (
-                places.get(end.target, _Member(end.name, problem=f"is a link to {end.target}, which is not in the tar")),
+                places.get(
+                    end.target, _Member(end.name, problem=f"is a link to {end.target}, which is not in the tar")
+                ),
                 steps + 1,
             )
         problem = "is a link that leads to itself" if end.target else end.problem
@@ -172,7 +179,8 @@ def _key(member: _Member) -> str:
 
 
 def _rounds(members: list[_Member]) -> list[int]:
-    """How often the name of each member, without its ending, has been another sample's before, as in shards that were joined.
+    """How often the name of each member, without its ending, has been another sample's before, as in shards that
+    were joined.
 
     A sample ends where an ending comes again, or where its name does after others once it had a picture and a text.
     """

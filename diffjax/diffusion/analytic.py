@@ -18,7 +18,7 @@ class Mixture:
     """
 
     process: Process
-    logits: Float[Array, "k"]
+    logits: Float[Array, " k"]
     means: Float[Array, "k d"]
     variances: Float[Array, "k d"]
 
@@ -26,15 +26,19 @@ class Mixture:
         alpha, sigma = expand(self.process.alpha(t), x[:, None]), expand(self.process.sigma(t), x[:, None])
         total = alpha**2 * self.variances + sigma**2
         centred = x[:, None] - alpha * self.means
-        log_p = jax.nn.log_softmax(self.logits) - 0.5 * jnp.sum(centred**2 / total + jnp.log(2 * jnp.pi * total), axis=-1)
+        log_p = jax.nn.log_softmax(self.logits) - 0.5 * jnp.sum(
+            centred**2 / total + jnp.log(2 * jnp.pi * total), axis=-1
+        )
         return alpha, total, centred, log_p
 
-    def log_prob(self, x: Float[Array, "b d"], t: Time) -> Float[Array, "b"]:
+    def log_prob(self, x: Float[Array, "b d"], t: Time) -> Float[Array, " b"]:
         """log p_t(x)."""
         return jax.nn.logsumexp(self._posterior(x, t)[-1], axis=-1)
 
     def __call__(self, x: Float[Array, "b d"], t: Time, cond: object = None) -> Estimate:
-        """E[x0 | x_t] and E[eps | x_t]; `cond["logits"]`, (b, k), replaces the mixture's weights: a class-conditional model."""
+        """E[x0 | x_t] and E[eps | x_t]; `cond["logits"]`, (b, k), replaces the mixture's weights: a
+        class-conditional model.
+        """
         alpha, total, centred, log_p = self._posterior(x, t)
         if cond:
             log_p = log_p - jax.nn.log_softmax(self.logits) + jax.nn.log_softmax(cond["logits"])
@@ -44,7 +48,7 @@ class Mixture:
         return Estimate(x0, jnp.sum(weight * sigma / total * centred, axis=1))
 
 
-def gaussian(process: Process, mean: Float[Array, "d"], variance: Float[Array, "d"]) -> Mixture:
+def gaussian(process: Process, mean: Float[Array, " d"], variance: Float[Array, " d"]) -> Mixture:
     """The mixture of one component, N(mean, diag(variance))."""
     return Mixture(process, jnp.zeros(1), mean[None], variance[None])
 

@@ -4,8 +4,9 @@ Adapting a network is naming three things: what it predicts, its clock (the numb
 the scale of its input.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Callable
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -54,10 +55,11 @@ def edm_scale(process: Process, t: Time, sigma_data: float = 0.5) -> Time:
 
 @struct.dataclass
 class Denoiser:
-    """A network with its process, prediction, clock and input scale; a pytree, so it passes through `jit` as an argument.
+    """A network with its process, prediction, clock and input scale; a pytree, so it passes through `jit` as an
+    argument.
 
-    `apply(params, x, clock(t), **cond) -> y` must be a function of stable identity, since it is static. When y has twice the
-    channels of x, the second half says what the variance is.
+    `apply(params, x, clock(t), **cond) -> y` must be a function of stable identity, since it is static. When y has
+    twice the channels of x, the second half says what the variance is.
     """
 
     process: Process
@@ -86,5 +88,7 @@ class Apply:
 
     module: Any
 
-    def __call__(self, params: Any, x: Float[Array, "b ..."], t: Float[Array, "b"], **cond: Array) -> Float[Array, "b ..."]:
+    def __call__(
+        self, params: Any, x: Float[Array, "b ..."], t: Float[Array, " b"], **cond: Array
+    ) -> Float[Array, "b ..."]:
         return self.module.apply({"params": params}, x, t, **cond)

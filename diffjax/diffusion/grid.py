@@ -1,7 +1,7 @@
 """Time grids: arrays of (t, s) pairs, shape (steps, 2), one step a row, from noise to image.
 
-A grid is the only truth about which time comes next. Grids are made on the host; only their length is static. The integers of
-a table of T steps stand at t = (k + 1) / T; each is visited once, so a grid of a table has at most T steps.
+A grid is the only truth about which time comes next. Grids are made on the host; only their length is static. The
+integers of a table of T steps stand at t = (k + 1) / T; each is visited once, so a grid of a table has at most T steps.
 """
 
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from diffjax.utils.errors import UserError
 Grid = Float[np.ndarray, "steps 2"]
 
 
-def pairs(times: Float[np.ndarray, "steps+1"]) -> Grid:
+def pairs(times: Float[np.ndarray, " steps+1"]) -> Grid:
     """The steps between consecutive times."""
     times = np.asarray(times, np.float64)
     return np.stack([times[:-1], times[1:]], axis=1)
@@ -26,7 +26,8 @@ def uniform(steps: int, start: float = 1.0, stop: float = 0.0) -> Grid:
 
 
 def leading(steps: int, table: int = 1000, offset: int = 0) -> Grid:
-    """The integers 0, T // N, 2 (T // N), ... of a table of T steps, then t = 0 (Song et al. 2020; Lin et al. 2024, table 2).
+    """The integers 0, T // N, 2 (T // N), ... of a table of T steps, then t = 0 (Song et al. 2020; Lin et al. 2024,
+    table 2).
 
     Raises `UserError` where `offset`, which is added to each, leads past the table's end.
     """
@@ -60,25 +61,38 @@ def trailing(steps: int, table: int = 1000) -> Grid:
 
 def spaced(spacing: str, steps: int, table: int, offset: int = 0) -> Grid:
     """The grid of that name among the three of a table; `offset` is `leading`'s."""
-    return leading(steps, table, offset) if spacing == "leading" else {"linspace": linspace, "trailing": trailing}[spacing](steps, table)
+    return (
+        leading(steps, table, offset)
+        if spacing == "leading"
+        else {"linspace": linspace, "trailing": trailing}[spacing](steps, table)
+    )
 
 
 def _integers(k: np.ndarray, table: int) -> Grid:
     if len(k) > table:
-        raise UserError(f"{len(k)} steps are more than the model's table has: take at most {table}, or the grid logsnr or karras")
+        raise UserError(
+            f"{len(k)} steps are more than the model's table has: take at most {table}, or the grid logsnr or karras"
+        )
     return pairs(np.append((k + 1) / table, 0.0))
 
 
 def check(grid: Grid, process: Process) -> None:
-    """Raises `UserError` for what is no grid of a process: times in (0, 1] that fall from row to row, each row from where the
-    one before ends, and none before the first entry of a table, where its network was not trained. The last row may
-    stand still, as one published grid does."""
+    """Raises `UserError` for what is no grid of a process: times in (0, 1] that fall from row to row, each row from
+    where the one before ends, and none before the first entry of a table, where its network was not trained. The last
+    row may stand still, as one published grid does.
+    """
     rows = np.asarray(grid)
     if rows.ndim != 2 or rows.shape[1] != 2 or not len(rows):
-        raise UserError(f"a grid is an array of (t, s) pairs, one row a step, and this one has the shape {rows.shape}: see grid.pairs")
-    falls = np.all(rows[:-1, 0] > rows[:-1, 1]) and np.all(rows[1:, 0] == rows[:-1, 1]) and 0 <= rows[-1, 1] <= rows[-1, 0]
+        raise UserError(
+            f"a grid is an array of (t, s) pairs, one row a step, and this one has the shape {rows.shape}: see grid.pairs"
+        )
+    falls = (
+        np.all(rows[:-1, 0] > rows[:-1, 1]) and np.all(rows[1:, 0] == rows[:-1, 1]) and 0 <= rows[-1, 1] <= rows[-1, 0]
+    )
     if not (falls and 0 < rows[-1, 0] and rows[0, 0] <= 1):
-        raise UserError(f"the times of a grid fall from at most 1 to at least 0, each row from where the last one ends; not so: {_shown(rows)}")
+        raise UserError(
+            f"the times of a grid fall from at most 1 to at least 0, each row from where the last one ends; not so: {_shown(rows)}"
+        )
     if isinstance(process, Discrete) and rows[-1, 0] * process.steps < 1 - 1e-3:
         raise UserError(
             f"this grid of {len(rows)} steps asks the network at t = {rows[-1, 0]:g}, before the first of its table of "
@@ -110,6 +124,7 @@ def _of_logsnr(process: Process, values: np.ndarray) -> Grid:
 
 
 def after(grid: Grid, strength: float) -> Grid:
-    """The steps from number int(N - N strength) on, where image-to-image starts (Meng et al. 2021, SDEdit): at least one, rounded
-    as the pipelines of Stable Diffusion 3 and Flux do."""
+    """The steps from number int(N - N strength) on, where image-to-image starts (Meng et al. 2021, SDEdit): at least
+    one, rounded as the pipelines of Stable Diffusion 3 and Flux do.
+    """
     return grid[int(len(grid) - len(grid) * strength) :]

@@ -1,17 +1,18 @@
 """Guidance: from denoisers to a denoiser.
 
-A guide evaluates branches (conditional, null, ...) and combines their estimates. With scale w = 1 every rule here returns
-the conditional estimate. A guided denoiser is called with `cond = {"cond": ..., "null": ...}`, one dictionary a branch;
-guides compose by application, and an estimate carries the branches it was made of, so that an outer guide needs no further
-evaluation:
+A guide evaluates branches (conditional, null, ...) and combines their estimates. With scale w = 1 every rule here
+returns the conditional estimate. A guided denoiser is called with `cond = {"cond": ..., "null": ...}`, one dictionary a
+branch; guides compose by application, and an estimate carries the branches it was made of, so that an outer guide needs
+no further evaluation:
 
     guided = Rescale(Interval(Guidance(denoise, 3.0), 0.1, 0.9), prediction, process, 0.7)
 
-A guide with momentum remembers: `init(x)` is its memory before the first step, the estimate of every step carries the next
-one, and the sampler hands it back as `cond["past"]`.
+A guide with momentum remembers: `init(x)` is its memory before the first step, the estimate of every step carries the
+next one, and the sampler hands it back as `cond["past"]`.
 """
 
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +27,16 @@ Scale = float | Float[Array, ""]
 
 
 def null(cond: dict[str, Array]) -> dict[str, Array]:
-    """The unconditional branch: no token is real and the label is -1, for which networks use what they learned for nothing."""
+    """The unconditional branch: no token is real and the label is -1, for which networks use what they learned
+    for nothing.
+    """
     empty = {"mask": jnp.zeros_like, "label": lambda label: jnp.full_like(label, -1)}
     return {name: empty.get(name, lambda value: value)(value) for name, value in cond.items()}
 
 
-def branches(denoise: Denoise, x: Array, t: Time, conds: list[dict[str, Array]], together: bool = True) -> list[Estimate]:
+def branches(
+    denoise: Denoise, x: Array, t: Time, conds: list[dict[str, Array]], together: bool = True
+) -> list[Estimate]:
     """The estimates of one network under several conditions: as one batch, or one after the other to save memory."""
     if not together:
         return [denoise(x, t, cond) for cond in conds]
@@ -61,7 +66,9 @@ def _over(a: Array, b: Array) -> Array:
 
 
 class Guide:
-    """What guides have in common: the branches of `cond` that they read, what they remember, the conditional estimate alone."""
+    """What guides have in common: the branches of `cond` that they read, what they remember, the conditional
+    estimate alone.
+    """
 
     reads = ("cond", "null")
 
@@ -127,7 +134,8 @@ class Autoguidance(Guide):
 
 @struct.dataclass
 class Skip(Over):
-    """g + s (c - c_skip) for start < 1 - t <= stop, c_skip a network with layers left out (Stability AI's SD3.5 medium).
+    """g + s (c - c_skip) for start < 1 - t <= stop, c_skip a network with layers left out (Stability AI's
+    SD3.5 medium).
 
     It is evaluated where it counts alone.
     """
@@ -148,8 +156,9 @@ class Skip(Over):
 
 @struct.dataclass
 class Interval(Over):
-    """The guided estimate for low < t <= high, the conditional one elsewhere (Kynkaanniemi et al. 2024, eq. 4), where nothing
-    else is evaluated."""
+    """The guided estimate for low < t <= high, the conditional one elsewhere (Kynkaanniemi et al. 2024, eq. 4), where
+    nothing else is evaluated.
+    """
 
     guided: Guide
     low: Scale
@@ -168,7 +177,9 @@ class Interval(Over):
 
 @struct.dataclass
 class Rescale(Over):
-    """y' = phi y std(c) / std(y) + (1 - phi) y in the network's own y, one deviation per image (Lin et al. 2024, eq. 15-16)."""
+    """y' = phi y std(c) / std(y) + (1 - phi) y in the network's own y, one deviation per image (Lin et al. 2024,
+    eq. 15-16).
+    """
 
     guided: Guide
     prediction: Prediction
@@ -206,7 +217,9 @@ class CFGZero(Guide):
 
 
 def project(c: Array, delta: Array, scale: Scale, radius: Scale, parallel: Scale) -> Array:
-    """c + (w - 1) (d_perp + eta d_par), d = delta min(1, radius / |delta|), split along c (Sadat et al. 2024, eq. 7-10)."""
+    """c + (w - 1) (d_perp + eta d_par), d = delta min(1, radius / |delta|), split along c (Sadat et al. 2024,
+    eq. 7-10).
+    """
     delta = delta * jnp.minimum(1.0, _over(radius, jnp.sqrt(_dot(delta, delta))))
     along = _over(_dot(delta, c), _dot(c, c)) * c
     return c + (scale - 1) * (delta - along + parallel * along)

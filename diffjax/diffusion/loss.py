@@ -6,7 +6,7 @@ The right-hand side is what is computed: it is finite at both ends. Weights are 
 function serves every prediction (Kingma and Gao 2023, "Understanding Diffusion Objectives", section 3).
 """
 
-from typing import Callable
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,13 @@ Weight = Callable[[Denoiser, Time], Time]
 
 
 def loss(
-    denoiser: Denoiser, x0: Float[Array, "b ..."], eps: Float[Array, "b ..."], t: Float[Array, "b"], cond: Cond, weight: Weight
-) -> Float[Array, "b"]:
+    denoiser: Denoiser,
+    x0: Float[Array, "b ..."],
+    eps: Float[Array, "b ..."],
+    t: Float[Array, " b"],
+    cond: Cond,
+    weight: Weight,
+) -> Float[Array, " b"]:
     """The weighted squared error of every image, a mean over its pixels."""
     y = denoiser.network(perturb(denoiser.process, x0, eps, t), t, cond)
     error = y - target(denoiser.prediction, denoiser.process, x0, eps, t)
@@ -39,7 +44,9 @@ def _of_x0(weight: Callable[[Process, Time], Time]) -> Callable[[Denoiser, Time]
 
 
 def plain(denoiser: Denoiser, t: Time) -> Time:
-    """|y - target|^2, unweighted: the simple loss of DDPM for eps (Ho et al. 2020, eq. 14), flow matching for the velocity."""
+    """|y - target|^2, unweighted: the simple loss of DDPM for eps (Ho et al. 2020, eq. 14), flow matching for the
+    velocity.
+    """
     return jnp.ones_like(t)
 
 
@@ -49,7 +56,9 @@ def x0_weight() -> Weight:
 
 
 def velocity(floor: float = 0.0) -> Weight:
-    """|dv|^2 of `Flow` with v = (x_t - x0) / sigma: w = 1 / max(sigma, floor)^2 (Li and He 2025, "Back to Basics", section 3)."""
+    """|dv|^2 of `Flow` with v = (x_t - x0) / sigma: w = 1 / max(sigma, floor)^2 (Li and He 2025, "Back to Basics",
+    section 3).
+    """
     return _of_x0(lambda process, t: 1 / jnp.square(jnp.maximum(process.sigma(t), floor)))
 
 
@@ -67,7 +76,9 @@ def sigmoid(bias: float = -3.0) -> Weight:
 
 
 def edm(sigma_data: float = 0.5) -> Weight:
-    """w = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 with sigma / alpha for sigma: |dF|^2 (Karras et al. 2022, eq. 8)."""
+    """w = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 with sigma / alpha for sigma: |dF|^2 (Karras et al. 2022,
+    eq. 8).
+    """
     return _of_x0(lambda process, t: jnp.exp(process.logsnr(t)) + 1 / sigma_data**2)
 
 
@@ -76,27 +87,27 @@ def p2(gamma: float = 1.0, k: float = 1.0) -> Weight:
     return _of_x0(lambda process, t: jnp.exp(process.logsnr(t)) / (k + jnp.exp(process.logsnr(t))) ** gamma)
 
 
-def independent(key: Key[Array, ""], rows: Int[Array, "b"], batch: int) -> Float[Array, "b"]:
+def independent(key: Key[Array, ""], rows: Int[Array, " b"], batch: int) -> Float[Array, " b"]:
     """One uniform number in (0, 1) per image: row i of the batch of `batch` images draws with `fold_in(key, i)`."""
     draw = lambda row: jax.random.uniform(jax.random.fold_in(key, row), minval=1e-6)
     return jax.vmap(draw)(rows)
 
 
-def antithetic(key: Key[Array, ""], rows: Int[Array, "b"], batch: int) -> Float[Array, "b"]:
+def antithetic(key: Key[Array, ""], rows: Int[Array, " b"], batch: int) -> Float[Array, " b"]:
     """u_i = (u + i / batch) mod 1: one draw, spread evenly over the batch (Kingma et al. 2021, appendix I.1)."""
     u = (jax.random.uniform(key) + rows / batch) % 1
     return jnp.clip(u, 1e-6, 1 - 1e-6)
 
 
-Times = Callable[[Process, Float[Array, "b"]], Float[Array, "b"]]
+Times = Callable[[Process, Float[Array, " b"]], Float[Array, " b"]]
 
 
-def uniform(process: Process, u: Float[Array, "b"]) -> Float[Array, "b"]:
+def uniform(process: Process, u: Float[Array, " b"]) -> Float[Array, " b"]:
     """t = u."""
     return u
 
 
-def table(process: Process, u: Float[Array, "b"]) -> Float[Array, "b"]:
+def table(process: Process, u: Float[Array, " b"]) -> Float[Array, " b"]:
     """t = (k + 1) / T: every step k of a `Discrete` table as likely (Ho et al. 2020, algorithm 1)."""
     return (jnp.floor(u * process.steps) + 1) / process.steps
 

@@ -7,7 +7,8 @@ With z = x / alpha and rho = sigma / alpha it is the same equation for every pro
 Grids are those of sampling, noise to image, over times [t_min, t_max] at which neither alpha nor sigma is 0.
 """
 
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,12 @@ def backwards(process: Process, grid: Grid) -> Grid:
 
 
 def invert(
-    denoise: Denoise, process: Process, x0: Float[Array, "b ..."], grid: Grid, refine: Refine = Chain(()), cond: Any = None
+    denoise: Denoise,
+    process: Process,
+    x0: Float[Array, "b ..."],
+    grid: Grid,
+    refine: Refine = Chain(()),
+    cond: Any = None,
 ) -> Float[Array, "b ..."]:
     """x at the grid's first time, t_max, from which the same solver on the same grid draws x0 again.
 
@@ -55,7 +61,7 @@ Field = Callable[[Float[Array, "b ..."]], Float[Array, "b ..."]]
 class Trace:
     """The exact divergence: one Jacobian-vector product a dimension."""
 
-    def __call__(self, f: Field, z: Float[Array, "b ..."]) -> tuple[Float[Array, "b ..."], Float[Array, "b"]]:
+    def __call__(self, f: Field, z: Float[Array, "b ..."]) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
         """f(z) and div f, one number an image."""
         value, jvp = jax.linearize(f, z)
 
@@ -74,15 +80,17 @@ class Hutchinson:
     Each image draws from its own key. The variance is the sum over i < j of (J_ij + J_ji)^2 / probes.
     """
 
-    keys: Key[Array, "b"]
+    keys: Key[Array, " b"]
     probes: int = struct.field(pytree_node=False, default=1)
 
-    def __call__(self, f: Field, z: Float[Array, "b ..."]) -> tuple[Float[Array, "b ..."], Float[Array, "b"]]:
+    def __call__(self, f: Field, z: Float[Array, "b ..."]) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
         """f(z) and the estimate of div f, one number an image."""
         value, jvp = jax.linearize(f, z)
 
         def probe(i: Array) -> Array:
-            signs = jax.vmap(lambda key: jax.random.rademacher(jax.random.fold_in(key, i), z.shape[1:], z.dtype))(self.keys)
+            signs = jax.vmap(lambda key: jax.random.rademacher(jax.random.fold_in(key, i), z.shape[1:], z.dtype))(
+                self.keys
+            )
             return jnp.sum((signs * jvp(signs)).reshape(len(z), -1), axis=1)
 
         return value, jnp.mean(jax.lax.map(probe, jnp.arange(self.probes)), axis=0)
@@ -96,24 +104,34 @@ def log_likelihood(
     variance: Float[Array, "..."] | float,
     divergence: Trace | Hutchinson = Trace(),
     cond: Any = None,
-) -> Float[Array, "b"]:
+) -> Float[Array, " b"]:
     """log p(x0) in nats by Runge-Kutta of order 4 in log(rho), four evaluations a step.
 
     Two truncations besides the steps: at t_min it is the density of x0 with noise of deviation rho_min added, off by
-    rho_min^2 / 2 (laplacian p) / p; at t_max the prior of z is N(0, rho_max^2 + variance), `variance` that of the data (a
-    number, or one a dimension), off by order mean / rho_max and (deviation / rho_max)^3. Quantised images have a density only
-    once uniform noise of one level's width has been added. `UserError` as `backwards`.
+    rho_min^2 / 2 (laplacian p) / p; at t_max the prior of z is N(0, rho_max^2 + variance), `variance` that of the data
+    (a number, or one a dimension), off by order mean / rho_max and (deviation / rho_max)^3. Quantised images have a
+    density only once uniform noise of one level's width has been added. `UserError` as `backwards`.
     """
-    return _integrate(denoise, process, x0, backwards(process, grid), variance, divergence, {} if cond is None else cond)
+    return _integrate(
+        denoise, process, x0, backwards(process, grid), variance, divergence, {} if cond is None else cond
+    )
 
 
 RUNGE_KUTTA = np.array([[0, 1 / 6], [1 / 2, 1 / 3], [1 / 2, 1 / 3], [1, 1 / 6]])
-"""Where each stage stands in the step, which it reaches by the slope of the stage before, and its share of the whole."""
+"""Where each stage stands in the step, which it reaches by the slope of the stage before, and its share of
+the whole.
+"""
 
 
 @jax.jit
 def _integrate(
-    denoise: Denoise, process: Process, x0: Array, rows: Array, variance: Array, divergence: Trace | Hutchinson, cond: Any
+    denoise: Denoise,
+    process: Process,
+    x0: Array,
+    rows: Array,
+    variance: Array,
+    divergence: Trace | Hutchinson,
+    cond: Any,
 ) -> Array:
     log_rho = -process.logsnr(jnp.asarray(rows, x0.dtype)) / 2
 
@@ -137,6 +155,8 @@ def _integrate(
     return total - 0.5 * jnp.sum((z**2 / spread + jnp.log(2 * jnp.pi * spread)).reshape(len(z), -1), axis=1)
 
 
-def bits_per_dim(log_p: Float[Array, "b"], dims: int, levels: int = 256) -> Float[Array, "b"]:
-    """-log2 P / dims of images in [-1, 1] quantised to `levels`, whose width is 2 / levels: log P = log p + dims log(2 / levels)."""
+def bits_per_dim(log_p: Float[Array, " b"], dims: int, levels: int = 256) -> Float[Array, " b"]:
+    """-log2 P / dims of images in [-1, 1] quantised to `levels`, whose width is 2 / levels: log P = log p + dims
+    log(2 / levels).
+    """
     return -(log_p / dims + jnp.log(2 / levels)) / jnp.log(2)

@@ -90,7 +90,8 @@ class Straight(Prediction):
 
 @struct.dataclass
 class EDM(Prediction):
-    """EDM's F: the unit-variance mix that is uncorrelated with x_t when x0 has variance sigma_data^2 (Karras et al. 2022, eq. 7).
+    """EDM's F: the unit-variance mix that is uncorrelated with x_t when x0 has variance sigma_data^2 (Karras et al.
+    2022, eq. 7).
 
     a = sigma / (sigma_data n), b = -alpha sigma_data / n, n^2 = sigma^2 + alpha^2 sigma_data^2.
     """
@@ -114,13 +115,17 @@ def is_blind(prediction: Prediction, process: Process, t: Time) -> bool:
     return bool(jnp.abs(determinant(prediction, process, t)) < 1e-6)
 
 
-def target(prediction: Prediction, process: Process, x0: Float[Array, "b ..."], eps: Float[Array, "b ..."], t: Time) -> Array:
+def target(
+    prediction: Prediction, process: Process, x0: Float[Array, "b ..."], eps: Float[Array, "b ..."], t: Time
+) -> Array:
     """y = a x0 + b eps."""
     a, b = prediction.point(process, t)
     return expand(a, x0) * x0 + expand(b, x0) * eps
 
 
-def estimate(prediction: Prediction, process: Process, xt: Float[Array, "b ..."], y: Float[Array, "b ..."], t: Time) -> Estimate:
+def estimate(
+    prediction: Prediction, process: Process, xt: Float[Array, "b ..."], y: Float[Array, "b ..."], t: Time
+) -> Estimate:
     """The pair (x0, eps) that a prediction y at x_t stands for."""
     a, b = prediction.point(process, t)
     alpha, sigma = process.alpha(t), process.sigma(t)

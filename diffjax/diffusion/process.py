@@ -29,7 +29,9 @@ def root(value: Array) -> Array:
     return jnp.sqrt(jnp.where(value > 0, value, 1)) * (value > 0)
 
 
-def perturb(process: "Process", x0: Float[Array, "b ..."], eps: Float[Array, "b ..."], t: Time) -> Float[Array, "b ..."]:
+def perturb(
+    process: "Process", x0: Float[Array, "b ..."], eps: Float[Array, "b ..."], t: Time
+) -> Float[Array, "b ..."]:
     """x_t = alpha(t) x0 + sigma(t) eps, with t a scalar or one time per image."""
     return expand(process.alpha(t), x0) * x0 + expand(process.sigma(t), x0) * eps
 
@@ -125,7 +127,9 @@ class Linear(Process):
 
 @jax.custom_jvp
 def _value_and_slope(value: Array, smooth: Array) -> Array:
-    """The first argument's value with the second one's derivative: a table that can be differentiated between entries."""
+    """The first argument's value with the second one's derivative: a table that can be differentiated
+    between entries.
+    """
     return value
 
 
@@ -136,11 +140,12 @@ def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Arra
 
 @struct.dataclass
 class Discrete(Process):
-    """A table of T steps: alpha^2 at step k is `cumprod(1 - betas)[k]`, and step k stands at t = (k + 1) / T (Ho et al. 2020, eq. 4).
+    """A table of T steps: alpha^2 at step k is `cumprod(1 - betas)[k]`, and step k stands at t = (k + 1) / T (Ho et al.
+    2020, eq. 4).
 
-    t = 0 is alpha = 1, sigma = 0. At integers (to 1e-3) the table is exact; between them the log-SNR is interpolated, and on
-    the first interval, where it is infinite (and on the last one of a zero-terminal-SNR table), alpha^2 (alpha) itself is.
-    The table is float32, built as publishers built it: float32 factors, the product accumulated in float64.
+    t = 0 is alpha = 1, sigma = 0. At integers (to 1e-3) the table is exact; between them the log-SNR is interpolated,
+    and on the first interval, where it is infinite (and on the last one of a zero-terminal-SNR table), alpha^2 (alpha)
+    itself is. The table is float32, built as publishers built it: float32 factors, the product accumulated in float64.
     """
 
     alpha2: Float[np.ndarray, "steps"]
@@ -198,32 +203,34 @@ def _logit(p: Array, where: Array) -> Array:
     return jnp.log(p) - jnp.log1p(-p)
 
 
-def discrete(betas: Float[np.ndarray, "steps"]) -> Discrete:
+def discrete(betas: Float[np.ndarray, " steps"]) -> Discrete:
     """The process of a beta table."""
     return Discrete(_cumulative(betas))
 
 
-def _cumulative(betas: Float[np.ndarray, "steps"]) -> Float[np.ndarray, "steps"]:
+def _cumulative(betas: Float[np.ndarray, " steps"]) -> Float[np.ndarray, " steps"]:
     return np.cumprod(np.float32(1) - np.asarray(betas, np.float32), dtype=np.float64).astype(np.float32)
 
 
-def linear_betas(steps: int = 1000, start: float = 1e-4, end: float = 0.02) -> Float[np.ndarray, "steps"]:
+def linear_betas(steps: int = 1000, start: float = 1e-4, end: float = 0.02) -> Float[np.ndarray, " steps"]:
     """beta_k linear from `start` to `end` (Ho et al. 2020, section 4)."""
     return _linspace32(start, end, steps)
 
 
-def scaled_linear_betas(steps: int = 1000, start: float = 0.00085, end: float = 0.012) -> Float[np.ndarray, "steps"]:
+def scaled_linear_betas(steps: int = 1000, start: float = 0.00085, end: float = 0.012) -> Float[np.ndarray, " steps"]:
     """sqrt(beta_k) linear (Rombach et al. 2022)."""
     return _linspace32(start**0.5, end**0.5, steps) ** 2
 
 
-def squared_cosine_betas(steps: int = 1000, limit: float = 0.999) -> Float[np.ndarray, "steps"]:
-    """beta_k = min(1 - f(k+1) / f(k), limit), f(k) = cos^2((k/T + 0.008) / 1.008 * pi / 2) (Nichol and Dhariwal 2021, eq. 17)."""
+def squared_cosine_betas(steps: int = 1000, limit: float = 0.999) -> Float[np.ndarray, " steps"]:
+    """beta_k = min(1 - f(k+1) / f(k), limit), f(k) = cos^2((k/T + 0.008) / 1.008 * pi / 2) (Nichol and Dhariwal 2021,
+    eq. 17).
+    """
     f = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
     return np.minimum(1 - f[1:] / f[:-1], limit).astype(np.float32)
 
 
-def zero_terminal_snr(betas: Float[np.ndarray, "steps"]) -> Float[np.ndarray, "steps"]:
+def zero_terminal_snr(betas: Float[np.ndarray, " steps"]) -> Float[np.ndarray, " steps"]:
     """Shift and scale sqrt(alpha^2) so that its last entry is 0 and its first stays (Lin et al. 2024, algorithm 1)."""
     root = np.sqrt(_cumulative(betas))
     first, last = root[0].copy(), root[-1].copy()
@@ -231,7 +238,7 @@ def zero_terminal_snr(betas: Float[np.ndarray, "steps"]) -> Float[np.ndarray, "s
     return 1 - np.concatenate([alpha2[:1], alpha2[1:] / alpha2[:-1]])
 
 
-def _linspace32(start: float, end: float, steps: int) -> Float[np.ndarray, "steps"]:
+def _linspace32(start: float, end: float, steps: int) -> Float[np.ndarray, " steps"]:
     """float32 values counted from both ends towards the middle with one rounding each, as publishers computed them."""
     start, end = np.float32(start).astype(float), np.float32(end).astype(float)
     step = np.float32(np.float32(end - start) / np.float32(max(steps - 1, 1))).astype(float)
@@ -243,7 +250,8 @@ def _linspace32(start: float, end: float, steps: int) -> Float[np.ndarray, "step
 class Shift(Process):
     """The inner process with t / (1 - t) scaled: t -> by t / (1 + (by - 1) t).
 
-    On `Flow` this lowers the log-SNR by 2 log(by) everywhere (Esser et al. 2024, eq. 23): SD3.5 is `Shift(Flow(), 3.0)`.
+    On `Flow` this lowers the log-SNR by 2 log(by) everywhere (Esser et al. 2024, eq. 23): SD3.5 is
+    `Shift(Flow(), 3.0)`.
     """
 
     process: Process

@@ -8,12 +8,14 @@ A refinement is a frozen pytree with
 
 Multistep solvers replace x0 (or a slope) by the polynomial through its history, integrated over the step:
 `sum_i w_i y_i` with `sum_i w_i u_i^k = m_k`, nodes u_i = (clock_i - clock_t) / h, h = clock_s - clock_t, u = 0 now and
-u = 1 at the end of the step. m_k is the k-th moment of the step's weight. Where a clock is infinite the order falls to 1.
+u = 1 at the end of the step. m_k is the k-th moment of the step's weight. Where a clock is infinite the order falls
+to 1.
 """
 
 import functools
+from collections.abc import Callable
 from math import factorial
-from typing import Any, Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,12 +46,22 @@ class Refine:
         """The state before the first step."""
         return ()
 
-    def before(self, x: Float[Array, "b ..."], t: Time, process: Process, key: Key[Array, "b"]) -> tuple[Array, Time]:
+    def before(self, x: Float[Array, "b ..."], t: Time, process: Process, key: Key[Array, " b"]) -> tuple[Array, Time]:
         """x and t at which the network is evaluated."""
         return x, t
 
     def update(
-        self, state: Any, est: Estimate, x: Array, t: Time, s: Time, *, process: Process, denoise: Denoise, key: Array, eta: Scale
+        self,
+        state: Any,
+        est: Estimate,
+        x: Array,
+        t: Time,
+        s: Time,
+        *,
+        process: Process,
+        denoise: Denoise,
+        key: Array,
+        eta: Scale,
     ) -> tuple[Any, Estimate, Array]:
         """The refined estimate, and x where the solver corrects it."""
         return state, est, x
@@ -57,7 +69,9 @@ class Refine:
 
 @struct.dataclass
 class Chain(Refine):
-    """One refinement after the other. What a link evaluates itself, as `Heun` does, is refined by the links before it too."""
+    """One refinement after the other. What a link evaluates itself, as `Heun` does, is refined by the links before
+    it too.
+    """
 
     links: tuple[Refine, ...]
 
@@ -96,21 +110,26 @@ class Clip(Refine):
     radius: Scale = 1.0
     keep_eps: bool = struct.field(pytree_node=False, default=False)
 
-    def update(self, state: Any, est: Estimate, x: Array, t: Time, s: Time, *, process: Process, **_: Any) -> tuple[Any, Estimate, Array]:
+    def update(
+        self, state: Any, est: Estimate, x: Array, t: Time, s: Time, *, process: Process, **_: Any
+    ) -> tuple[Any, Estimate, Array]:
         x0 = jnp.clip(est.x0, -self.radius, self.radius)
         return state, _bounded(est, x0, self.keep_eps, process, t), x
 
 
 @struct.dataclass
 class Threshold(Refine):
-    """Dynamic thresholding: x0 clipped to [-q, q] and divided by q, q = max(1, the quantile of |x0|) per image, at most `limit`
-    (Saharia et al. 2022, Imagen, section 2.3); eps as in `Clip`."""
+    """Dynamic thresholding: x0 clipped to [-q, q] and divided by q, q = max(1, the quantile of |x0|) per image, at most
+    `limit` (Saharia et al. 2022, Imagen, section 2.3); eps as in `Clip`.
+    """
 
     quantile: Scale = 0.995
     limit: Scale = jnp.inf
     keep_eps: bool = struct.field(pytree_node=False, default=False)
 
-    def update(self, state: Any, est: Estimate, x: Array, t: Time, s: Time, *, process: Process, **_: Any) -> tuple[Any, Estimate, Array]:
+    def update(
+        self, state: Any, est: Estimate, x: Array, t: Time, s: Time, *, process: Process, **_: Any
+    ) -> tuple[Any, Estimate, Array]:
         size = jnp.abs(est.x0).reshape(x.shape[0], -1)
         q = expand(jnp.clip(jnp.quantile(size, self.quantile, axis=1), 1.0, self.limit), x)
         return state, _bounded(est, jnp.clip(est.x0, -q, q) / q, self.keep_eps, process, t), x
@@ -122,13 +141,16 @@ def _bounded(est: Estimate, x0: Array, keep_eps: bool, process: Process, t: Time
 
 @struct.dataclass
 class Inpaint(Refine):
-    """Where mask is 0 the picture is known: x0 = image, eps = (x - alpha image) / sigma, its exact path (Lugmayr et al. 2022,
-    eq. 8, on the estimate); where mask is 1 it is drawn."""
+    """Where mask is 0 the picture is known: x0 = image, eps = (x - alpha image) / sigma, its exact path (Lugmayr et al.
+    2022, eq. 8, on the estimate); where mask is 1 it is drawn.
+    """
 
     image: Float[Array, "b ..."]
     mask: Float[Array, "b ..."]
 
-    def update(self, state: Any, est: Estimate, x: Array, t: Time, s: Time, *, process: Process, **_: Any) -> tuple[Any, Estimate, Array]:
+    def update(
+        self, state: Any, est: Estimate, x: Array, t: Time, s: Time, *, process: Process, **_: Any
+    ) -> tuple[Any, Estimate, Array]:
         eps = (x - process.alpha(t) * self.image) / process.sigma(t)
         drawn = lambda new, known: self.mask * new + (1 - self.mask) * known
         return state, est._replace(x0=drawn(est.x0, self.image), eps=drawn(est.eps, eps)), x
@@ -143,7 +165,8 @@ def inpainted(refine: Refine, image: Float[Array, "b ..."], mask: Float[Array, "
 
 @struct.dataclass
 class Churn(Refine):
-    """EDM's churn: noise is added until sigma has grown by 1 + gamma (Karras et al. 2022, algorithm 2), alpha = 1 there.
+    """EDM's churn: noise is added until sigma has grown by 1 + gamma (Karras et al. 2022, algorithm 2),
+    alpha = 1 there.
 
     For other processes the ratio sigma / alpha grows and x is scaled to the alpha of its new time.
     """
@@ -196,7 +219,8 @@ class Line:
 
 @struct.dataclass
 class Heun(Refine):
-    """The mean of the slopes at both ends of the step, the second after a trial step (Karras et al. 2022, algorithm 1): order 2.
+    """The mean of the slopes at both ends of the step, the second after a trial step (Karras et al. 2022, algorithm 1):
+    order 2.
 
     Two evaluations a step. The last step, to sigma = 0, and a first step from an infinite clock are plain.
     """
@@ -204,7 +228,17 @@ class Heun(Refine):
     line: Line
 
     def update(
-        self, state: Any, est: Estimate, x: Array, t: Time, s: Time, *, process: Process, denoise: Denoise, key: Array, eta: Scale
+        self,
+        state: Any,
+        est: Estimate,
+        x: Array,
+        t: Time,
+        s: Time,
+        *,
+        process: Process,
+        denoise: Denoise,
+        key: Array,
+        eta: Scale,
     ) -> tuple[Any, Estimate, Array]:
         usable = (process.sigma(s) > 0) & jnp.isfinite(self.line.clock(process, t))
         at = jnp.where(usable, s, t)
@@ -220,10 +254,11 @@ def heun(of: str = "eps") -> Heun:
 
 
 def moments(h: Float[Array, ""], order: int) -> list[Float[Array, ""]]:
-    """m_k = int_0^1 u^k e^{-(1-u) h} du / int_0^1 e^{-(1-u) h} du, k < order: the exponential integrator's weight over the step.
+    """m_k = int_0^1 u^k e^{-(1-u) h} du / int_0^1 e^{-(1-u) h} du, k < order: the exponential integrator's weight over
+    the step.
 
-    By m_k = (1 - (k / h) I_{k-1}) / I_0 with I_k = int h u^k e^{-(1-u) h}; for small h, where that cancels, by the series
-    I_k = h sum_j (-h)^j k! / (j + k + 1)!.
+    By m_k = (1 - (k / h) I_{k-1}) / I_0 with I_k = int h u^k e^{-(1-u) h}; for small h, where that cancels, by the
+    series I_k = h sum_j (-h)^j k! / (j + k + 1)!.
     """
     small = jnp.abs(h) < 1
     near, far = jnp.where(small, h, 0.5), jnp.where(small, 1.0, h)
@@ -250,10 +285,12 @@ def quadrature(nodes: list[Array], m: list[Array]) -> list[Array]:
 
 @struct.dataclass
 class History:
-    """The last values of a quantity and the times they belong to, the newest first; -1 marks a time that is not there yet."""
+    """The last values of a quantity and the times they belong to, the newest first; -1 marks a time that is not
+    there yet.
+    """
 
     values: Float[Array, "n b ..."]
-    times: Float[Array, "n"]
+    times: Float[Array, " n"]
 
     @classmethod
     def empty(cls, x: Array, n: int) -> "History":
@@ -268,8 +305,8 @@ class History:
     def nodes(self, clock: Callable[[Time], Time], t: Time, s: Time) -> tuple[list[Array], Array, Array]:
         """u_i = (clock_i - clock_t) / h, how many of them can be used, and h = clock_s - clock_t.
 
-        One that cannot be used stands one step before the next newer: apart from all others, so that no derivative is infinite.
-        h is 0 where the clock is infinite at t or s.
+        One that cannot be used stands one step before the next newer: apart from all others, so that no derivative is
+        infinite. h is 0 where the clock is infinite at t or s.
         """
         (now, at_t), (end, at_s), there = _finite(clock, t), _finite(clock, s), self.times >= 0
         h = jnp.where(at_t & at_s, end - now, 0.0)
@@ -289,7 +326,9 @@ def _finite(clock: Callable[[Time], Time], time: Time) -> tuple[Array, Array]:
     return clock(jnp.where(ok, time, 0.5)), ok
 
 
-def extrapolated(now: Array, history: History, nodes: list[Array], usable: Array, m: list[Array], two: Array | None = None) -> Array:
+def extrapolated(
+    now: Array, history: History, nodes: list[Array], usable: Array, m: list[Array], two: Array | None = None
+) -> Array:
     """The polynomial through now (u = 0) and the history, integrated: of the highest order that the usable nodes allow.
 
     `two` replaces m_1 at order 2.
@@ -304,10 +343,11 @@ def extrapolated(now: Array, history: History, nodes: list[Array], usable: Array
 
 @struct.dataclass
 class Extrapolate(Refine):
-    """DPM-Solver++ multistep (Lu et al. 2022b, algorithm 2; order 2 and 3, SDE forms by eta = 1): x0 extrapolated in the clock.
+    """DPM-Solver++ multistep (Lu et al. 2022b, algorithm 2; order 2 and 3, SDE forms by eta = 1): x0 extrapolated in
+    the clock.
 
-    Order 2 is x0 + (h / h_previous) (x0 - x0_previous) / 2, as published. Order 3 integrates the quadratic exactly; the published
-    3M takes half of its second-difference term and so has order 2 only. eta enters through h (1 + eta).
+    Order 2 is x0 + (h / h_previous) (x0 - x0_previous) / 2, as published. Order 3 integrates the quadratic exactly; the
+    published 3M takes half of its second-difference term and so has order 2 only. eta enters through h (1 + eta).
     """
 
     order: int = struct.field(pytree_node=False, default=2)
@@ -317,7 +357,17 @@ class Extrapolate(Refine):
         return History.empty(x, self.order - 1)
 
     def update(
-        self, state: History, est: Estimate, x: Array, t: Time, s: Time, *, process: Process, denoise: Denoise, key: Array, eta: Scale
+        self,
+        state: History,
+        est: Estimate,
+        x: Array,
+        t: Time,
+        s: Time,
+        *,
+        process: Process,
+        denoise: Denoise,
+        key: Array,
+        eta: Scale,
     ) -> tuple[History, Estimate, Array]:
         nodes, usable, h = state.nodes(lambda time: self.clock(process, time), t, s)
         x0 = extrapolated(est.x0, state, nodes, usable, moments((1 + eta) * h, self.order), two=0.5)
@@ -342,8 +392,8 @@ class Trail:
 class UniPC(Refine):
     """UniPC with B_2 (Zhao et al. 2023, algorithms 5-7): each new estimate first corrects the step that led to it.
 
-    The corrector adds the new x0 as a node at u = 1, the predictor is `Extrapolate` of the same order: together order p + 1 from
-    one evaluation a step. Deterministic.
+    The corrector adds the new x0 as a node at u = 1, the predictor is `Extrapolate` of the same order: together order
+    p + 1 from one evaluation a step. Deterministic.
     """
 
     order: int = struct.field(pytree_node=False, default=2)
@@ -353,7 +403,17 @@ class UniPC(Refine):
         return Trail(History.empty(x, self.order), x, jnp.zeros((), jnp.int32))
 
     def update(
-        self, state: Trail, est: Estimate, x: Array, t: Time, s: Time, *, process: Process, denoise: Denoise, key: Array, eta: Scale
+        self,
+        state: Trail,
+        est: Estimate,
+        x: Array,
+        t: Time,
+        s: Time,
+        *,
+        process: Process,
+        denoise: Denoise,
+        key: Array,
+        eta: Scale,
     ) -> tuple[Trail, Estimate, Array]:
         corrected = self._correct(state, est, x, t, process)
         est = est._replace(eps=est.eps + (corrected - x) / process.sigma(t))
@@ -385,8 +445,8 @@ def unipc(order: int = 2) -> UniPC:
 class Adams(Refine):
     """Adams-Bashforth of the slopes along a line: DEIS in sigma / alpha (Zhang and Chen 2022, rho-AB), order up to 4.
 
-    `even` takes the coefficients of even steps whatever the grid, (55, -59, 37, -9) / 24 at order 4: iPNDM (Zhang and Chen 2022,
-    table 1); its order is that of `Adams` only where the grid is even in the line's clock. Deterministic.
+    `even` takes the coefficients of even steps whatever the grid, (55, -59, 37, -9) / 24 at order 4: iPNDM (Zhang and
+    Chen 2022, table 1); its order is that of `Adams` only where the grid is even in the line's clock. Deterministic.
     """
 
     line: Line
@@ -397,7 +457,17 @@ class Adams(Refine):
         return History.empty(x, self.order - 1)
 
     def update(
-        self, state: History, est: Estimate, x: Array, t: Time, s: Time, *, process: Process, denoise: Denoise, key: Array, eta: Scale
+        self,
+        state: History,
+        est: Estimate,
+        x: Array,
+        t: Time,
+        s: Time,
+        *,
+        process: Process,
+        denoise: Denoise,
+        key: Array,
+        eta: Scale,
     ) -> tuple[History, Estimate, Array]:
         nodes, usable, _ = state.nodes(lambda time: self.line.clock(process, time), t, s)
         if self.even:

@@ -3,11 +3,13 @@
     x_s = alpha_s x0 + sigma_s (r^eta eps + sqrt(1 - r^(2 eta)) z),    r = alpha_t sigma_s / (alpha_s sigma_t)
 
 eta = 0 is DDIM (Euler for flows), eta = 1 the posterior of DDPM (Song et al. 2020, eq. 12, with the law of eta below).
-A publisher's variance replaces the deviation of z in the steps of DDPM (`is_ancestral`). Every deviation is, at eta = 1, the
-published one, and otherwise sqrt(tau / (1 - r^2)) times it, with tau the share of fresh noise: at eta = 0 there is none.
+A publisher's variance replaces the deviation of z in the steps of DDPM (`is_ancestral`). Every deviation is, at
+eta = 1, the published one, and otherwise sqrt(tau / (1 - r^2)) times it, with tau the share of fresh noise: at eta = 0
+there is none.
 """
 
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,21 +52,24 @@ def small(process: Process, est: Estimate, t: Time, s: Time, tau: Array) -> Arra
 
 
 def large(process: Process, est: Estimate, t: Time, s: Time, tau: Array) -> Array:
-    """sigma_t sqrt(tau), and 0 at sigma_s = 0: at eta = 1 sqrt(sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2), the noise that
-    the process adds from s to t (`fixed_large`; Ho et al. 2020, section 3.2)."""
+    """sigma_t sqrt(tau), and 0 at sigma_s = 0: at eta = 1 sqrt(sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2), the noise
+    that the process adds from s to t (`fixed_large`; Ho et al. 2020, section 3.2).
+    """
     return process.sigma(t) * root(tau) * (process.sigma(s) > 0)
 
 
 def learned(process: Process, est: Estimate, t: Time, s: Time, tau: Array) -> Array:
-    """sqrt(v), v the network's second half (0 where it is negative), and 0 at sigma_s = 0; v is the variance itself, not its
-    logarithm, as diffusers reads it."""
+    """sqrt(v), v the network's second half (0 where it is negative), and 0 at sigma_s = 0; v is the variance itself,
+    not its logarithm, as diffusers reads it.
+    """
     fresh = 1 - ratio(process, t, s) ** 2
     return root(est.variance) * root(tau / jnp.where(fresh > 0, fresh, 1)) * (process.sigma(s) > 0)
 
 
 def learned_range(process: Process, est: Estimate, t: Time, s: Time, tau: Array) -> Array:
-    """The logarithms of `small` and `large` mixed by the network's second half, -1 small, 1 large (Nichol and Dhariwal 2021,
-    eq. 15): sigma_t^share sigma_s^(1 - share) sqrt(tau), and 0 at sigma_s = 0."""
+    """The logarithms of `small` and `large` mixed by the network's second half, -1 small, 1 large (Nichol and Dhariwal
+    2021, eq. 15): sigma_t^share sigma_s^(1 - share) sqrt(tau), and 0 at sigma_s = 0.
+    """
     share, there = (est.variance + 1) / 2, process.sigma(s) > 0
     return process.sigma(t) ** share * jnp.where(there, process.sigma(s), 1) ** (1 - share) * root(tau) * there
 
@@ -80,15 +85,17 @@ class Sampler:
 
 
 def is_ancestral(sampler: Sampler) -> bool:
-    """Whether it takes the plain steps of DDPM, to which a publisher's variance belongs; DDIM and the stochastic multistep
-    solvers have a variance of their own, eta times the posterior's."""
+    """Whether it takes the plain steps of DDPM, to which a publisher's variance belongs; DDIM and the stochastic
+    multistep solvers have a variance of their own, eta times the posterior's.
+    """
     return sampler.law is power_law and sampler.refine == Chain(())
 
 
 @struct.dataclass
 class State:
-    """A run between two steps: the image, the last estimate of x0 (a preview), what the refinement remembers, steps done,
-    and what the guide remembers."""
+    """A run between two steps: the image, the last estimate of x0 (a preview), what the refinement remembers, steps
+    done, and what the guide remembers.
+    """
 
     x: Float[Array, "b ..."]
     x0: Float[Array, "b ..."]
@@ -98,7 +105,9 @@ class State:
 
 
 def start(sampler: Sampler, x: Float[Array, "b ..."], denoise: Denoise | None = None) -> State:
-    """The state before the first step, from x at the grid's first time; a guide `denoise` may have a memory of its own."""
+    """The state before the first step, from x at the grid's first time; a guide `denoise` may have a memory of
+    its own.
+    """
     past = denoise.init(x) if hasattr(denoise, "init") else ()
     return State(x, x, sampler.refine.init(x), jnp.zeros((), jnp.int32), past)
 
@@ -112,13 +121,20 @@ def move(
     return process.alpha(s) * est.x0 + process.sigma(s) * kept * est.eps + noise * z
 
 
-def normal(keys: Key[Array, "b"], index: Int[Array, ""], shape: tuple[int, ...], dtype: Any) -> Float[Array, "b ..."]:
+def normal(keys: Key[Array, " b"], index: Int[Array, ""], shape: tuple[int, ...], dtype: Any) -> Float[Array, "b ..."]:
     """Unit noise of step `index`, each image from its own key, so that an image never depends on its neighbours."""
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, index), shape, dtype))(keys)
 
 
 def step(
-    state: State, row: Float[Array, "2"], z: Array | None, denoise: Denoise, process: Process, sampler: Sampler, cond: Any, keys: Array
+    state: State,
+    row: Float[Array, "2"],
+    z: Array | None,
+    denoise: Denoise,
+    process: Process,
+    sampler: Sampler,
+    cond: Any,
+    keys: Array,
 ) -> State:
     """One step t -> s of the grid."""
     t, s = row[0], row[1]
@@ -141,7 +157,7 @@ def advance(
     process: Process,
     sampler: Sampler,
     cond: Any,
-    keys: Key[Array, "b"],
+    keys: Key[Array, " b"],
 ) -> State:
     """The state after the steps of `grid`, one `lax.scan`.
 
@@ -162,7 +178,7 @@ def advance_part(
     process: Process,
     sampler: Sampler,
     cond: Any,
-    keys: Key[Array, "b"],
+    keys: Key[Array, " b"],
 ) -> State:
     """`advance` for a grid that ends in rows of (0, 0), which are left out: one program for any number of steps.
 
@@ -186,7 +202,7 @@ def sample(
     x: Float[Array, "b ..."],
     grid: Float[Array, "steps 2"],
     sampler: Sampler,
-    keys: Key[Array, "b"],
+    keys: Key[Array, " b"],
     cond: Any = None,
     noise: Float[Array, "steps b ..."] | None = None,
 ) -> Float[Array, "b ..."]:

@@ -39,8 +39,8 @@ SHOWN = 16
 class Nearest:
     """Squared distances of pictures to their own one in a training set, and to the nearest that differs from that."""
 
-    own: Float[np.ndarray, "n"]
-    other: Float[np.ndarray, "n"]
+    own: Float[np.ndarray, " n"]
+    other: Float[np.ndarray, " n"]
 
 
 def evaluate(
@@ -56,8 +56,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Draw `num` pictures, measure, print a table; `evaluation.json` and `.png` in the run's folder keep it.
 
-    Of a run with text its training prompts, of one that enlarges the pictures that it was not trained on (`enlargements`).
-    Without `steps`, `guidance`, `sampler` or `grid` it draws as the run's config says.
+    Of a run with text its training prompts, of one that enlarges the pictures that it was not trained on
+    (`enlargements`). Without `steps`, `guidance`, `sampler` or `grid` it draws as the run's config says.
 
     Raises `UserError` for a run without either, and for what `load` cannot read.
     """
@@ -85,7 +85,9 @@ def recall(model: Model, recipe: Recipe, config: ConfigDict, num: int, seed: int
     """The measures of pictures of training prompts, and a sheet of them, drawn above, true below."""
     data = diffjax.data.load(config)
     chosen, prompts = training_prompts(data, num, seed)
-    drawn, seconds = draw(Drawing(model.with_encoded(prompts), recipe, seeds.key(seed), model.defaults.batch, {}), prompts)
+    drawn, seconds = draw(
+        Drawing(model.with_encoded(prompts), recipe, seeds.key(seed), model.defaults.batch, {}), prompts
+    )
     truth = data.examples(chosen)["image"]
     each = zip(prompts, image.psnr(drawn, truth).tolist(), strict=True)
     found = measures(drawn, truth, data) | {"seconds_per_image": seconds}
@@ -95,10 +97,11 @@ def recall(model: Model, recipe: Recipe, config: ConfigDict, num: int, seed: int
 
 
 def enlargements(model: Model, recipe: Recipe, config: ConfigDict, num: int, seed: int) -> tuple[dict[str, Any], Sheet]:
-    """PSNR of pictures enlarged from their own small ones, without noise, and of bicubic interpolation; and a sheet of them.
+    """PSNR of pictures enlarged from their own small ones, without noise, and of bicubic interpolation; and a sheet
+    of them.
 
-    They are drawn by the seed from the split `held_out` of the data, without one from the training pictures. The sheet's rows
-    are the small picture, interpolation, the model, the truth.
+    They are drawn by the seed from the split `held_out` of the data, without one from the training pictures. The
+    sheet's rows are the small picture, interpolation, the model, the truth.
     """
     held_out = config.get("held_out", "")
     data = diffjax.data.load(ConfigDict(config.to_dict() | {"split": held_out}) if held_out else config)

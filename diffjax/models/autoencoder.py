@@ -45,7 +45,9 @@ class Decode(Coder):
 
 
 class Preview:
-    """Latents to small pictures, one pixel a cell: the linear map that fits best what `encode` makes of smooth colours."""
+    """Latents to small pictures, one pixel a cell: the linear map that fits best what `encode` makes of
+    smooth colours.
+    """
 
     def __init__(self, encode: Encode):
         self.encode = encode

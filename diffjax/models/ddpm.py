@@ -47,7 +47,9 @@ def ddpm(folder: str | Path, dtype: Any = None, variant: str | None = None) -> M
     )
     rows, names = module.num_class_embeds or 0, weights.class_names(folder)
     if names and len(names) not in (rows, rows - 1):
-        raise UserError(f"{folder}: id2label names {len(names)} classes, and the network has {rows}, the null class among them: mend it")
+        raise UserError(
+            f"{folder}: id2label names {len(names)} classes, and the network has {rows}, the null class among them: mend it"
+        )
     classes = names or tuple(map(str, range(rows)))
     return Model(
         denoiser,
@@ -61,12 +63,15 @@ def ddpm(folder: str | Path, dtype: Any = None, variant: str | None = None) -> M
 
 
 def check(module: UNet, scheduler: Scheduler, path: Path) -> None:
-    """Raises `UserError` for a network that says nothing of its pictures' size, or of which `sample` cannot be told a label,
-    or whose output is neither x's size nor twice that, for a learned variance."""
+    """Raises `UserError` for a network that says nothing of its pictures' size, or of which `sample` cannot be told a
+    label, or whose output is neither x's size nor twice that, for a learned variance.
+    """
     channels, out = module.in_channels, module.out_channels
     learned = scheduler.variance_type in ("learned", "learned_range")
     if module.sample_size is None:
-        raise UserError(f"{path}: sample_size is null, so nothing says how large its pictures are: write their size there")
+        raise UserError(
+            f"{path}: sample_size is null, so nothing says how large its pictures are: write their size there"
+        )
     if module.class_embed_type:
         raise UserError(
             f"{path}: class_embed_type = {module.class_embed_type} reads labels that are no classes, which sampling cannot"
@@ -74,7 +79,9 @@ def check(module: UNet, scheduler: Scheduler, path: Path) -> None:
         )
     if out not in (channels, 2 * channels) or (learned and out == channels):
         wanted = f"{2 * channels}, for the variance" if learned else f"{channels}, or {2 * channels} with a variance"
-        raise UserError(f"{path}: out_channels = {out} beside in_channels = {channels}; a network that draws has {wanted}")
+        raise UserError(
+            f"{path}: out_channels = {out} beside in_channels = {channels}; a network that draws has {wanted}"
+        )
 
 
 def _refuse_other_pipelines(folder: Path) -> None:

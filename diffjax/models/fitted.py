@@ -25,8 +25,9 @@ FITTED = "fitted"
 def fitted_to(model: Any, guidance: float | None, guide: str | Mapping[str, Any] | None) -> dict[str, Any]:
     """What a fitted grid belongs to, in JSON types: the model's parameters, its size, and its guidance.
 
-    Parameters are known by a run's step or a hub's commit, those of a folder by the checksum of their bfloat16 too, which is the
-    same in whatever dtype they were loaded. Raises `UserError` for a guide of one's own, which has no name.
+    Parameters are known by a run's step or a hub's commit, those of a folder by the checksum of their bfloat16 too,
+    which is the same in whatever dtype they were loaded. Raises `UserError` for a guide of one's own, which has
+    no name.
     """
     guidance = model.defaults.guidance if guidance is None else guidance
     if callable(guidance):
@@ -43,7 +44,8 @@ def fitted_to(model: Any, guidance: float | None, guide: str | Mapping[str, Any]
 
 
 def path(name: str, sampler: str, steps: int, to: Mapping[str, Any] = MappingProxyType({})) -> Path:
-    """Where the fitted grid of the model called `name` lies: in its folder, or in the cache folder for models of the hub.
+    """Where the fitted grid of the model called `name` lies: in its folder, or in the cache folder for models of
+    the hub.
 
     One that is fitted `to` some guidance has a file of its own.
     """
@@ -67,7 +69,9 @@ def stored(
         raise UserError(f"no grid of {steps} steps was fitted to {model.name} for {sampler}{flags(to)}: {again}")
     kept = json.loads(place.read_text())
     if lines := differences(kept.get("to", {}), to):
-        raise UserError(f"the grid of {steps} steps for {sampler} was fitted to another state of {model.name} ({'; '.join(lines)}): {again}")
+        raise UserError(
+            f"the grid of {steps} steps for {sampler} was fitted to another state of {model.name} ({'; '.join(lines)}): {again}"
+        )
     return grids.pairs(np.asarray(kept["times"]))
 
 

@@ -1,8 +1,8 @@
 """The facade: a model is a denoiser with what its publisher meant for it, and `sample` draws from it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Callable, Iterable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from diffjax import build
-from diffjax.diffusion import cascade, sample
-from diffjax.diffusion import grid as grids
-from diffjax.diffusion import guide as guides
+from diffjax.diffusion import cascade, grid as grids, guide as guides, sample
 from diffjax.diffusion.denoise import Denoiser
 from diffjax.diffusion.predict import Estimate
 from diffjax.diffusion.process import Process, perturb
@@ -43,8 +41,9 @@ class Defaults:
 
     `grid` is a name or a function of the number of steps; `bound` clips or thresholds x0; `unit_start` starts from unit
     variance instead of sigma(t0); `deviation` is the variance of ancestral steps; `batch` is the compiled batch shape;
-    `level` is the noise in low-res pictures. `clock` is that of the multistep samplers, when named (None: log(alpha /
-    sigma)). `null_prompt` is what guidance leads away from without a negative prompt (None: no text at all), `guide` how.
+    `level` is the noise in low-res pictures. `clock` is that of the multistep samplers, when named (None:
+    log(alpha / sigma)). `null_prompt` is what guidance leads away from without a negative prompt (None: no text at
+    all), `guide` how.
     """
 
     steps: int = 30
@@ -65,8 +64,8 @@ class Defaults:
 class Recipe:
     """All that one run of sampling is made of, but for what each image has of its own.
 
-    `shape` is that of one state; `unit_start`: it starts from unit variance instead of sigma(t0). `reads` are the branches of
-    its guide, () without one.
+    `shape` is that of one state; `unit_start`: it starts from unit variance instead of sigma(t0). `reads` are the
+    branches of its guide, () without one.
     """
 
     denoise: Callable[[Array, Array, Any], Estimate]
@@ -115,10 +114,11 @@ class Model:
 
     `text(prompts) -> cond` encodes prompts. `shape` is that of one state x; for latent models `encode(images) -> x` and
     `decode(x) -> images` lead to and from it, `factor` pixels to one of its cells, and `preview(x)` are small pictures
-    that cost little; sizes are multiples of `multiple` pixels, at most `largest` (0: any). A model that enlarges pictures
-    reads `low_res` pixels a side. `has_null`: it was trained without its text or class now and then, so that it can draw
-    without. `name` and `revision` (a run's step, a hub's commit) say where it was loaded from; `earlier(step)` is the model
-    of an earlier checkpoint of the same run, `weak` the one that autoguidance leads away from.
+    that cost little; sizes are multiples of `multiple` pixels, at most `largest` (0: any). A model that enlarges
+    pictures reads `low_res` pixels a side. `has_null`: it was trained without its text or class now and then, so that
+    it can draw without. `name` and `revision` (a run's step, a hub's commit) say where it was loaded from;
+    `earlier(step)` is the model of an earlier checkpoint of the same run, `weak` the one that autoguidance leads
+    away from.
     """
 
     denoiser: Denoiser
@@ -174,7 +174,9 @@ class Model:
         return Recipe(denoise, process, chosen, times, shape, self.defaults.unit_start, reads)
 
     def _check(self, times: Float[np.ndarray, "steps 2"]) -> None:
-        """Raises `UserError` for times that are no grid, or that begin where the prediction says nothing of the picture."""
+        """Raises `UserError` for times that are no grid, or that begin where the prediction says nothing of
+        the picture.
+        """
         grids.check(times, self.denoiser.process)
         if build.is_blind(self.denoiser, times[0, 0]):
             raise UserError(
@@ -206,7 +208,9 @@ class Model:
         make = build.guide(chosen)
         if scale is None:
             if rule is not None:
-                raise UserError(f"the guide {chosen['name']} acts through guidance: give a scale above 1 too, or leave it out")
+                raise UserError(
+                    f"the guide {chosen['name']} acts through guidance: give a scale above 1 too, or leave it out"
+                )
             return self.denoiser
         made = make(self.denoiser, scale, self.weak and self.weak.denoiser)
         if "null" in made.reads and self.text is None and not self.classes:
@@ -221,15 +225,17 @@ class Model:
         return {"name": chosen} if isinstance(chosen, str) else {"name": "cfg", **chosen}
 
     def against(self, rule: Rule | None = None) -> "Model":
-        """The model with the weaker one that autoguidance leads away from, an earlier checkpoint of the same run; itself for
-        any other guide. Raises `UserError` when there is none.
+        """The model with the weaker one that autoguidance leads away from, an earlier checkpoint of the same run;
+        itself for any other guide. Raises `UserError` when there is none.
         """
         chosen = self.rule(rule)
         build.guide(chosen)
         if chosen["name"] != "autoguidance":
             return self
         if self.earlier is None:
-            raise UserError(f"{self._called} has no earlier checkpoints: autoguidance is for runs that were trained here")
+            raise UserError(
+                f"{self._called} has no earlier checkpoints: autoguidance is for runs that were trained here"
+            )
         weak = self.earlier(chosen["step"])
         weak = weak if weak.text is not None else weak.replace(text=self.text)
         like = lambda leaf, own: leaf.astype(own.dtype)
@@ -263,7 +269,9 @@ class Model:
         branches: dict[str, Any] = {"cond": cond}
         if "null" in reads:
             if not self.has_null and (self.classes or negative_prompt is None):
-                raise UserError(f"{self._called} always knew its text or class in training, so guidance has nothing to lead away from: leave it out")
+                raise UserError(
+                    f"{self._called} always knew its text or class in training, so guidance has nothing to lead away from: leave it out"
+                )
             instead = self.defaults.null_prompt if negative_prompt is None else negative_prompt
             branches["null"] = guides.null(cond) | ({} if instead is None else self._encoded(_repeat(instead, num)))
         if "weak" in reads:
@@ -296,7 +304,8 @@ class Model:
         return self.replace(text=text, weak=weak)
 
     def _class(self, label: int | str | None) -> int:
-        """A class's place: of a name, spelled with spaces or underscores; of a number, itself; -1 of None or -1: no class.
+        """A class's place: of a name, spelled with spaces or underscores; of a number, itself; -1 of None or -1:
+        no class.
 
         A number in a string is a place only where no class is called by a number.
         """
@@ -323,7 +332,7 @@ class Model:
     def inputs(
         self,
         key: Key[Array, ""],
-        numbers: Int[np.ndarray, "b"],
+        numbers: Int[np.ndarray, " b"],
         *,
         reads: tuple[str, ...] = (),
         prompt: str | list[str] | None = None,
@@ -334,7 +343,8 @@ class Model:
         low_res: Float[Array, "#b h w c"] | None = None,
         level: float | None = None,
     ) -> "Inputs":
-        """What each of the images has of its own; image number i has the key `fold_in(key, i)`. `reads` is that of the recipe.
+        """What each of the images has of its own; image number i has the key `fold_in(key, i)`. `reads` is that of
+        the recipe.
 
         A model that enlarges is told `low_res`, with noise of `level` (see `cascade.condition`).
         """
@@ -350,24 +360,32 @@ class Model:
         return Inputs(keys, cond, repeat(known), repeat(None if mask is None else self._cells(mask, known)))
 
     def known(self, image: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        """The state without noise that is a picture: of latent models encoded, unless it has as many channels as one."""
+        """The state without noise that is a picture: of latent models encoded, unless it has as many channels
+        as one.
+        """
         channels = {self.shape[-1]} | ({3} if self.encode is not None else set())
         if np.ndim(image) != 4 or image.shape[-1] not in channels:
             many = " or ".join(map(str, sorted(channels)))
-            raise UserError(f"the image has the shape {np.shape(image)}: give (1, height, width, {many}), or one for each")
+            raise UserError(
+                f"the image has the shape {np.shape(image)}: give (1, height, width, {many}), or one for each"
+            )
         return image if self._is_state(image) else self.encode(image)
 
     def _is_state(self, image: Float[Array, "b h w c"]) -> bool:
         return self.encode is None or image.shape[-1] == self.shape[-1]
 
-    def _size_of(self, image: Float[Array, "b h w c"] | None, size: int | tuple[int, int] | None) -> int | tuple[int, int] | None:
+    def _size_of(
+        self, image: Float[Array, "b h w c"] | None, size: int | tuple[int, int] | None
+    ) -> int | tuple[int, int] | None:
         """The size to draw, which is that of the image where there is one."""
         if image is None or np.ndim(image) != 4:
             return size
         factor = self.factor if self._is_state(image) else 1
         own = image.shape[1] * factor, image.shape[2] * factor
         if size is not None and own != ((size, size) if isinstance(size, int) else tuple(size)):
-            raise UserError(f"the image is {own[1]} pixels wide and {own[0]} high, and size is {size}: leave size out, or resize the image")
+            raise UserError(
+                f"the image is {own[1]} pixels wide and {own[0]} high, and size is {size}: leave size out, or resize the image"
+            )
         return own
 
     def _cells(self, mask: Float[Array, "b h w 1"], known: Float[Array, "b h w c"] | None) -> Float[Array, "b h w 1"]:
@@ -393,9 +411,11 @@ class Model:
         mask = checked_mask(mask)
         if (cell := image.shape[1] // mask.shape[1]) > 1:
             mask = mask.repeat(cell, axis=1).repeat(cell, axis=2)
-        return Paste(jnp.asarray(image), feathered(mask, int(build.within("feather", feather or 0, 0, max(mask.shape)))))
+        return Paste(
+            jnp.asarray(image), feathered(mask, int(build.within("feather", feather or 0, 0, max(mask.shape))))
+        )
 
-    def _enlarged(self, small: Array | None, level: float, keys: Key[Array, "b"]) -> dict[str, Array]:
+    def _enlarged(self, small: Array | None, level: float, keys: Key[Array, " b"]) -> dict[str, Array]:
         if not 0 <= level < 1:
             raise UserError(f"level is {level}: the noise in a low-res picture is from 0 to below 1")
         if small is None or small.shape[1:] != (self.low_res, self.low_res, self.shape[-1]):
@@ -413,7 +433,9 @@ class Model:
         """
         height, width = (size, size) if isinstance(size, int) else size
         if self.low_res and (height, width) != self.shape[:2]:
-            raise UserError(f"{self._called} enlarges to {self.shape[1]} x {self.shape[0]} pixels and to no other size: leave the size out")
+            raise UserError(
+                f"{self._called} enlarges to {self.shape[1]} x {self.shape[0]} pixels and to no other size: leave the size out"
+            )
         largest = self.largest or max(height, width)
         if min(height, width) < 1 or height % self.multiple or width % self.multiple or max(height, width) > largest:
             most = f" up to {self.largest}" if self.largest else ""
@@ -450,13 +472,12 @@ class Model:
 
         `conditions` are those of `inputs`: prompt, negative_prompt, label, low_res, level. Image i has the key
         `fold_in(key, i)` and is computed in a batch of the model's own fixed shape, so it depends neither on `num` nor
-        on its neighbours. `image` with `strength` < 1 starts from a noised picture. Where `mask` is 1 the image is drawn anew,
-        where it is 0 its very pixels stay, by pixels or a state's cells; so many pixels around what is drawn, `feather`, pass
-        over into them.
-        `guidance` is a scale (0 and 1: none) or a guide of one's own, `guide` how a scale combines the branches: "cfg",
-        "cfg_zero", "apg", "autoguidance", or a table of such a name and its fields (`build.guide`).
-        `init` is the state at the grid's first time, `noise` that of each step: with them another run is replayed, in
-        one batch. `max_sequence_length` is how many tokens T5 reads (SD3: 256 by default).
+        on its neighbours. `image` with `strength` < 1 starts from a noised picture. Where `mask` is 1 the image is
+        drawn anew, where it is 0 its very pixels stay, by pixels or a state's cells; so many pixels around what is
+        drawn, `feather`, pass over into them. `guidance` is a scale (0 and 1: none) or a guide of one's own, `guide`
+        how a scale combines the branches: "cfg", "cfg_zero", "apg", "autoguidance", or a table of such a name and its
+        fields (`build.guide`). `init` is the state at the grid's first time, `noise` that of each step: with them
+        another run is replayed, in one batch. `max_sequence_length` is how many tokens T5 reads (SD3: 256 by default).
         """
         if num < 1:
             raise UserError(f"num is {num}: draw at least 1 image")
@@ -495,22 +516,27 @@ def checked_mask(mask: Float[Array, "b h w 1"]) -> Float[Array, "b h w 1"]:
         raise UserError(f"the mask has the shape {np.shape(mask)}: give (1, height, width, 1), or one for each image")
     mask = np.asarray(mask, np.float32)
     if not (mask.min() >= 0 and mask.max() <= 1):
-        raise UserError(f"the mask holds values from {mask.min():g} to {mask.max():g}: give 1 where it is drawn anew, 0 where it stays")
+        raise UserError(
+            f"the mask holds values from {mask.min():g} to {mask.max():g}: give 1 where it is drawn anew, 0 where it stays"
+        )
     return jnp.asarray(mask)
 
 
 def feathered(mask: Float[Array, "b h w 1"], width: int) -> Float[Array, "b h w 1"]:
     """The mask with a linear edge of `width` pixels around it: what is drawn stays drawn."""
-    grown = lambda _, m: jnp.maximum(m, jax.lax.reduce_window(m, 0.0, jax.lax.max, (1, 3, 3, 1), (1, 1, 1, 1), "SAME") - 1 / (width + 1))
+    grown = lambda _, m: jnp.maximum(
+        m, jax.lax.reduce_window(m, 0.0, jax.lax.max, (1, 3, 3, 1), (1, 1, 1, 1), "SAME") - 1 / (width + 1)
+    )
     return jax.lax.fori_loop(0, width, grown, mask) if width else mask
 
 
 @struct.dataclass
 class Inputs:
-    """What each image of a run has of its own, one row an image: key, condition, and a known picture, drawn anew where the
-    mask is 1."""
+    """What each image of a run has of its own, one row an image: key, condition, and a known picture, drawn anew where
+    the mask is 1.
+    """
 
-    keys: Key[Array, "b"]
+    keys: Key[Array, " b"]
     cond: dict[str, Any]
     image: Float[Array, "b ..."] | None = None
     mask: Float[Array, "b h w 1"] | None = None
@@ -553,12 +579,12 @@ _condition = jax.jit(cascade.condition, static_argnums=1)
 
 
 @jax.jit
-def _keys(key: Key[Array, ""], numbers: Int[Array, "b"]) -> Key[Array, "b"]:
+def _keys(key: Key[Array, ""], numbers: Int[Array, " b"]) -> Key[Array, " b"]:
     return jax.vmap(lambda number: jax.random.fold_in(key, number))(numbers)
 
 
 @jax.jit
-def _folded(keys: Key[Array, "b"]) -> Key[Array, "b"]:
+def _folded(keys: Key[Array, " b"]) -> Key[Array, " b"]:
     return jax.vmap(lambda key: jax.random.fold_in(key, LOW_RES))(keys)
 
 

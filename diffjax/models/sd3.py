@@ -1,4 +1,5 @@
-"""Stable Diffusion 3 and 3.5 as models: published components, read as a process, a prediction, and ways to text and pictures.
+"""Stable Diffusion 3 and 3.5 as models: published components, read as a process, a prediction, and ways to text and
+pictures.
 
 The process is a flow whose time is shifted towards noise. Networks read 1000 sigma and predict eps - x0.
 """
@@ -33,8 +34,7 @@ from diffjax.parallel import sharding
 from diffjax.text import tokenizers
 from diffjax.utils import struct
 from diffjax.utils.errors import UserError
-from diffjax.weights import hub, single_file
-from diffjax.weights import lora as lora_file
+from diffjax.weights import hub, lora as lora_file, single_file
 from diffjax.weights.config import class_name, read_json
 from diffjax.weights.folder import read_tensors
 from diffjax.weights.scheduler import FlowScheduler, read_flow_scheduler
@@ -101,10 +101,10 @@ class Texts:
 
 @dataclass(frozen=True)
 class Kept:
-    """How weights are kept: in a dtype (None: the files'), those of the transformer and of T5 in fewer bits ("int8", "int4"),
-    those of the transformer split over all devices ("fsdp", "tensor", "both"); and which of several forms of them is read, in
-    each component that has the `variant`. `added` are the adapters that act on them, by component, of each file with its
-    strength.
+    """How weights are kept: in a dtype (None: the files'), those of the transformer and of T5 in fewer bits
+    ("int8", "int4"), those of the transformer split over all devices ("fsdp", "tensor", "both"); and which of several
+    forms of them is read, in each component that has the `variant`. `added` are the adapters that act on them, by
+    component, of each file with its strength.
     """
 
     dtype: Any = None
@@ -124,8 +124,8 @@ class Kept:
 @dataclass(frozen=True)
 class SkipLayers:
     """Skip-layer guidance as published for SD3.5 medium, given as `guidance`: classifier-free (or another `guide`, see
-    `build.guide`), and `scale` times away from the network without `layers` while the time that is over, 1 - t, is within
-    (start, stop].
+    `build.guide`), and `scale` times away from the network without `layers` while the time that is over, 1 - t, is
+    within (start, stop].
     """
 
     guidance: float = 4.0
@@ -140,14 +140,18 @@ class SkipLayers:
         module = denoiser.apply.module
         if not isinstance(module, MMDiT) or max(self.layers) >= module.num_layers:
             numbers = ", ".join(map(str, self.layers))
-            raise UserError(f"skip-layer guidance leaves out layers {numbers}, which this network has not: leave it out")
+            raise UserError(
+                f"skip-layer guidance leaves out layers {numbers}, which this network has not: leave it out"
+            )
         weaker = denoiser.replace(apply=Apply(module.clone(skip_layers=self.layers)))
         guided = build.guide(self.guide)(denoiser, build.scale(self.guidance) or 1.0)
         return Skip(guided, weaker, *map(jnp.float32, (self.scale, self.start, self.stop)))
 
 
 def is_one(path: Path) -> bool:
-    """Whether it is a single file, or the folder of a Stable Diffusion 3 pipeline (text to image, image to image, inpaint)."""
+    """Whether it is a single file, or the folder of a Stable Diffusion 3 pipeline (text to image, image to image,
+    inpaint).
+    """
     index = path / "model_index.json"
     return path.is_file() or (index.exists() and class_name(read_json(index)) in PIPELINES)
 
@@ -168,7 +172,9 @@ def load(
     """
     name = name or str(path)
     if path.is_dir():
-        return assemble(components(path, variant=kept.variant), path, read_flow_scheduler(path), kept, name, prompts, loras)
+        return assemble(
+            components(path, variant=kept.variant), path, read_flow_scheduler(path), kept, name, prompts, loras
+        )
     if kept.variant:
         raise UserError(f"{path} is one file, of which there are no variants: leave --variant out")
     parts, folder = single_file.read(path), path.parent
@@ -218,7 +224,11 @@ def assemble(
     if prompts is None:
         text = load_texts()
     else:
-        reads = [(source.digest, source.strength) for source, (of, _) in zip(loras, kept.added) if of.keys() - {"transformer"}]
+        reads = [
+            (source.digest, source.strength)
+            for source, (of, _) in zip(loras, kept.added)
+            if of.keys() - {"transformer"}
+        ]
         text = remembered(_encoder_key(parts, folder, kept, name, *reads), ["", *prompts], load_texts)
     transformer, params = kept.read("transformer", parts["transformer"], folder / "transformer")
     vae, vae_params = kept.read("vae", parts["vae"], folder / "vae")
@@ -248,15 +258,21 @@ def texts(parts: Mapping[str, Component], folder: Path, kept: Kept) -> Texts:
     return Texts(tuple(read(*names) for names in CLIPS.items()), read(T5, T5_RULES) if T5 in parts else None, width)
 
 
-def _encoder_key(parts: Mapping[str, Component], folder: Path, kept: Kept, name: str, *adapters: tuple[str, float]) -> str:
+def _encoder_key(
+    parts: Mapping[str, Component], folder: Path, kept: Kept, name: str, *adapters: tuple[str, float]
+) -> str:
     """What the encoded prompts are kept under; a single file may hold text encoders, and `adapters` change them."""
-    files = sorted(file for pair in (*CLIPS.items(), (T5, T5_RULES)) for part in pair for file in (folder / part).glob("*"))
+    files = sorted(
+        file for pair in (*CLIPS.items(), (T5, T5_RULES)) for part in pair for file in (folder / part).glob("*")
+    )
     files += [Path(name)] if Path(name).is_file() else []
     return prompt_cache.key(files, sorted(parts), kept.dtype, kept.quantize, kept.variant, T5_TOKENS, *adapters)
 
 
 def kind(name: str, module: MMDiT) -> str:
-    """large, medium or turbo: turbo differs from large by its name alone, a file's, a folder's or that of a hub's cache."""
+    """large, medium or turbo: turbo differs from large by its name alone, a file's, a folder's or that of a
+    hub's cache.
+    """
     path = Path(name)
     if "turbo" in (path.parents[1] if path.parent.name == "snapshots" else path).name.lower():
         return "turbo"

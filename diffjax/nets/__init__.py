@@ -17,8 +17,9 @@ def parameter_count(module: nn.Module, *inputs: Any, **named: Any) -> int:
 
 class Cost(NamedTuple):
     """What a program does: floating-point operations of its matrix products (of 16-bit operands, and of wider ones) and
-    convolutions, the bytes that these and sums move, how many such operations there are, and the further bytes of attention
-    scores, which only a device without fused attention moves."""
+    convolutions, the bytes that these and sums move, how many such operations there are, and the further bytes of
+    attention scores, which only a device without fused attention moves.
+    """
 
     products16: float = 0.0
     products32: float = 0.0

@@ -66,7 +66,9 @@ def unfold(x: Float[Array, "b h w p*p*c"], patch: int) -> Float[Array, "b h*p w*
 
 
 class Attention(nn.Module):
-    """Pre-norm attention of an image's positions over themselves, or over tokens, without the residual; 0 at the start."""
+    """Pre-norm attention of an image's positions over themselves, or over tokens, without the residual; 0 at
+    the start.
+    """
 
     heads: int
     head_dim: int
@@ -93,7 +95,9 @@ class Attention(nn.Module):
 
 
 class Mixer(nn.Module):
-    """What follows a residual block: attention over the text, and self-attention with a feed-forward of twice the width."""
+    """What follows a residual block: attention over the text, and self-attention with a feed-forward of twice
+    the width.
+    """
 
     heads: int
     head_dim: int
@@ -117,7 +121,8 @@ class Mixer(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution: the first is followed by attention over the text, the last by self-attention.
+    """The residual blocks of one resolution: the first is followed by attention over the text, the last by
+    self-attention.
 
     `resnet` and `mixer` make the parts.
     """
@@ -160,8 +165,9 @@ class TextPool(nn.Module):
         query = jnp.broadcast_to(query, (len(tokens), 1, tokens.shape[-1]))
         read = {"q": query, "k": tokens, "v": tokens}
         q, k, v = (
-            Dense(self.heads * self.head_dim, use_bias=False, **policy, name=name)(z)
-            .reshape(*z.shape[:2], self.heads, self.head_dim)
+            Dense(self.heads * self.head_dim, use_bias=False, **policy, name=name)(z).reshape(
+                *z.shape[:2], self.heads, self.head_dim
+            )
             for name, z in read.items()
         )
         y = RMSNorm(**policy, name="norm")(attention(q, k, v, mask[:, None, None]).reshape(len(tokens), -1))
@@ -173,13 +179,14 @@ class ImagenUNet(nn.Module):
     """`y(x, t)`, the shape of `x`, as wide as `dim * mults[i]` behind level i; the output is float32.
 
     `blocks`, `attention` and `cross_attention` are given for each level. `efficient` halves before a level's blocks and
-    doubles after them instead of the reverse, so that none runs at full resolution (appendix B.1). `patch` folds squares
-    of pixels into channels before all else, for machines that are slow.
+    doubles after them instead of the reverse, so that none runs at full resolution (appendix B.1). `patch` folds
+    squares of pixels into channels before all else, for machines that are slow.
 
-    Text: with `context_width`, the token states `context`; beside those that `mask` shows, a learned null token is always
-    there, and alone in a row whose mask is False throughout. The network pools the states itself: `pooled` is not read.
-    Classes: `label` in [0, classes), or -1 for the learned null class. With `low_res`, `low_res` is a picture of the size
-    of `x` that stands beside it and `level` the noise in it, in [0, 1]. `remat` recomputes blocks in the backward pass.
+    Text: with `context_width`, the token states `context`; beside those that `mask` shows, a learned null token is
+    always there, and alone in a row whose mask is False throughout. The network pools the states itself: `pooled` is
+    not read. Classes: `label` in [0, classes), or -1 for the learned null class. With `low_res`, `low_res` is a picture
+    of the size of `x` that stands beside it and `level` the noise in it, in [0, 1]. `remat` recomputes blocks in the
+    backward pass.
 
     Raises `UserError` for a size that does not halve evenly, and for a missing condition.
     """
@@ -304,13 +311,19 @@ class ImagenUNet(nn.Module):
         if context is None:
             raise UserError("this model reads a text: give `context` and `mask`")
         null = self.param("null_token", nn.initializers.normal(1.0), (1, 1, self.dim), self.param_dtype)
-        states = RMSNorm(**self._policy(), name="context_norm")(Dense(self.dim, **self._policy(), name="context_in")(context))
-        states = jnp.concatenate([jnp.broadcast_to(null, (len(states), 1, self.dim)).astype(self.dtype), states], axis=1)
+        states = RMSNorm(**self._policy(), name="context_norm")(
+            Dense(self.dim, **self._policy(), name="context_in")(context)
+        )
+        states = jnp.concatenate(
+            [jnp.broadcast_to(null, (len(states), 1, self.dim)).astype(self.dtype), states], axis=1
+        )
         seen = jnp.ones(context.shape[:2], bool) if mask is None else mask
         return states, jnp.pad(seen, ((0, 0), (1, 0)), constant_values=True)
 
     def _check(self, x: Array, low_res: Array | None, level: Array | None) -> None:
         if x.shape[1] % self.multiple or x.shape[2] % self.multiple:
-            raise UserError(f"images of {x.shape[1]} x {x.shape[2]} pixels: this network reads multiples of {self.multiple}")
+            raise UserError(
+                f"images of {x.shape[1]} x {x.shape[2]} pixels: this network reads multiples of {self.multiple}"
+            )
         if self.low_res and (low_res is None or level is None):
             raise UserError("this model enlarges pictures: give `low_res` and `level`")

@@ -182,8 +182,9 @@ def attention(
 ) -> Float[Array, "b t n h"]:
     """`softmax(q k^T / sqrt(h) + bias) v` per head, softmax in float32; a query whose keys are all masked gives 0.
 
-    `mask` is True where a key is seen. On a GPU that has it, cuDNN's flash attention; elsewhere the score matrix, of one
-    head and some queries at a time when it would pass `MAX_SCORES` numbers, each computed again in the backward pass.
+    `mask` is True where a key is seen. On a GPU that has it, cuDNN's flash attention; elsewhere the score matrix, of
+    one head and some queries at a time when it would pass `MAX_SCORES` numbers, each computed again in the
+    backward pass.
     """
     dtype, flash = q.dtype, _flash_reads(q)
     if dtype == jnp.float16 and not flash:  # which XLA's CPU products do not know
@@ -223,7 +224,8 @@ def _flash(q: Array, k: Array, v: Array, mask: Array | None, bias: Array | None)
 def scaled_dot_product(q: Array, k: Array, v: Array, mask: Array | None, bias: Array | None, most: int) -> Array:
     """Attention by way of the scores: if there are more than `most`, head by head, and of a head that many at a time.
 
-    What a CPU's caches hold is two to four times as fast as all scores in memory. `nets.program_cost` knows it by its name.
+    What a CPU's caches hold is two to four times as fast as all scores in memory. `nets.program_cost` knows it by
+    its name.
     """
     (b, t, n, _), s = q.shape, k.shape[1]
     if b * n * t * s <= most:
@@ -233,8 +235,8 @@ def scaled_dot_product(q: Array, k: Array, v: Array, mask: Array | None, bias: A
 
 
 def _in_parts(function: Callable[..., Array], axes: tuple[int | None, ...], size: int, *arrays: Array | None) -> Array:
-    """`function` of parts of at most `size` along each array's axis, one part after the other; arrays without that axis, or
-    with one place on it, go into all parts. The result is put together along the axis of the first.
+    """`function` of parts of at most `size` along each array's axis, one part after the other; arrays without that
+    axis, or with one place on it, go into all parts. The result is put together along the axis of the first.
     """
     length = arrays[0].shape[axes[0]]
     count = -(-length // size)

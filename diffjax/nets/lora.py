@@ -1,7 +1,8 @@
 """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685): `x W + scale (x A) B`, W frozen, A (i, r) and B (r, o) trained.
 
-Adapters are a flat table, parameter path -> `Adapter`, beside parameters that stay as they are, in whatever dtype or number of
-bits; those of stacked layers are stacked. `join` makes one tree of both, which any network of `layers.Dense` reads.
+Adapters are a flat table, parameter path -> `Adapter`, beside parameters that stay as they are, in whatever dtype or
+number of bits; those of stacked layers are stacked. `join` makes one tree of both, which any network of
+`layers.Dense` reads.
 """
 
 import re
@@ -25,8 +26,8 @@ Kernel = Float[Array, "*layers i o"] | Quantized
 class Adapter:
     """What makes `gain x W + ((x A) scale) B + bias` of one kernel's `x W`, and of each layer's of a stack.
 
-    `scale` is alpha / r, one number for each of the r products, so that several adapters of a kernel are one of a larger
-    rank. Most have no `gain` (it is 1) and no `bias` (0).
+    `scale` is alpha / r, one number for each of the r products, so that several adapters of a kernel are one of a
+    larger rank. Most have no `gain` (it is 1) and no `bias` (0).
     """
 
     a: Float[Array, "*layers i r"]
@@ -38,8 +39,9 @@ class Adapter:
 
 @struct.dataclass
 class Decomposed:
-    """A weight-decomposed adapter (DoRA, Liu et al. 2024, arXiv:2402.09353, equation 5): the kernel V = W + scale A B becomes
-    `magnitude V / |V|`, |V| the norm of each column, which makes one output. A layer whose magnitude is NaN has V itself.
+    """A weight-decomposed adapter (DoRA, Liu et al. 2024, arXiv:2402.09353, equation 5): the kernel V = W + scale A B
+    becomes `magnitude V / |V|`, |V| the norm of each column, which makes one output. A layer whose magnitude is NaN has
+    V itself.
     """
 
     adapter: Adapter
@@ -96,19 +98,25 @@ def chosen(shapes: Mapping[str, tuple[int, ...]], targets: str) -> dict[str, tup
     except re.error as error:
         raise UserError(f"lora.targets={targets!r} is no regular expression: {error}") from error
     if not found:
-        raise UserError(f"lora.targets={targets!r} matches no linear layer; their paths are like {', '.join(list(shapes)[:3])}")
+        raise UserError(
+            f"lora.targets={targets!r} matches no linear layer; their paths are like {', '.join(list(shapes)[:3])}"
+        )
     return found
 
 
 def join(params: Mapping[str, Any], adapters: Adapters) -> dict[str, Any]:
     """The parameters, each adapted kernel as a `LowRank`."""
     leaves = traverse_util.flatten_dict(params, sep="/")
-    return traverse_util.unflatten_dict(leaves | {path: LowRank(leaves[path], adapters[path]) for path in adapters}, sep="/")
+    return traverse_util.unflatten_dict(
+        leaves | {path: LowRank(leaves[path], adapters[path]) for path in adapters}, sep="/"
+    )
 
 
-def add(params: Mapping[str, Any], weighted: Sequence[tuple[Mapping[str, Adapter | Decomposed], float]]) -> dict[str, Any]:
-    """The parameters with several tables of adapters, each with its strength: every kernel is `W + sum strength (W' - W)`,
-    where W' is what one table alone makes of W.
+def add(
+    params: Mapping[str, Any], weighted: Sequence[tuple[Mapping[str, Adapter | Decomposed], float]]
+) -> dict[str, Any]:
+    """The parameters with several tables of adapters, each with its strength: every kernel is
+    `W + sum strength (W' - W)`, where W' is what one table alone makes of W.
     """
     leaves, found = traverse_util.flatten_dict(params, sep="/"), {}
     for adapters, strength in weighted:

@@ -1,8 +1,8 @@
 """Weights kept in 8 or 4 bits, and read in the dtype of the computation.
 
-A kernel w (..., i, o) becomes whole numbers and scales, `w ~ scale round(w / scale)`, one scale for the i values that go into
-an output channel (int8), or for each `group` of them (int4). The scale is the largest of their magnitudes, over the largest
-whole number.
+A kernel w (..., i, o) becomes whole numbers and scales, `w ~ scale round(w / scale)`, one scale for the i values that
+go into an output channel (int8), or for each `group` of them (int4). The scale is the largest of their magnitudes, over
+the largest whole number.
 """
 
 import re
@@ -38,7 +38,9 @@ class Quantized:
 
 
 def _packed(values: Int[Array, "*layers i o"]) -> Int[Array, "*layers i/2 o"]:
-    """Pairs of rows of numbers from -8 to 7 as bytes. A dtype of 4 bits would have XLA unpack all layers to read one."""
+    """Pairs of rows of numbers from -8 to 7 as bytes. A dtype of 4 bits would have XLA unpack all layers to
+    read one.
+    """
     *layers, i, o = values.shape
     pairs = values.astype(jnp.uint8).reshape(*layers, i // 2, 2, o)
     return (pairs[..., 0, :] & 15) | (pairs[..., 1, :] << 4)
@@ -52,8 +54,8 @@ def _unpacked(values: Int[Array, "*layers i/2 o"]) -> Int[Array, "*layers i o"]:
 
 @dataclass(frozen=True)
 class Scheme:
-    """How kernels are kept: in whole numbers up to `most`, and how many inputs share a scale (None, or where `group` does
-    not divide them: all).
+    """How kernels are kept: in whole numbers up to `most`, and how many inputs share a scale (None, or where `group`
+    does not divide them: all).
     """
 
     most: int

@@ -1,4 +1,5 @@
-"""A small network for the stages that enlarge, cheap enough for a CPU: all its work is done on the small picture's grid.
+"""A small network for the stages that enlarge, cheap enough for a CPU: all its work is done on the small
+picture's grid.
 
 Squares of pixels become channels and, at the end, pixels again (Shi et al. 2016, "sub-pixel convolution"); between them
 stand residual blocks of one width (EDSR, arXiv:1707.02921) that are told the time and the level of noise.
@@ -21,8 +22,8 @@ Dtype = Any
 class SubPixel(nn.Module):
     """`low_res + f(x, low_res, t, level)`: made for x0, which it finds at its start to be the enlarged picture.
 
-    `patch` x `patch` pixels of `x` and of `low_res` are one place of `depth` blocks that are `width` wide. The output is
-    float32. Raises `UserError` for a size that is no multiple of `patch`, and without a low-res picture.
+    `patch` x `patch` pixels of `x` and of `low_res` are one place of `depth` blocks that are `width` wide. The output
+    is float32. Raises `UserError` for a size that is no multiple of `patch`, and without a low-res picture.
     """
 
     patch: int = 4

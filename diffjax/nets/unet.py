@@ -160,9 +160,7 @@ class MidBlock(nn.Module):
     cross: Callable[..., nn.Module] | None
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "b h w c"], emb: Float[Array, "b e"], tokens: Tokens
-    ) -> Float[Array, "b h w c"]:
+    def __call__(self, x: Float[Array, "b h w c"], emb: Float[Array, "b e"], tokens: Tokens) -> Float[Array, "b h w c"]:
         x = self.resnet(name="resnets_0")(x, emb) / self.scale
         if self.attend is not None:
             x = (x + self.attend(name="attentions_0")(x)) / self.scale

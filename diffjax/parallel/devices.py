@@ -58,7 +58,8 @@ def join_hosts() -> None:
     """Join the other hosts of this job, when the environment says that there are any.
 
     Either `JAX_COORDINATOR_ADDRESS` (host:port of process 0), `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` are set, or
-    `DIFFJAX_MULTIHOST=1` lets jax ask Slurm, Open MPI, Kubernetes or the TPU pod. Raises `UserError` when they are not found.
+    `DIFFJAX_MULTIHOST=1` lets jax ask Slurm, Open MPI, Kubernetes or the TPU pod. Raises `UserError` when they are
+    not found.
     """
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
     if address:
@@ -90,7 +91,8 @@ def keep_compiled() -> None:
 def keep_memory() -> None:
     """Let glibc keep what is freed for the next step, which allocates the same large arrays again.
 
-    Returned to the system, every page of them would have to be cleared and mapped anew: a sixth of a large U-Net's time.
+    Returned to the system, every page of them would have to be cleared and mapped anew: a sixth of a large
+    U-Net's time.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         for option, value in MALLOPT.values():
@@ -132,9 +134,7 @@ def nvidia_smi(*arguments: str) -> str | None:
     if not shutil.which("nvidia-smi"):
         return None
     try:
-        return subprocess.run(
-            ["nvidia-smi", *arguments], capture_output=True, text=True, timeout=20, check=True
-        ).stdout
+        return subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, timeout=20, check=True).stdout
     except (subprocess.SubprocessError, OSError):
         return None
 

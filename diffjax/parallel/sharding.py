@@ -1,8 +1,8 @@
 """How the parameters of large networks are split over devices: rules by name, for MMDiT and T5.
 
-Tensor parallelism as in Megatron (arXiv:1909.08053): queries, keys, values and the first product of a feed-forward by their
-outputs, what follows by its inputs, so that each pair needs one sum over devices; modulations, a third of MMDiT's weights, by
-their inputs. FSDP splits every parameter by its largest axis. Both: one on each axis of a mesh.
+Tensor parallelism as in Megatron (arXiv:1909.08053): queries, keys, values and the first product of a feed-forward by
+their outputs, what follows by its inputs, so that each pair needs one sum over devices; modulations, a third of MMDiT's
+weights, by their inputs. FSDP splits every parameter by its largest axis. Both: one on each axis of a mesh.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,12 +39,15 @@ WAYS = {
 
 
 def over(way: str, devices: Sequence[jax.Device] | None = None) -> Callable[[str, tuple[int, ...]], NamedSharding]:
-    """Where a parameter goes, by name and shape: as `weights.load(sharding=...)` takes it. All devices unless some are given.
+    """Where a parameter goes, by name and shape: as `weights.load(sharding=...)` takes it. All devices unless some
+    are given.
 
     Raises `UserError` when there are too few of them.
     """
     chosen, axes = np.asarray(jax.devices() if devices is None else devices), WAYS[way].axes
     if len(chosen) % 2 ** len(axes):
-        raise UserError(f"parameters cannot be split ({way}) over {len(chosen)} devices: it takes a multiple of {2 ** len(axes)}")
+        raise UserError(
+            f"parameters cannot be split ({way}) over {len(chosen)} devices: it takes a multiple of {2 ** len(axes)}"
+        )
     shape = (2, -1) if len(axes) == 2 else (-1,)
     return placement(WAYS[way].rules, Mesh(chosen.reshape(shape), axes))

@@ -21,18 +21,23 @@ from diffjax.weights import hub
 def model(name: str, asked: Asked, revision: str | None = None, variant: str | None = None) -> list[Job]:
     """The job of drawing with a published model: a folder, or a hub id, of which only JSON files are fetched.
 
-    The configurations of well-known models come with the package, and need no network. Raises `UserError` as `diffjax.load` does.
+    The configurations of well-known models come with the package, and need no network. Raises `UserError` as
+    `diffjax.load` does.
     """
     if is_run(Path(name)):
         return run(name, asked)
     folder = hub.configs(name, revision, variant=variant)
     if folder.is_file():
         raise UserError(f"{name} is one file without configurations: plan the hub id or the folder of the same model")
-    return [latent.drawing(folder, asked, name) if (folder / "transformer").is_dir() else published(folder, asked, name)]
+    return [
+        latent.drawing(folder, asked, name) if (folder / "transformer").is_dir() else published(folder, asked, name)
+    ]
 
 
 def config(settings: ConfigDict, asked: Asked) -> list[Job]:
-    """The jobs of an experiment: training and drawing, or drawing alone where it only samples; what is asked for wins."""
+    """The jobs of an experiment: training and drawing, or drawing alone where it only samples; what is asked
+    for wins.
+    """
     if "train" in settings:
         return experiment(settings, asked)
     own = [field.name for field in dataclasses.fields(Asked) if getattr(asked, field.name) == field.default]

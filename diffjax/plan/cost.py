@@ -13,7 +13,8 @@ from diffjax.nets import Cost, program_cost
 
 @dataclass(frozen=True)
 class Part:
-    """A program `call(held, *given)` of the job, its arguments as shapes: what stays in memory, and what each call is given.
+    """A program `call(held, *given)` of the job, its arguments as shapes: what stays in memory, and what each call
+    is given.
 
     Where it `replaces`, as a training step does its state, the result takes the place of what was held.
     """
@@ -29,7 +30,9 @@ class Part:
 
 @dataclass(frozen=True)
 class Estimate:
-    """One part's figures: parameters, the bytes it holds, the bytes of one call beside them, its calls and their cost."""
+    """One part's figures: parameters, the bytes it holds, the bytes of one call beside them, its calls and
+    their cost.
+    """
 
     name: str
     parameters: int
@@ -58,7 +61,9 @@ def tree_size(tree: PyTree) -> int:
 
 
 def live_bytes(program: Any) -> int:
-    """The most bytes of intermediate values alive at once, if nothing were fused; inner programs count when they run."""
+    """The most bytes of intermediate values alive at once, if nothing were fused; inner programs count when
+    they run.
+    """
     size = lambda value: math.prod(value.aval.shape) * value.aval.dtype.itemsize if hasattr(value.aval, "shape") else 0
     last = {}
     for position, equation in enumerate(program.eqns):

@@ -47,14 +47,20 @@ def described(folder: Path, dtype: str) -> dict[str, nn.Module]:
 
 
 def components(modules: Mapping[str, nn.Module], asked: Asked, share: float) -> dict[str, Part]:
-    """The parts of a job: the texts once, the transformer at every step (`share` of them guided), the decoder for every batch
-    of pictures."""
+    """The parts of a job: the texts once, the transformer at every step (`share` of them guided), the decoder for every
+    batch of pictures.
+    """
     branches = 2 if share else 1
     rows, network, vae = asked.batch * branches, modules["transformer"], modules["vae"]
     side = asked.size // vae.factor
     shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)
     context = shape(rows, TEXTS["text_encoder"] + TEXTS[sd3.T5], network.joint_attention_dim)
-    latents = shape(rows, side, side, network.in_channels), shape(rows), context, shape(rows, network.pooled_projection_dim)
+    latents = (
+        shape(rows, side, side, network.in_channels),
+        shape(rows),
+        context,
+        shape(rows, network.pooled_projection_dim),
+    )
     given = {name: (jax.ShapeDtypeStruct((branches, length), jnp.int32),) for name, length in TEXTS.items()}
     given |= {"transformer": latents, "vae": (shape(asked.batch, side, side, vae.latent_channels),)}
     often = dict.fromkeys(TEXTS, 1) | {"transformer": calls(asked, share), "vae": math.ceil(asked.num / asked.batch)}

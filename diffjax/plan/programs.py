@@ -2,10 +2,10 @@
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,8 +50,8 @@ class Asked:
 
 @dataclass(frozen=True)
 class Way:
-    """A way to keep the parts of a job in memory: those of a stage together, one stage after the other; the job's `loop`
-    part may be split over several devices.
+    """A way to keep the parts of a job in memory: those of a stage together, one stage after the other; the job's
+    `loop` part may be split over several devices.
     """
 
     name: str
@@ -88,11 +88,13 @@ def run(folder: str | Path, asked: Asked) -> list[Job]:
 def experiment(config: ConfigDict, asked: Asked) -> list[Job]:
     """The jobs of training an experiment and of drawing with it, before its data are there.
 
-    A text encoder is counted with the words of the captions, or, where these are not at hand, with as many as it can have.
-    Raises `UserError` for an experiment that trains a published model.
+    A text encoder is counted with the words of the captions, or, where these are not at hand, with as many as it can
+    have. Raises `UserError` for an experiment that trains a published model.
     """
     if "model" in config:
-        raise UserError(f"this trains {config.model}: docs/sd35.md says what it keeps, `diffjax plan --model` what drawing costs")
+        raise UserError(
+            f"this trains {config.model}: docs/sd35.md says what it keeps, `diffjax plan --model` what drawing costs"
+        )
     own = config.text and not frozen.is_frozen(config.text)
     tokenize = vocabulary(config) if own else None
     plan = experiments.without_data(config, tokenize)
@@ -116,7 +118,9 @@ def published(folder: Path, asked: Asked, name: str) -> Job:
     dtype = build.named("dtype", build.DTYPES, asked.dtype or "float32")
     module = weights.describe(component(folder, "unet")).clone(dtype=dtype, param_dtype=dtype)
     if not isinstance(module, UNet):
-        raise UserError(f"{name} is a {type(module).__name__}, which draws nothing by itself: plan the model that it serves")
+        raise UserError(
+            f"{name} is a {type(module).__name__}, which draws nothing by itself: plan the model that it serves"
+        )
     scheduler = read_scheduler(folder)
     defaults = ddpm.defaults(scheduler, module)
     shape = _sized(ddpm.shape(module), asked.size)
@@ -191,7 +195,9 @@ def is_weaker(asked: Asked) -> bool:
 
 
 def guided_share(asked: Asked, grid: str | Callable[[int], np.ndarray], process: Process) -> float:
-    """The share of the network's evaluations in which guidance evaluates its second branch: those in the guide's interval."""
+    """The share of the network's evaluations in which guidance evaluates its second branch: those in the guide's
+    interval.
+    """
     if build.scale(asked.guidance) is None:
         return 0.0
     rule = asked.guide or {}
@@ -206,8 +212,9 @@ def evaluations(asked: Asked) -> int:
 
 
 def calls(asked: Asked, share: float) -> float:
-    """How often drawing what is asked for calls the network, a call of half the rows counting as half of one: `share` of the
-    calls have the rows of both branches. A weaker network has calls of its own."""
+    """How often drawing what is asked for calls the network, a call of half the rows counting as half of one: `share`
+    of the calls have the rows of both branches. A weaker network has calls of its own.
+    """
     every = asked.steps * evaluations(asked) * math.ceil(asked.num / asked.batch)
     return every * (1 + share) / 2 if share and not is_weaker(asked) else every
 
@@ -217,7 +224,9 @@ def titled(name: str, shape: tuple[int, ...], asked: Asked) -> str:
     images = counted(asked.num, "image") + ("" if asked.batch == 1 else f" in batches of {asked.batch}")
     guided = "" if build.scale(asked.guidance) is None else f", guided by {asked.guidance:g}"
     guided += f" ({' '.join(f'{key}={value}' for key, value in asked.guide.items())})" if guided and asked.guide else ""
-    return f"{name}: {images} of {shape[0]} x {shape[1]} pixels, {counted(asked.steps, 'step')} of {asked.sampler}{guided}"
+    return (
+        f"{name}: {images} of {shape[0]} x {shape[1]} pixels, {counted(asked.steps, 'step')} of {asked.sampler}{guided}"
+    )
 
 
 def _network(name: str, module: nn.Module, inputs: tuple, named: PyTree, calls: float) -> Part:

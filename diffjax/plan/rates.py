@@ -25,13 +25,16 @@ ROUNDS = 15
 SIDE = 768
 LINKS = 16
 CONVOLUTIONS = ((128, 128), (64, 256), (32, 256), (16, 512))
-"""Sizes to measure at: products of SIDE x SIDE, LINKS small products, 3 x 3 convolutions of (pixels a side, channels)."""
+"""Sizes to measure at: products of SIDE x SIDE, LINKS small products, 3 x 3 convolutions of (pixels a side,
+channels).
+"""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Operations a second of 16-bit and 32-bit products and of convolutions, bytes a second of memory, the seconds that it
-    takes to start one operation, and whether attention is fused."""
+    """Operations a second of 16-bit and 32-bit products and of convolutions, bytes a second of memory, the seconds that
+    it takes to start one operation, and whether attention is fused.
+    """
 
     products16: float
     products32: float
@@ -104,7 +107,8 @@ def _measured(kind: str) -> Rates:
 
 
 def calibrate() -> Rates:
-    """Rates of the default device, in a few seconds: products, convolutions of the sizes that networks have, and a copy.
+    """Rates of the default device, in a few seconds: products, convolutions of the sizes that networks have, and
+    a copy.
 
     They take turns, and the best time of each counts: what else the machine does is left out as far as can be.
     """

@@ -53,7 +53,9 @@ def _ways(job: Job, room: float | None, exact: bool, how: str) -> list[str]:
     lines += [f"  {name:{width}}  {si(memory):>8}B  {fits(memory)}".rstrip() for name, memory in peaks.items()]
     if room is None:
         return [*lines, ""]
-    first = next((name for name, memory in peaks.items() if memory < room), "nothing here: draw fewer or smaller pictures")
+    first = next(
+        (name for name, memory in peaks.items() if memory < room), "nothing here: draw fewer or smaller pictures"
+    )
     return [*lines, *textwrap.wrap(f"what fits {si(room)}B: {first}", WIDTH), ""]
 
 

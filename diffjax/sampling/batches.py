@@ -81,8 +81,8 @@ class Stage:
 @dataclass(frozen=True)
 class Drawing:
     """How a job draws; `conditions` (negative_prompt, image, mask, low_res, level) are common to all its pictures, or a
-    function of them; `paste` puts the kept pixels of a masked picture back. A model that enlarges is not told the prompts
-    and labels that it does not read.
+    function of them; `paste` puts the kept pixels of a masked picture back. A model that enlarges is not told the
+    prompts and labels that it does not read.
     """
 
     model: Model
@@ -144,9 +144,16 @@ class Drawing:
                 yield Stage(group, state, done, rows, done == self.steps)
 
     def _broken(
-        self, group: Group, advance: Callable[..., sample.State], before: sample.State, after: sample.State, steps: range
+        self,
+        group: Group,
+        advance: Callable[..., sample.State],
+        before: sample.State,
+        after: sample.State,
+        steps: range,
     ) -> UserError:
-        """The error of `steps` that left numbers which are not finite: made again, one at a time, they show which was the first."""
+        """The error of `steps` that left numbers which are not finite: made again, one at a time, they show which was
+        the first.
+        """
         (lane, row), state = np.argwhere(~_finite(after))[0], before
         for step in steps:
             state = advance(step, 1, state)

@@ -1,10 +1,10 @@
 """The folder that a sampling job fills: pictures as they come, previews, states under way, a sheet and the manifest.
 
-    NAME.png          a finished picture, with all that made it in its metadata
-    preview/NAME.png  what a picture under way looks like; gone once the picture is there
-    .state/NAME.npz   a batch under way, named after its first picture; gone once its pictures are there
-    grid.png          all pictures with their prompts
-    manifest.json     the recipe, the versions, and every picture with its checksum
+NAME.png          a finished picture, with all that made it in its metadata
+preview/NAME.png  what a picture under way looks like; gone once the picture is there
+.state/NAME.npz   a batch under way, named after its first picture; gone once its pictures are there
+grid.png          all pictures with their prompts
+manifest.json     the recipe, the versions, and every picture with its checksum
 """
 
 import hashlib
@@ -100,7 +100,9 @@ class Gallery:
     def preview(self, pictures: Sequence[Picture], images: UInt8[np.ndarray, "n h w c"]) -> None:
         """Write what pictures under way look like."""
         for picture, pixels in zip(pictures, images, strict=True):
-            _write_lightly(self._preview(picture), image.png(pixels, {"prompt": picture.prompt or "", "preview": "yes"}))
+            _write_lightly(
+                self._preview(picture), image.png(pixels, {"prompt": picture.prompt or "", "preview": "yes"})
+            )
 
     def save(self, parts: Sequence[Part]) -> None:
         """Keep batches under way, for `saved`."""
@@ -149,7 +151,7 @@ class Gallery:
             if [(leaf.shape, leaf.dtype) for leaf in leaves] != [(leaf.shape, leaf.dtype) for leaf in shapes]:
                 raise ValueError("its arrays have other shapes")
             return part._replace(state=jax.tree.unflatten(structure, leaves))
-        except Exception as error:  # noqa: BLE001  whatever a damaged file makes the readers raise
+        except Exception as error:
             log.warning("%s cannot be used (%s): its pictures are drawn from their first step", path, error)
             return None
 
@@ -178,7 +180,11 @@ class Gallery:
             images = [entry | {"sha256": sha256(self.folder / entry["file"])} for entry in images]
         files.write_json(
             self.folder / "manifest.json",
-            {"recipe": with_places(self.recipe, self.folder, relative), "made_by": description(devices.describe()), "images": images},
+            {
+                "recipe": with_places(self.recipe, self.folder, relative),
+                "made_by": description(devices.describe()),
+                "images": images,
+            },
         )
 
 
@@ -246,11 +252,15 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 def unlike(there: Recipe, here: Recipe) -> list[str]:
     """In what two recipes differ, in words; a place says nothing where a checksum says what is there."""
-    return differences(*({name: value for name, value in recipe.items() if name not in _places(recipe)} for recipe in (there, here)))
+    return differences(
+        *({name: value for name, value in recipe.items() if name not in _places(recipe)} for recipe in (there, here))
+    )
 
 
 def with_places(recipe: Recipe, folder: Path, path: Callable[[str, Path], str]) -> Recipe:
-    """The recipe with `path(place, folder)` for each place: in a manifest they are relative to its folder, so that both move."""
+    """The recipe with `path(place, folder)` for each place: in a manifest they are relative to its folder, so that
+    both move.
+    """
     moved = lambda place: [moved(one) for one in place] if isinstance(place, list) else path(place, folder.resolve())
     return recipe | {name: moved(recipe[name]) for name in _places(recipe)}
 

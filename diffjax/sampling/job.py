@@ -55,11 +55,11 @@ KEPT_STRENGTH = 0.6
 class Request:
     """What is asked for; None is the model's own choice. `num` images of each prompt (or label, or pair of both).
 
-    `size` is a number of pixels, or (height, width). `image` is where to start from, `strength` how much of it may change;
-    `mask` is white where it is drawn anew, and `feather` how many pixels around that pass over into the kept ones. `guidance` is
-    the scale of the `guide` (a table, see `build.guide`), 0 and 1 none.
-    A model that enlarges does so with the picture `low_res`, or with those of an earlier job in that folder, `level` the
-    noise in them. `two_passes` evaluates the branches of guidance one after the other, in less memory. `skip_layers` is SD3.5's
+    `size` is a number of pixels, or (height, width). `image` is where to start from, `strength` how much of it may
+    change; `mask` is white where it is drawn anew, and `feather` how many pixels around that pass over into the kept
+    ones. `guidance` is the scale of the `guide` (a table, see `build.guide`), 0 and 1 none. A model that enlarges does
+    so with the picture `low_res`, or with those of an earlier job in that folder, `level` the noise in them.
+    `two_passes` evaluates the branches of guidance one after the other, in less memory. `skip_layers` is SD3.5's
     skip-layer guidance, `quantize`, `shard`, `lora` and `variant` are those of `diffjax.load`.
     """
 
@@ -122,7 +122,9 @@ class Request:
 
 
 def configured(config: ConfigDict) -> Request:
-    """The request of a sampling experiment: a config of fields of `Request`. Raises `UserError` for any other config."""
+    """The request of a sampling experiment: a config of fields of `Request`. Raises `UserError` for any
+    other config.
+    """
     if "model" not in config:
         raise UserError("this experiment names no published model: `diffjax train` it, then sample with --run")
     names = [field.name for field in dataclasses.fields(Request)]
@@ -141,8 +143,8 @@ def whole_paths(given: dict[str, Any]) -> dict[str, Any]:
 def requested(args: Namespace) -> Request:
     """The request of the command line's arguments, files named by their whole path.
 
-    What `--quality` stands for fills in what is not given. Raises `UserError` for numbers that cannot be, a run or a prompt
-    file that is not there, and a file without prompts.
+    What `--quality` stands for fills in what is not given. Raises `UserError` for numbers that cannot be, a run or a
+    prompt file that is not there, and a file without prompts.
     """
     if args.config:
         return configured(args.config)
@@ -216,11 +218,17 @@ def generate(
 
 
 def replay(
-    manifest: str | Path, out: str | Path, model: str | None = None, *, preview: int | None = None, overwrite: bool = False
+    manifest: str | Path,
+    out: str | Path,
+    model: str | None = None,
+    *,
+    preview: int | None = None,
+    overwrite: bool = False,
 ) -> bool:
     """Draw again what a manifest lists, and compare: whether all files have the same bytes.
 
-    `model` is where the model is now, if it was moved. Raises `UserError` when it is not there, or not the one of the manifest.
+    `model` is where the model is now, if it was moved. Raises `UserError` when it is not there, or not the one of the
+    manifest.
     """
     listed = read_manifest(Path(manifest))
     names = {field.name for field in dataclasses.fields(Request)}
@@ -265,7 +273,9 @@ def prepared(request: Request, model: Model) -> Drawing:
     recipe = model.recipe(**{name: getattr(request, name) for name in how}, **guided(request))
     model = encoded(model, request.texts)
     height, width, channels = recipe.shape
-    picture, mask = masked(request, (height * model.factor, width * model.factor), channels if model.encode is None else 3)
+    picture, mask = masked(
+        request, (height * model.factor, width * model.factor), channels if model.encode is None else 3
+    )
     common = conditions(request, model) | ({} if picture is None else {"image": model.known(picture)})
     common |= {} if mask is None else {"mask": mask}
     paste = model.paste(picture, mask, request.feather)
@@ -276,7 +286,9 @@ def prepared(request: Request, model: Model) -> Drawing:
 
 
 def guided(request: Request) -> dict[str, Any]:
-    """The arguments of `Model.recipe` that say how to guide. Raises `UserError` for what is about guidance, without any."""
+    """The arguments of `Model.recipe` that say how to guide. Raises `UserError` for what is about guidance,
+    without any.
+    """
     about, rule = {}, request.guide
     if request.two_passes:
         about, rule = {"--two-passes": True}, {**(rule or {}), "two_passes": True}
@@ -300,7 +312,8 @@ def encoded(model: Model, prompts: Sequence[str]) -> Model:
 
 
 def masked(request: Request, size: tuple[int, int], channels: int) -> tuple[Array | None, Array | None]:
-    """The picture to start from, in [-1, 1], and its mask, 1 where it is drawn anew, both of `size` pixels, with a first axis of 1.
+    """The picture to start from, in [-1, 1], and its mask, 1 where it is drawn anew, both of `size` pixels, with a
+    first axis of 1.
 
     Raises `UserError` for a mask that is black everywhere.
     """
@@ -311,7 +324,9 @@ def masked(request: Request, size: tuple[int, int], channels: int) -> tuple[Arra
         return picture, None
     mask = images.read(request.mask, size, 1)[None]
     if not mask.any():
-        raise UserError(f"{request.mask} is black everywhere, so nothing would be drawn: make white what is to be drawn anew")
+        raise UserError(
+            f"{request.mask} is black everywhere, so nothing would be drawn: make white what is to be drawn anew"
+        )
     return picture, jnp.asarray(mask / 255, jnp.float32)
 
 
@@ -360,7 +375,9 @@ def recipe_of(request: Request, model: Model) -> dict[str, Any]:
 
 
 def read(request: Request, model: Model) -> dict[str, Any]:
-    """The prompts that the text encoder of a run reads in other words (see `reading`), as `read`; nothing without any."""
+    """The prompts that the text encoder of a run reads in other words (see `reading`), as `read`; nothing
+    without any.
+    """
     if not isinstance(model.text, Prompts):
         return {}
     texts = {prompt: model.text.read(prompt).text for prompt in request.texts}

@@ -45,7 +45,8 @@ def is_frozen(choice: Mapping[str, Any] | None) -> bool:
 
 
 def folder(choice: Mapping[str, Any], find: Callable[[str], Path] = lambda name: hub.fetch(name).folder) -> Path:
-    """The encoder's folder: of `path`, a folder or hub id; else MiniLM's pip package, if installed, or the usual hub id.
+    """The encoder's folder: of `path`, a folder or hub id; else MiniLM's pip package, if installed, or the usual
+    hub id.
 
     `find` says what a hub id's folder is: by default that of all its files, downloaded.
     """
@@ -57,7 +58,9 @@ def folder(choice: Mapping[str, Any], find: Callable[[str], Path] = lambda name:
 
 
 def width(choice: Mapping[str, Any]) -> int:
-    """Numbers in a state; of the encoder's files, only its configuration is fetched, if it does not come with the package."""
+    """Numbers in a state; of the encoder's files, only its configuration is fetched, if it does not come with
+    the package.
+    """
     config = read_json(folder(choice, functools.partial(hub.configs, patterns=("config.json",))) / "config.json")
     return next(config[name] for name in WIDTHS if name in config)
 
@@ -138,7 +141,9 @@ class Table:
         shards = sorted(self.path.glob("*.npy"))
         keys = itertools.chain.from_iterable(np.load(shard) for shard in shards)
         self._places = {key.tobytes(): place for place, key in enumerate(keys)}
-        self._source = ArrayRecordDataSource([str(shard.with_suffix(".array_record")) for shard in shards]) if shards else None
+        self._source = (
+            ArrayRecordDataSource([str(shard.with_suffix(".array_record")) for shard in shards]) if shards else None
+        )
 
     def __len__(self) -> int:
         return len(self._places)
@@ -163,7 +168,9 @@ class Table:
         """Encode what is missing, shard by shard under a progress bar; broken off, the next call goes on there."""
         absent = self.missing(texts)
         parts = [absent[i : i + BATCH] for i in range(0, len(absent), BATCH)]
-        encoded = ((part, *encode(part)) for part in (track(parts, "encoding the captions", len(parts)) if parts else ()))
+        encoded = (
+            (part, *encode(part)) for part in (track(parts, "encoding the captions", len(parts)) if parts else ())
+        )
         while some := list(itertools.islice(encoded, SHARD)):
             parts, contexts, masks = zip(*some)
             self._write(list(itertools.chain(*parts)), np.concatenate(contexts), np.concatenate(masks))

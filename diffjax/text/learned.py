@@ -47,8 +47,8 @@ class TextEncoder(Protocol):
 class CaptionTokenizer:
     """Texts to rows of `length` token ids: words of the captions, else letters, else bytes, so that nothing is unknown.
 
-    Case and spacing are not kept. Padding is token 0, and its mask False. `captions` are those it was trained on, with their
-    number (none where they are more than `CAPTIONS`), and `total` the number of words in them (0: not known).
+    Case and spacing are not kept. Padding is token 0, and its mask False. `captions` are those it was trained on, with
+    their number (none where they are more than `CAPTIONS`), and `total` the number of words in them (0: not known).
     """
 
     rules: "tokenizers.Tokenizer"
@@ -99,7 +99,9 @@ class CaptionTokenizer:
         return Words(counts, self.captions, complete, functools.partial(_split, self.rules))
 
     def read(self, prompt: str) -> Reading:
-        """What a prompt is read as, which is not how training reads captions. Raises `UserError` as `Words.read` does."""
+        """What a prompt is read as, which is not how training reads captions. Raises `UserError` as
+        `Words.read` does.
+        """
         return self.words.read(prompt)
 
     @property
@@ -116,7 +118,9 @@ class CaptionTokenizer:
         if long := [i for i, row in enumerate(rows) if len(row) > self.length]:
             row, text = rows[long[0]], texts[long[0]]
             lost = self.rules.decode(row[self.length :]).strip()
-            warnings.warn(f"{text!r} has {len(row)} tokens of which {self.length} are read: it loses {lost!r}", stacklevel=2)
+            warnings.warn(
+                f"{text!r} has {len(row)} tokens of which {self.length} are read: it loses {lost!r}", stacklevel=2
+            )
         tokens = np.zeros((len(rows), self.length), np.int32)
         for i, row in enumerate(rows):
             tokens[i, : len(row)] = row[: self.length]

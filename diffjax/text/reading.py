@@ -1,7 +1,8 @@
 """How a prompt is read by a model that knows no words but those of its captions.
 
-Such a model draws "red heart" well if its captions say so, and has never seen "A red heart!", "hearts, red" or "❤️". A prompt is
-therefore read as what the captions say of the same thing; words that no caption has are left out and said, never spelled.
+Such a model draws "red heart" well if its captions say so, and has never seen "A red heart!", "hearts, red" or "❤️". A
+prompt is therefore read as what the captions say of the same thing; words that no caption has are left out and said,
+never spelled.
 """
 
 import difflib
@@ -63,7 +64,9 @@ class Reading:
         """What the user is told, in one line; "" when the prompt is read as it stands."""
         lost = f"no caption has {_listed(self.unknown)}{_near(self.near)}" if self.unknown else ""
         if self.unknown and self.spelled:
-            return f'"{self.prompt}": the frequent words of the captions have no {_listed(self.unknown)}{_near(self.near)}'
+            return (
+                f'"{self.prompt}": the frequent words of the captions have no {_listed(self.unknown)}{_near(self.near)}'
+            )
         if self.text == self.prompt:
             return ""
         return f'"{self.prompt}" is read as "{self.text}"' + (f": {lost}" if lost else "")
@@ -73,8 +76,9 @@ class Reading:
 class Words:
     """The words of the captions that a model was trained on.
 
-    `counts` has the pieces that `split` makes of a caption, words and other signs, and how often each occurs; `complete`: none
-    is missing. `captions` are the different captions and how often each occurs; empty where they are too many to be kept.
+    `counts` has the pieces that `split` makes of a caption, words and other signs, and how often each occurs;
+    `complete`: none is missing. `captions` are the different captions and how often each occurs; empty where they are
+    too many to be kept.
     """
 
     counts: Mapping[str, int]
@@ -85,8 +89,8 @@ class Words:
     def read(self, prompt: str) -> Reading:
         """What the model reads; "" is read as nothing.
 
-        Articles, plurals, accents, punctuation and emoji become what the captions say; a caption of a few words is recognised in
-        any order. Raises `UserError` when the captions have no word of it.
+        Articles, plurals, accents, punctuation and emoji become what the captions say; a caption of a few words is
+        recognised in any order. Raises `UserError` when the captions have no word of it.
         """
         if not prompt.strip() or self._plain(prompt) in self._exact:
             return Reading(prompt, prompt.strip() and prompt)
@@ -96,7 +100,9 @@ class Words:
         kept, unknown = self._known(pieces)
         ordered = not RELATIONS.isdisjoint(pieces)
         text = self._caption(kept, ordered) or " ".join(self._usual(kept))
-        near = tuple(dict.fromkeys(word for lost in unknown if lost not in RELATIONS for word in self.near(lost)))[:NEAR]
+        near = tuple(dict.fromkeys(word for lost in unknown if lost not in RELATIONS for word in self.near(lost)))[
+            :NEAR
+        ]
         if not self.complete:
             return Reading(prompt, prompt if unknown else text, unknown, near, spelled=True)
         if not self._content(kept) and (unknown or all(map(_is_word, kept))):
@@ -108,7 +114,9 @@ class Words:
 
     def near(self, word: str) -> list[str]:
         """Known words that are spelled alike, the nearest first."""
-        return difflib.get_close_matches(word, [known for known in self.counts if _is_word(known) and len(known) > 2], NEAR, 0.6)
+        return difflib.get_close_matches(
+            word, [known for known in self.counts if _is_word(known) and len(known) > 2], NEAR, 0.6
+        )
 
     def _known(self, pieces: Iterable[str]) -> tuple[list[str], tuple[str, ...]]:
         """The pieces as the captions write them, and the words among them that they do not have."""
@@ -132,7 +140,9 @@ class Words:
         return next((self._forms[form] for form in (plain, *plurals(plain)) if form in self._forms), None)
 
     def _caption(self, words: list[str], ordered: bool) -> str | None:
-        """The caption that says the same in the same words, or, unless they are `ordered`, in any order if it is short."""
+        """The caption that says the same in the same words, or, unless they are `ordered`, in any order if it
+        is short.
+        """
         content = self._content(words)
         return self._by_words.get(content) or (None if ordered else self._by_bag.get(_bag(content)))
 

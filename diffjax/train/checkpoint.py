@@ -1,7 +1,7 @@
 """Checkpoints: written in the background, committed whole or not at all, verified when read.
 
-`WORKDIR/checkpoints/STEP/` holds four items: `params`, `ema`, `optimizer` (arrays) and `progress` (JSON: key, loss, the state of
-the data iterator, and a checksum of each of the others).
+`WORKDIR/checkpoints/STEP/` holds four items: `params`, `ema`, `optimizer` (arrays) and `progress` (JSON: key, loss, the
+state of the data iterator, and a checksum of each of the others).
 """
 
 import contextlib
@@ -43,7 +43,9 @@ class Run(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of one run: the last `keep_last`, and the `keep_best` of lowest loss, over any number of restarts."""
+    """The checkpoints of one run: the last `keep_last`, and the `keep_best` of lowest loss, over any number of
+    restarts.
+    """
 
     def __init__(self, workdir: str | Path, keep_last: int = 2, keep_best: int = 1):
         self.folder = Path(workdir).absolute() / "checkpoints"
@@ -72,7 +74,9 @@ class Checkpoints:
         if not self.proved:
             self.last()
             if why := self.damage(step):
-                raise UserError(f"checkpoint {step} in {self.folder} cannot be read back ({why}): choose another --workdir")
+                raise UserError(
+                    f"checkpoint {step} in {self.folder} cannot be read back ({why}): choose another --workdir"
+                )
             self.proved = True
 
     def damage(self, step: int) -> str | None:
@@ -85,10 +89,11 @@ class Checkpoints:
         return None
 
     def restore(self, state: State) -> tuple[State, Any] | None:
-        """The newest readable checkpoint as a state like `state` (numpy leaves, typed key) and its `data`; None if there is none.
+        """The newest readable checkpoint as a state like `state` (numpy leaves, typed key) and its `data`; None if
+        there is none.
 
-        Unreadable ones are named in a warning and moved to `WORKDIR/unreadable`; raises `UserError` when all are, and when one
-        is of another network or optimizer.
+        Unreadable ones are named in a warning and moved to `WORKDIR/unreadable`; raises `UserError` when all are, and
+        when one is of another network or optimizer.
         """
         failed = {}
         for step in sorted(self.manager.all_steps(), reverse=True):
@@ -102,7 +107,9 @@ class Checkpoints:
             return restored
         if failed:
             step, why = next(iter(failed.items()))
-            raise UserError(f"no checkpoint in {self.folder} can be read (step {step}: {why}); use another workdir, or remove it")
+            raise UserError(
+                f"no checkpoint in {self.folder} can be read (step {step}: {why}); use another workdir, or remove it"
+            )
         return None
 
     def last(self) -> int | None:
@@ -123,7 +130,9 @@ class Checkpoints:
         return state.replace(step=np.int32(step), key=key, **items), progress["data"]
 
     def _refuse_another(self, step: int, state: State) -> None:
-        """Raises `UserError` where a checkpoint's arrays are others than the state's; one that cannot be read passes."""
+        """Raises `UserError` where a checkpoint's arrays are others than the state's; one that cannot be
+        read passes.
+        """
         try:
             found = self.manager.item_metadata(step)
             there = {name: _shapes(found[name].tree) for name in ARRAYS}
@@ -131,8 +140,12 @@ class Checkpoints:
             return
         for name in ARRAYS:
             here = _shapes(getattr(state, name))
-            if lines := [path for path in sorted(there[name].keys() | here.keys()) if there[name].get(path) != here.get(path)]:
-                first = f"{lines[0]} has {there[name].get(lines[0], 'none')} there and {here.get(lines[0], 'none')} here"
+            if lines := [
+                path for path in sorted(there[name].keys() | here.keys()) if there[name].get(path) != here.get(path)
+            ]:
+                first = (
+                    f"{lines[0]} has {there[name].get(lines[0], 'none')} there and {here.get(lines[0], 'none')} here"
+                )
                 raise UserError(
                     f"checkpoint {step} in {self.folder} does not fit this config: of {name}, {first}"
                     f"{f', and {len(lines) - 1} more differ' if lines[1:] else ''}; put the config back, or begin a new run"
@@ -270,7 +283,9 @@ def _as_numpy(tree: PyTree) -> PyTree:
 
 
 def _restore(manager: Any, step: int, shapes: dict[str, PyTree]) -> tuple[dict[str, PyTree], dict]:
-    """The named items of a checkpoint as numpy arrays, and its progress; raises `ValueError` where a checksum differs."""
+    """The named items of a checkpoint as numpy arrays, and its progress; raises `ValueError` where a
+    checksum differs.
+    """
     import orbax.checkpoint as ocp
 
     to_numpy = lambda tree: jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
@@ -282,7 +297,9 @@ def _restore(manager: Any, step: int, shapes: dict[str, PyTree]) -> tuple[dict[s
             raise ValueError(f"the checksum of {name} differs")
     progress = found["progress"]
     told = progress.pop("checksum", None)
-    if (told is not None or "loss" in progress) and told != _checksum_of_json(progress):  # early checkpoints have neither
+    if (told is not None or "loss" in progress) and told != _checksum_of_json(
+        progress
+    ):  # early checkpoints have neither
         raise ValueError("the checksum of its progress differs")
     return items, progress
 

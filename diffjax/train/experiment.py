@@ -18,8 +18,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 from ml_collections import ConfigDict
 
-from diffjax import build
-from diffjax import config as configs
+from diffjax import build, config as configs
 from diffjax.data.pipeline import Tokenize
 from diffjax.diffusion import cascade
 from diffjax.diffusion.cascade import LowRes
@@ -45,7 +44,9 @@ VOCABULARY = 8192
 
 
 class Seen(NamedTuple):
-    """Pictures of the data set with a caption ("" without) and a label (-1 without) each, and the mean of more, in [-1, 1]."""
+    """Pictures of the data set with a caption ("" without) and a label (-1 without) each, and the mean of more, in
+    [-1, 1].
+    """
 
     image: UInt8[np.ndarray, "n h w c"]
     caption: list[str]
@@ -65,9 +66,9 @@ class Preview(NamedTuple):
 class Plan:
     """What is fixed before the first step: mathematics, networks, and what they were told of the data.
 
-    `shape` is that of one picture, `classes` the classes' names, `tokenize` turns captions into arrays, None without text:
-    tokens for the encoder `text` that is trained too, or the states of a frozen one. A stage of a cascade has `low_res`. What a
-    run has `seen` are some of its pictures, by which it is judged.
+    `shape` is that of one picture, `classes` the classes' names, `tokenize` turns captions into arrays, None without
+    text: tokens for the encoder `text` that is trained too, or the states of a frozen one. A stage of a cascade has
+    `low_res`. What a run has `seen` are some of its pictures, by which it is judged.
     """
 
     config: ConfigDict
@@ -101,7 +102,11 @@ class Plan:
 
     def blank_low_res(self) -> dict[str, np.ndarray]:
         """What one example of a stage of a cascade is told besides."""
-        return {"low_res": np.zeros((1, *self.shape), np.float32), "level": np.zeros(1, np.float32)} if self.low_res else {}
+        return (
+            {"low_res": np.zeros((1, *self.shape), np.float32), "level": np.zeros(1, np.float32)}
+            if self.low_res
+            else {}
+        )
 
     def init(self, key: Key[Array, ""]) -> PyTree:
         """New parameters: `network`, and `text` where there is a text encoder that is trained too."""
@@ -167,8 +172,8 @@ class Plan:
         return [prompt for prompt in given if not self.text or _can_read(self.tokenize, prompt)] or self.seen.caption
 
     def preview(self, params: PyTree) -> Preview:
-        """Pictures of the config's prompts (without any, of captions it has seen), of the first classes, or of nothing. Autoguidance
-        is left out, since the checkpoint that it needs may not be there yet.
+        """Pictures of the config's prompts (without any, of captions it has seen), of the first classes, or of nothing.
+        Autoguidance is left out, since the checkpoint that it needs may not be there yet.
 
         The noise is the same every time. Of a stage of a cascade, `panel` of the pictures it has seen.
         """
@@ -209,7 +214,9 @@ def _bound(config: ConfigDict) -> Refine | None:
 
 
 def panel(model: Model, seen: Seen, key: Key[Array, ""]) -> Preview:
-    """A row for each picture: what the model is given, interpolation, the model, and the truth, with the PSNR of each."""
+    """A row for each picture: what the model is given, interpolation, the model, and the truth, with the PSNR
+    of each.
+    """
     truth, size = jnp.asarray(image.from_uint8(seen.image)), model.shape[0]
     small = cascade.shrink(truth, model.low_res)
     told = {} if model.text is None else {"prompt": seen.caption}
@@ -217,7 +224,10 @@ def panel(model: Model, seen: Seen, key: Key[Array, ""]) -> Preview:
     given = small.repeat(size // model.low_res, axis=1).repeat(size // model.low_res, axis=2)
     rows = np.stack([given, cascade.enlarge(small, size), drawn, truth], axis=1)
     quality = image.psnr(image.to_uint8(rows), seen.image[:, None])
-    named = [[f"{name} {value:.1f} dB" for name, value in zip(("given", "bicubic", "ours"), row)] + ["truth"] for row in quality]
+    named = [
+        [f"{name} {value:.1f} dB" for name, value in zip(("given", "bicubic", "ours"), row)] + ["truth"]
+        for row in quality
+    ]
     return Preview(rows.reshape(-1, *model.shape), 4, list(itertools.chain.from_iterable(named)))
 
 
@@ -261,8 +271,8 @@ def check_conditions(config: ConfigDict) -> None:
 def plan(config: ConfigDict, workdir: Path, data: Any) -> Plan:
     """The plan of a run on a data set; what it takes from the data is kept in `workdir`, where `load` finds it.
 
-    Raises `UserError` when the config asks for classes or text that the data have not, and for a run of which no preview
-    could be drawn.
+    Raises `UserError` when the config asks for classes or text that the data have not, and for a run of which no
+    preview could be drawn.
     """
     if config.classes and config.classes != data.num_classes:
         raise UserError(f"classes is {config.classes} and {data.name} has {data.num_classes}: set classes to that")
@@ -276,21 +286,30 @@ def plan(config: ConfigDict, workdir: Path, data: Any) -> Plan:
         files.write_json(workdir / ENCODER, {"name": config.text.name, "digest": digest})
         return _drawn(_plan(config, workdir, frozen.encoded(config.text, frozen.captions(data, config.sample.prompts))))
     if config.text and not (workdir / TOKENIZER).exists():
-        files.write_atomic(workdir / TOKENIZER, tokenizer(config, data.captions(), data.config.templates).to_json().encode())
+        files.write_atomic(
+            workdir / TOKENIZER, tokenizer(config, data.captions(), data.config.templates).to_json().encode()
+        )
     found = _drawn(_plan(config, workdir))
     if lost := [prompt for prompt in config.sample.prompts if config.text and not _can_read(found.tokenize, prompt)]:
-        warnings.warn(f"no caption has a word of {', '.join(map(repr, lost))} in sample.prompts: previews go without", stacklevel=2)
+        warnings.warn(
+            f"no caption has a word of {', '.join(map(repr, lost))} in sample.prompts: previews go without",
+            stacklevel=2,
+        )
     return found
 
 
 def tokenizer(config: ConfigDict, captions: Iterable[Sequence[str]], templates: Sequence[str]) -> CaptionTokenizer:
     """The tokenizer of the captions of all pictures, in all templates."""
-    filled = (template.replace("{}", text) for text in itertools.chain.from_iterable(captions) for template in templates)
+    filled = (
+        template.replace("{}", text) for text in itertools.chain.from_iterable(captions) for template in templates
+    )
     return CaptionTokenizer.train(filled, config.text.tokens)
 
 
 def _drawn(made: Plan) -> Plan:
-    """The plan. Raises `UserError` when its sampler, grid and steps do not go together with its process and prediction."""
+    """The plan. Raises `UserError` when its sampler, grid and steps do not go together with its process and
+    prediction.
+    """
     made.model({"network": None, "text": None}).recipe()
     return made
 
@@ -317,7 +336,9 @@ def load(workdir: str | Path, step: int | None = None, ema: bool = True) -> Mode
 
 
 def _earlier(workdir: Path, ema: bool, step: int) -> Model:
-    """The model of the checkpoint of a step; without text where the encoder is frozen, since that is the same at every step."""
+    """The model of the checkpoint of a step; without text where the encoder is frozen, since that is the same at
+    every step.
+    """
     run = load_run(workdir, step, ema)
     return _plan(run.config, run.workdir).model(jax.tree.map(jnp.asarray, run.params))
 
@@ -329,7 +350,9 @@ def _frozen(choice: ConfigDict, workdir: Path) -> frozen.Frozen:
 
 
 def encoder_folder(choice: ConfigDict, workdir: Path) -> Path:
-    """Where the frozen encoder of a run lies. Raises `UserError` when it is not the one that the run was trained with."""
+    """Where the frozen encoder of a run lies. Raises `UserError` when it is not the one that the run was
+    trained with.
+    """
     folder, known = frozen.folder(choice), files.read_json(workdir / ENCODER)
     if frozen.digest(folder) != known["digest"]:
         raise UserError(f"{folder} is not the {choice.name} that {workdir} was trained with: put that one back")
@@ -340,7 +363,9 @@ def words(workdir: str | Path) -> Words:
     """The words that a run's prompts can have. Raises `UserError` for a run that learned none."""
     plan = recalled(Path(workdir))
     if plan.text is None:
-        reads = "any words" if plan.config.text else f"classes: {', '.join(plan.classes)}" if plan.classes else "no text"
+        reads = (
+            "any words" if plan.config.text else f"classes: {', '.join(plan.classes)}" if plan.classes else "no text"
+        )
         raise UserError(f"{workdir} learned no words from captions: it reads {reads}")
     return plan.tokenize.words
 
@@ -368,7 +393,9 @@ def own_tokenizer(workdir: Path) -> CaptionTokenizer:
 
 
 def seen(workdir: Path) -> Seen | None:
-    """What a run has seen; None where that is not kept or can no longer be read, which its pictures do not depend on."""
+    """What a run has seen; None where that is not kept or can no longer be read, which its pictures do not
+    depend on.
+    """
     try:
         with np.load(workdir / SEEN) as file:
             return Seen(file["image"], file["caption"].tolist(), file["label"], file["mean"])
@@ -384,8 +411,8 @@ def planned(
 ) -> Plan:
     """The plan of a config for data of that shape and those classes; `tokenize.size` is the vocabulary's.
 
-    Raises `UserError` for a low-res size that does not divide the pictures', and for a table that ends in pure noise with a
-    prediction that says nothing of the picture there.
+    Raises `UserError` for a low-res size that does not divide the pictures', and for a table that ends in pure noise
+    with a prediction that says nothing of the picture there.
     """
     is_frozen = frozen.is_frozen(config.text)
     text = build.text(config.text, tokenize.size) if config.text and not is_frozen else None
@@ -428,11 +455,16 @@ class Blank:
     size: int = VOCABULARY
 
     def __call__(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
-        return {"tokens": np.zeros((len(captions), self.length), np.int32), "mask": np.ones((len(captions), self.length), bool)}
+        return {
+            "tokens": np.zeros((len(captions), self.length), np.int32),
+            "mask": np.ones((len(captions), self.length), bool),
+        }
 
 
 def without_data(config: ConfigDict, tokenize: Any = None) -> Plan:
-    """The plan of a config before its data are there: colour pictures unless it says otherwise, and the largest vocabulary."""
+    """The plan of a config before its data are there: colour pictures unless it says otherwise, and the largest
+    vocabulary.
+    """
     tokenize = tokenize or (Blank(config.text.tokens) if config.text else None)
     shape = (config.data.size, config.data.size, config.data.get("channels", 0) or 3)
     classes = tuple(map(str, range(config.classes)))
@@ -447,7 +479,10 @@ def rehearse(config: ConfigDict) -> None:
     plan, train = without_data(config), config.train
     optimizer, _ = build.optimizer(config.optimizer, train.steps)
     step, key = make_step(plan.objective(), optimizer, train.ema, train.accumulate), jax.random.key(0)
-    with _saying(f"network {config.network} cannot be made for these pictures", f"change the fields of {build.table_of(config.network)}"):
+    with _saying(
+        f"network {config.network} cannot be made for these pictures",
+        f"change the fields of {build.table_of(config.network)}",
+    ):
         params = jax.eval_shape(plan.init, key)
     batch = {name: jnp.zeros((train.accumulate, *rows.shape[1:]), rows.dtype) for name, rows in plan.blank().items()}
     batch["image"] = jnp.zeros((train.accumulate, *plan.shape), jnp.uint8)

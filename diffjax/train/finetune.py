@@ -1,8 +1,8 @@
 """Training on from a published latent model: all of its transformer, or low-rank adapters beside it.
 
-Pictures become latents once, captions become states of the text encoders once; both are kept in the cache folder, picture by
-picture and text by text, and training reads them from there. The loss is flow matching, |eps - x0 - y|^2, at times that
-`config.loss.times` draws and the model's own shift moves (Esser et al. 2024, section 3).
+Pictures become latents once, captions become states of the text encoders once; both are kept in the cache folder,
+picture by picture and text by text, and training reads them from there. The loss is flow matching, |eps - x0 - y|^2, at
+times that `config.loss.times` draws and the model's own shift moves (Esser et al. 2024, section 3).
 """
 
 import dataclasses
@@ -35,8 +35,7 @@ from diffjax.train.step import Objective
 from diffjax.utils import files, image, seeds
 from diffjax.utils.errors import UserError
 from diffjax.utils.progress import track
-from diffjax.weights import hub
-from diffjax.weights import lora as lora_file
+from diffjax.weights import hub, lora as lora_file
 
 BASE = "base.json"
 
@@ -186,7 +185,9 @@ class WithPrior:
     def batches(self, batch_size: int, seed: int, tokenize: Tokenize, shard: tuple[int, int]) -> Paired:
         """As `Dataset.batches`, half of each. Raises `UserError` for an odd number of rows."""
         if batch_size % 2:
-            raise UserError(f"train.batch {batch_size} cannot be half pictures and half of their class: choose an even number")
+            raise UserError(
+                f"train.batch {batch_size} cannot be half pictures and half of their class: choose an even number"
+            )
         both = (data.batches(batch_size // 2, seed, tokenize, shard) for data in (self.own, self.of_class))
         return Paired(*both, self.prior)
 
@@ -253,7 +254,9 @@ def is_one(workdir: Path) -> bool:
 
 
 def load(workdir: Path, step: int | None = None, prompts: Sequence[str] | None = None) -> Model:
-    """The model of a run's newest checkpoint (or that of `step`), averaged parameters. Raises `UserError` as `load_run` does."""
+    """The model of a run's newest checkpoint (or that of `step`), averaged parameters. Raises `UserError` as
+    `load_run` does.
+    """
     run = load_run(workdir, step)
     known = files.read_json(workdir / BASE)
     base, _ = _base(run.config, known["commit"], prompts)

@@ -13,8 +13,7 @@ import optax
 from ml_collections import ConfigDict
 
 import diffjax.data
-from diffjax import build, user_code
-from diffjax import config as configs
+from diffjax import build, config as configs, user_code
 from diffjax.data.pipeline import Prefetch
 from diffjax.parallel import devices
 from diffjax.train import experiment, finetune, record, sanity, transfer
@@ -33,10 +32,11 @@ WAYS = {"jit": by_jit, "pmap": by_pmap}
 def train(config: ConfigDict, workdir: str | Path, allow_change: bool = False) -> None:
     """Train `config` in `workdir` up to `config.train.steps`, from the last checkpoint there if there is one.
 
-    Stopped at any moment, even by `kill -9`, the same call goes on with the same numbers, bit for bit. Ctrl-C and SIGTERM
-    save and then raise `KeyboardInterrupt`. With more steps than before a finished run goes on; its learning rates follow
-    the new length. With `allow_change` a run goes on with another config or other data, as far as its state fits them; what
-    has changed is printed and kept in `WORKDIR/changes.json`. A new run with `config.init_from` begins as `transfer.start` says.
+    Stopped at any moment, even by `kill -9`, the same call goes on with the same numbers, bit for bit. Ctrl-C and
+    SIGTERM save and then raise `KeyboardInterrupt`. With more steps than before a finished run goes on; its learning
+    rates follow the new length. With `allow_change` a run goes on with another config or other data, as far as its
+    state fits them; what has changed is printed and kept in `WORKDIR/changes.json`. A new run with `config.init_from`
+    begins as `transfer.start` says.
 
     Raises `UserError` for a config that cannot be, a workdir that holds another run, and a loss that is not finite.
     """
@@ -66,12 +66,15 @@ def train(config: ConfigDict, workdir: str | Path, allow_change: bool = False) -
         parallel = WAYS[config.train.parallel](step, devices.data_mesh())
         shard = (jax.process_index(), jax.process_count())
         batches = Prefetch(
-            data.batches(config.train.batch, config.seed, plan.tokenize, shard), functools.partial(place, parallel, plan)
+            data.batches(config.train.batch, config.seed, plan.tokenize, shard),
+            functools.partial(place, parallel, plan),
         )
         stack.callback(batches.close)
         state = first_state(config, workdir, plan, optimizer, checkpoints, batches, allow_change)
         log = stack.enter_context(Log(workdir, config, int(state.step), lambda step: float(factor(step))))
-        Training(config, workdir, plan, parallel, batches, checkpoints, log, parallel.place(state), int(state.step)).run()
+        Training(
+            config, workdir, plan, parallel, batches, checkpoints, log, parallel.place(state), int(state.step)
+        ).run()
 
 
 @dataclass
@@ -140,7 +143,9 @@ class Training:
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
-        """A block after which all that is done is in a checkpoint that is wholly written, even if it fails, where this can be."""
+        """A block after which all that is done is in a checkpoint that is wholly written, even if it fails, where this
+        can be.
+        """
         try:
             yield
         except Exception:
@@ -216,7 +221,9 @@ def not_finite(broken: Pending, workdir: Path, checkpoints: Checkpoints) -> User
     """The error that ends a run whose loss or gradient is not finite; `not_finite.json` lists the batch."""
     numbers = {name: float(broken.values[name]) for name in ("loss", "grad_norm")}
     path = workdir / "not_finite.json"
-    files.write_json(path, {"step": broken.step, **{k: str(v) for k, v in numbers.items()}, "records": broken.rows.tolist()})
+    files.write_json(
+        path, {"step": broken.step, **{k: str(v) for k, v in numbers.items()}, "records": broken.rows.tolist()}
+    )
     good = checkpoints.last()
     return UserError(
         f"step {broken.step}: the loss is {numbers['loss']:g} and the gradient's norm {numbers['grad_norm']:g}, on the records"

@@ -1,6 +1,7 @@
 """Where the numbers of a run go: a list of writers, each with `write(row)`, `picture(step, path)` and `close()`.
 
-A row is `{"step": 100, "loss": 0.1, ..., "loss_by_logsnr": {"0": 0.2, ...}}`; a bin is named by the middle of its interval.
+A row is `{"step": 100, "loss": 0.1, ..., "loss_by_logsnr": {"0": 0.2, ...}}`; a bin is named by the middle of its
+interval.
 """
 
 import contextlib
@@ -166,7 +167,11 @@ class Wandb:
         path = workdir / "wandb.json"
         name = files.read_json(path) if path.exists() else None
         self.run = wandb.init(
-            project=config.log.wandb, id=name, resume="allow", dir=str(workdir), config=json.loads(config.to_json_best_effort())
+            project=config.log.wandb,
+            id=name,
+            resume="allow",
+            dir=str(workdir),
+            config=json.loads(config.to_json_best_effort()),
         )
         files.write_json(path, self.run.id)
 
@@ -224,7 +229,9 @@ class Log:
         self.terminal.advance(step)
 
     def flush(self) -> Pending | None:
-        """Wait for the steps since the last time, write their summary, and return the first that is not finite, if one is."""
+        """Wait for the steps since the last time, write their summary, and return the first that is not finite, if
+        one is.
+        """
         if not self.pending:
             return None
         steps = [step._replace(values=jax.device_get(step.values)) for step in self.pending]
@@ -288,7 +295,9 @@ def check_installed(config: ConfigDict) -> None:
 
 
 def summary(rows: Sequence[Row]) -> Row:
-    """The steps' metrics (numpy, as `make_step` returns them) as one row: means over the steps, losses over the examples."""
+    """The steps' metrics (numpy, as `make_step` returns them) as one row: means over the steps, losses over the
+    examples.
+    """
     mean = lambda name: float(np.mean([row[name] for row in rows], dtype=np.float64))
     total, count = (np.sum([row[name] for row in rows], axis=0, dtype=np.float64) for name in ("bin_sum", "bin_count"))
     middles = (BIN_EDGES[1:] + BIN_EDGES[:-1]) / 2

@@ -1,6 +1,7 @@
 """One step function on all devices: `jit` over sharded batches, or `pmap`."""
 
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -12,7 +13,8 @@ from diffjax.train.step import Batch, Step
 
 
 class Parallel(NamedTuple):
-    """`place` a state (numpy or device leaves) and `feed` this host's batch to where `step` wants them; `gather` one copy back.
+    """`place` a state (numpy or device leaves) and `feed` this host's batch to where `step` wants them; `gather` one
+    copy back.
 
     `step(state, batch) -> (state, metrics)` frees the state that it is given.
     """

@@ -6,8 +6,9 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -19,17 +20,26 @@ from diffjax.utils.errors import UserError
 from diffjax.utils.provenance import TIME, changes, description, differences
 
 # A run may be trained for longer, kept, shown and logged otherwise, and read the same data elsewhere.
-KEPT = ("train.steps", "train.log_every", "train.save_every", "train.preview_every", "train.keep_last", "train.keep_best")
+KEPT = (
+    "train.steps",
+    "train.log_every",
+    "train.save_every",
+    "train.preview_every",
+    "train.keep_last",
+    "train.keep_best",
+)
 MAY_CHANGE = (*KEPT, "log.", "sample.", "data.path", "data.data_dir", "data.workers", "data.held_out")
 FILES = ("config.json", "run.json", "changes.json")
 PLAN = ("data.json", "tokenizer.json", "encoder.json", "seen.npz", "base.json", "init.json")
+
+
 @contextlib.contextmanager
 def claim(workdir: str | Path, config: ConfigDict, allow_change: bool = False) -> Iterator[None]:
     """Hold `workdir` for this job and write `config.json` and `run.json` there; of several hosts, the first one does.
 
-    What differs from the config that the run had before is printed and added to `changes.json`. When the job is stopped or ends
-    in a `UserError` before its next step, all is as it was before: mended, its config is another one.
-    Raises `UserError` when another process trains there, or when it holds a run of another config: `MAY_CHANGE` apart, and all
+    What differs from the config that the run had before is printed and added to `changes.json`. When the job is stopped
+    or ends in a `UserError` before its next step, all is as it was before: mended, its config is another one. Raises
+    `UserError` when another process trains there, or when it holds a run of another config: `MAY_CHANGE` apart, and all
     with `allow_change`.
     """
     workdir = Path(workdir)
@@ -61,13 +71,17 @@ def _change(workdir: Path, there: dict, here: dict, allow: bool) -> None:
         raise UserError(f"{workdir} holds a run of another config: {'; '.join(lines)}; {remedy}")
     found = changes(there, here)
     if _newest(workdir) and any(name.startswith("init_from") for name in found):
-        raise UserError(f"init_from says how a run begins, and {workdir} has begun: choose another --workdir for one that begins so")
+        raise UserError(
+            f"init_from says how a run begins, and {workdir} has begun: choose another --workdir for one that begins so"
+        )
     if found:
         note(workdir, found)
 
 
 def note(workdir: Path, found: dict[str, tuple[Any, Any]]) -> None:
-    """Print changes, name: (old, new), and add them to `changes.json` with the time and the newest checkpoint's step."""
+    """Print changes, name: (old, new), and add them to `changes.json` with the time and the newest
+    checkpoint's step.
+    """
     for name, (old, new) in found.items():
         print(f"changed: {name} was {json.dumps(old)} and is {json.dumps(new)}")
     entry = {"time": time.strftime(TIME), "step": _newest(workdir), "changes": found}
@@ -77,7 +91,9 @@ def note(workdir: Path, found: dict[str, tuple[Any, Any]]) -> None:
 def _newest(workdir: Path) -> int:
     """The step of the newest checkpoint, 0 without."""
     folder = workdir / "checkpoints"
-    return max((int(path.name) for path in folder.iterdir() if path.name.isdigit()), default=0) if folder.is_dir() else 0
+    return (
+        max((int(path.name) for path in folder.iterdir() if path.name.isdigit()), default=0) if folder.is_dir() else 0
+    )
 
 
 def forget_plan(workdir: Path) -> None:
@@ -87,7 +103,9 @@ def forget_plan(workdir: Path) -> None:
 
 
 def _begun_with(workdir: Path) -> dict[str, Any]:
-    """The config of the run that is there, with the defaults of what it does not say; as it stands where it has other fields."""
+    """The config of the run that is there, with the defaults of what it does not say; as it stands where it has
+    other fields.
+    """
     try:
         return json.loads(configs.read(workdir).to_json_best_effort())
     except UserError:
@@ -127,9 +145,10 @@ def _alone(workdir: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             handle.seek(0)
-            raise UserError(f"process {handle.read()} is training in {workdir}; wait for it or choose another --workdir") from error
+            raise UserError(
+                f"process {handle.read()} is training in {workdir}; wait for it or choose another --workdir"
+            ) from error
         handle.truncate(0)
         handle.write(str(os.getpid()))
         handle.flush()
         yield
-

@@ -1,8 +1,9 @@
-"""Is a stage learning? What it makes of noised training pictures, beside what needs no learning, and whether it listens.
+"""Is a stage learning? What it makes of noised training pictures, beside what needs no learning, and whether
+it listens.
 
 Errors are those of x0, |x0_hat - x0|^2 as a mean over pixels: at every log-SNR the loss is this times its weight, and a
-predictor that never looks at the noised picture is a level line. A stage that listens errs more when it is told what belongs
-to another picture; one that does not is reported.
+predictor that never looks at the noised picture is a level line. A stage that listens errs more when it is told what
+belongs to another picture; one that does not is reported.
 """
 
 from typing import Any, NamedTuple
@@ -26,8 +27,9 @@ SHOWN = 4
 class Panel(NamedTuple):
     """What a stage does with n training pictures at the log-SNRs `LEVELS`.
 
-    `x0` are its estimates and `error` theirs; `trivial` has the errors of the mean picture and, of a stage that enlarges, of
-    interpolation; `swapped` those of the stage when it is told the text, the class or the low-res picture of another one.
+    `x0` are its estimates and `error` theirs; `trivial` has the errors of the mean picture and, of a stage that
+    enlarges, of interpolation; `swapped` those of the stage when it is told the text, the class or the low-res picture
+    of another one.
     """
 
     truth: Float[np.ndarray, "n h w c"]
@@ -48,12 +50,17 @@ class Panel(NamedTuple):
         """What there is to say, the warnings last; none where it is too early for any."""
         trivial = ", ".join(f"{name} {error:.4f}" for name, error in self.trivial.items())
         swapped = "".join(f"; told another's {name}, {error.mean():.4f}" for name, error in self.swapped.items())
-        warnings = [f"WARNING: the {name} is ignored: told another picture's, this stage errs no more" for name in self.ignored()]
+        warnings = [
+            f"WARNING: the {name} is ignored: told another picture's, this stage errs no more"
+            for name in self.ignored()
+        ]
         warnings = [] if early else warnings
         return [f"error of x0 {self.error.mean():.4f}{swapped}; without learning: {trivial}", *warnings]
 
     def draw(self) -> UInt8[np.ndarray, "h w 3"]:
-        """The errors against log-SNR, and below it the estimates of `SHOWN` pictures, each beside the truth, with their PSNR."""
+        """The errors against log-SNR, and below it the estimates of `SHOWN` pictures, each beside the truth, with
+        their PSNR.
+        """
         columns = np.concatenate([self.x0, self.truth[None]]).swapaxes(0, 1)[:SHOWN]
         pictures = image.to_uint8(columns)
         quality = image.psnr(pictures[:, :-1], pictures[:, -1:])

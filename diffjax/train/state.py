@@ -1,6 +1,5 @@
 """All that training changes from one step to the next, as one pytree."""
 
-
 import jax
 import jax.numpy as jnp
 import optax

@@ -1,11 +1,12 @@
 """One training step as a pure function: draw times and noise, differentiate the loss, update, average.
 
 Every image draws from a key of its own, `fold_in(step_key, row)` with its row in the global batch, and the times of the
-whole batch come from one key, so the result does not depend on how many devices share the batch, nor on whether `jit` or
-`pmap` does the sharing.
+whole batch come from one key, so the result does not depend on how many devices share the batch, nor on whether `jit`
+or `pmap` does the sharing.
 """
 
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,10 +36,10 @@ LOW_RES = 2
 class Objective:
     """What is learned: the loss `E_t w(t) |x0 - x0_hat|^2` of a network and the text encoder that is trained with it.
 
-    `apply` as in `Denoiser`; `encode(params, cond) -> cond` turns a batch's conditions into the network's; `weight`, `times` and
-    `uniforms` (`independent` or `antithetic`) as in `diffjax.loss`. A share `drop` of the examples is trained unconditionally.
-    `low_res` makes the low-res pictures that a stage of a cascade is told of; `whole(params, frozen)` are the parameters that
-    `apply` reads, where some are not trained.
+    `apply` as in `Denoiser`; `encode(params, cond) -> cond` turns a batch's conditions into the network's; `weight`,
+    `times` and `uniforms` (`independent` or `antithetic`) as in `diffjax.loss`. A share `drop` of the examples is
+    trained unconditionally. `low_res` makes the low-res pictures that a stage of a cascade is told of;
+    `whole(params, frozen)` are the parameters that `apply` reads, where some are not trained.
     """
 
     process: Process
@@ -58,7 +59,9 @@ class Objective:
         return Denoiser(self.process, self.prediction, params["network"], self.apply, clock=self.clock)
 
     def losses(self, params: PyTree, batch: Batch, t: Float[Array, " b"], keys: Key[Array, " b"]) -> Float[Array, " b"]:
-        """The loss of each example; `keys` give its noise, whether its condition is dropped, and its low-res picture."""
+        """The loss of each example; `keys` give its noise, whether its condition is dropped, and its
+        low-res picture.
+        """
         noise_keys, drop_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
         x0 = normalize(batch["image"])
         eps = jax.vmap(lambda key: jax.random.normal(key, x0.shape[1:]))(noise_keys)
@@ -90,10 +93,10 @@ def make_step(
 ) -> Step:
     """`step(state, batch, axis_name=None) -> (state, metrics)`.
 
-    `batch` holds `image` (b, h, w, c), uint8 or latents, and conditions: `tokens` and `mask` (b, l), or `context` (b, l, d),
-    `mask` and `pooled` (b, p), or `label` (b,); and maybe a `weight` (b,) of each example's loss. With `axis_name` it is one
-    device's share and gradients are averaged over that axis.
-    `accumulate` micro-batches are differentiated one after the other; their mean is the gradient of the whole batch.
+    `batch` holds `image` (b, h, w, c), uint8 or latents, and conditions: `tokens` and `mask` (b, l), or `context`
+    (b, l, d), `mask` and `pooled` (b, p), or `label` (b,); and maybe a `weight` (b,) of each example's loss. With
+    `axis_name` it is one device's share and gradients are averaged over that axis. `accumulate` micro-batches are
+    differentiated one after the other; their mean is the gradient of the whole batch.
 
     Metrics, of the whole batch: `loss`, `grad_norm` (before clipping), `finite`, and `bin_sum`, `bin_count`: the loss
     summed over the examples of each log-SNR bin (`BIN_EDGES`), and their number.

@@ -1,6 +1,7 @@
 """Starting from another run's weights: what fits by name and shape is taken, and all that is not is named.
 
-A row of a table belongs to a word, or to a class: rows are taken by what they stand for, whatever their number in either run.
+A row of a table belongs to a word, or to a class: rows are taken by what they stand for, whatever their number in
+either run.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,7 +36,7 @@ def start(params: PyTree, plan: Any, choice: Mapping[str, Any], workdir: Path) -
     run = load_run(choice["run"], choice.get("step") or None, averaged)
     new, old = (traverse_util.flatten_dict(tree, sep="/") for tree in (params, run.params))
     tables = _tables(plan, run)
-    merged, taken, left = {}, [], {name: "this run has none" for name in old.keys() - new.keys()}
+    merged, taken, left = {}, [], dict.fromkeys(old.keys() - new.keys(), "this run has none")
     for name, leaf in new.items():
         found, why = _taken(leaf, old.get(name), tables.get(name))
         merged[name] = leaf if found is None else jnp.asarray(found, leaf.dtype)
@@ -44,7 +45,9 @@ def start(params: PyTree, plan: Any, choice: Mapping[str, Any], workdir: Path) -
         if why:
             left[name] = why
     if not taken:
-        raise UserError(f"nothing of {run.workdir} fits this network: start from a run of the same one, or leave init_from out")
+        raise UserError(
+            f"nothing of {run.workdir} fits this network: start from a run of the same one, or leave init_from out"
+        )
     told = {"run": str(run.workdir), "step": run.step, "weights": choice.get("weights", "ema")}
     configs = _meanings(run.config.to_dict(), plan.config.to_dict())
     files.write_json(workdir / FILE, told | {"taken": sorted(taken), "not_taken": left, "other_meaning": configs})
@@ -64,7 +67,9 @@ def _taken(new: Any, old: Any, rows: tuple[Sequence[str], Sequence[str]] | None)
 
 
 def _by_row(new: np.ndarray, old: np.ndarray, here: Sequence[str], there: Sequence[str]) -> tuple[np.ndarray, str]:
-    """The rows of `new` that stand for the same as one of `old`'s; rows past both lists (that of no class) are the last ones."""
+    """The rows of `new` that stand for the same as one of `old`'s; rows past both lists (that of no class) are the
+    last ones.
+    """
     places = {name: place for place, name in enumerate(there)}
     both = [(place, places[name]) for place, name in enumerate(here) if name in places]
     if len(new) > len(here) and len(old) > len(there):
@@ -79,7 +84,10 @@ def _by_row(new: np.ndarray, old: np.ndarray, here: Sequence[str], there: Sequen
 def _tables(plan: Any, run: Run) -> dict[str, tuple[Sequence[str], Sequence[str]]]:
     """What the rows of the tables of words and of classes stand for, here and there."""
     tables = {}
-    if isinstance(own := getattr(plan, "tokenize", None), CaptionTokenizer) and (run.workdir / experiment.TOKENIZER).is_file():
+    if (
+        isinstance(own := getattr(plan, "tokenize", None), CaptionTokenizer)
+        and (run.workdir / experiment.TOKENIZER).is_file()
+    ):
         tables |= dict.fromkeys(WORDS, (_vocabulary(own), _vocabulary(experiment.own_tokenizer(run.workdir))))
     if getattr(plan, "classes", ()) and (run.workdir / "data.json").is_file():
         tables |= dict.fromkeys(CLASSES, (list(plan.classes), files.read_json(run.workdir / "data.json")["classes"]))
@@ -102,7 +110,9 @@ def _meanings(there: dict, here: dict) -> list[str]:
 
 
 def _say(run: Run, taken: list[str], left: dict[str, str], configs: list[str], workdir: Path) -> None:
-    print(f"starting from {run.workdir}, step {run.step}: {len(taken)} arrays are taken (all are named in {workdir / FILE})")
+    print(
+        f"starting from {run.workdir}, step {run.step}: {len(taken)} arrays are taken (all are named in {workdir / FILE})"
+    )
     for name, why in list(left.items())[:SHOWN]:
         print(f"  {name}: {why}")
     if len(left) > SHOWN:

@@ -81,13 +81,17 @@ def plain(folder: Path) -> Path:
         return folder
     link = home().absolute() / "links" / hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
     if AWKWARD.search(str(link)):
-        raise UserError(f"neither {folder} nor the cache folder {home()} can be used by the library that writes checkpoints: "
-                        "choose a --workdir without any of []*?\\ in its path, or set DIFFJAX_HOME to a folder without")
+        raise UserError(
+            f"neither {folder} nor the cache folder {home()} can be used by the library that writes checkpoints: "
+            "choose a --workdir without any of []*?\\ in its path, or set DIFFJAX_HOME to a folder without"
+        )
     try:
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(folder, target_is_directory=True)
     except FileExistsError:
         pass
     except OSError as error:
-        raise UserError(f"cannot write to {link.parent}: {error.strerror}; set DIFFJAX_HOME to another folder") from error
+        raise UserError(
+            f"cannot write to {link.parent}: {error.strerror}; set DIFFJAX_HOME to another folder"
+        ) from error
     return link

@@ -24,7 +24,14 @@ VISIBLE = 112
 LARGEST = 6000
 TEXT_SIZE, LINE, LINES = 12, 15, 2
 BACKGROUND, INK = 255, (40, 40, 40)
-SYSTEM_FONTS = ("NotoSansCJK-Regular.ttc", "wqy-zenhei.ttc", "PingFang.ttc", "msyh.ttc", "msgothic.ttc", "Arial Unicode.ttf")
+SYSTEM_FONTS = (
+    "NotoSansCJK-Regular.ttc",
+    "wqy-zenhei.ttc",
+    "PingFang.ttc",
+    "msyh.ttc",
+    "msgothic.ttc",
+    "Arial Unicode.ttf",
+)
 NO_CHARACTER = "\U0010ffff"
 
 
@@ -45,7 +52,9 @@ def from_uint8(pictures: UInt8[np.ndarray, "... h w c"]) -> Float[np.ndarray, ".
 
 
 def psnr(a: UInt8[np.ndarray, "... h w c"], b: UInt8[np.ndarray, "... h w c"]) -> Float[np.ndarray, "..."]:
-    """Peak signal-to-noise ratio of pictures in dB, 10 log10(255^2 / mean (a - b)^2), one for each; equal ones give inf."""
+    """Peak signal-to-noise ratio of pictures in dB, 10 log10(255^2 / mean (a - b)^2), one for each; equal ones
+    give inf.
+    """
     error = np.mean((np.asarray(a, np.float64) - b) ** 2, axis=(-3, -2, -1))
     with np.errstate(divide="ignore"):
         return 10 * np.log10(255**2 / error)
@@ -133,7 +142,9 @@ def _legible(text: str) -> tuple[str, ImageFont.FreeTypeFont]:
 
 
 def _fonts() -> Iterator[ImageFont.FreeTypeFont]:
-    """Pillow's own font, which is Latin, Greek and Cyrillic; what this machine may have; matplotlib's, which has many signs."""
+    """Pillow's own font, which is Latin, Greek and Cyrillic; what this machine may have; matplotlib's, which has
+    many signs.
+    """
     yield _font("")
     yield from filter(None, map(_font, SYSTEM_FONTS))
     import matplotlib

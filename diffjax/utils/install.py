@@ -7,7 +7,9 @@ from pathlib import Path
 
 
 def to_install(extra: str) -> str:
-    """The command that installs what an extra of the package needs: in a checkout its script, else pip with the packages."""
+    """The command that installs what an extra of the package needs: in a checkout its script, else pip with the
+    packages.
+    """
     root = Path(__file__).parents[2]
     if (root / "scripts" / "setup.sh").is_file() and Path(sys.prefix) == root / ".venv":
         return f"bash {shlex.quote(str(root / 'scripts' / 'setup.sh'))} {extra}"

@@ -1,7 +1,8 @@
-"""Ctrl-C, SIGTERM and a closed terminal, taken at a moment that suits: long jobs save before they leave; a second signal
-leaves at once.
+"""Ctrl-C, SIGTERM and a closed terminal, taken at a moment that suits: long jobs save before they leave; a second
+signal leaves at once.
 
-A signal that is ignored when the process starts stays ignored: Ctrl-C of what a shell runs in the background, SIGHUP under nohup.
+A signal that is ignored when the process starts stays ignored: Ctrl-C of what a shell runs in the background, SIGHUP
+under nohup.
 """
 
 import contextlib
@@ -17,10 +18,14 @@ from types import FrameType
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 SAME = 1.0
-"""Signals that follow each other within so many seconds are one: a key that is held, a terminal and a launcher that both send."""
+"""Signals that follow each other within so many seconds are one: a key that is held, a terminal and a launcher that
+both send.
+"""
 
 DEAF = 3.0
-"""Seconds after which a main thread that has not heard a signal is taken to be inside a library, a compiler for example."""
+"""Seconds after which a main thread that has not heard a signal is taken to be inside a library, a compiler
+for example.
+"""
 
 
 SOON = 0.1
@@ -36,7 +41,9 @@ class Terminated(KeyboardInterrupt):
 
 
 class Stop:
-    """Whether a signal has asked to stop: its `number`, the time of the `latest` one, whether what it raised was `dropped`."""
+    """Whether a signal has asked to stop: its `number`, the time of the `latest` one, whether what it raised was
+    `dropped`.
+    """
 
     def __init__(self) -> None:
         self.number: int | None = None
@@ -61,7 +68,9 @@ class Stop:
 
 
 class _Heard:
-    """What the handlers of this process have seen: the job that waits for a good moment, and the signal of a whole command."""
+    """What the handlers of this process have seen: the job that waits for a good moment, and the signal of a
+    whole command.
+    """
 
     job: Stop | None = None
     command: Stop | None = None
@@ -95,8 +104,8 @@ def stop_on_signal() -> Iterator[Stop]:
 def command() -> Iterator[None]:
     """The signals of a process that is one command: a second one ends it at once, whatever the main thread is doing.
 
-    Outside of `stop_on_signal` nothing is to be saved: the first raises `KeyboardInterrupt` or `Terminated`, and where the main
-    thread is too deep in a library to raise anything for `DEAF` seconds, ends the process too.
+    Outside of `stop_on_signal` nothing is to be saved: the first raises `KeyboardInterrupt` or `Terminated`, and where
+    the main thread is too deep in a library to raise anything for `DEAF` seconds, ends the process too.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -133,7 +142,9 @@ def command() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _raising_again(heard: Stop, seen: Stop) -> Iterator[None]:
-    """Where a library prints and drops a `KeyboardInterrupt`, in callbacks for example, neither: it comes again soon."""
+    """Where a library prints and drops a `KeyboardInterrupt`, in callbacks for example, neither: it comes
+    again soon.
+    """
     before, timers = (sys.unraisablehook, sys.excepthook), []
 
     def again(error: BaseException | None) -> bool:
@@ -161,7 +172,9 @@ def _handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None
         yield
         return
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    before = {number: old for number, old in before.items() if old not in (signal.SIG_IGN, None)}  # None: set by a library
+    before = {
+        number: old for number, old in before.items() if old not in (signal.SIG_IGN, None)
+    }  # None: set by a library
     for number in before:
         signal.signal(number, handler)
     try:
@@ -175,7 +188,9 @@ def _watch(receive: int, heard: Stop, seen: Stop) -> None:
     """Read the numbers of signals as they arrive; the main thread hears of them only when it is back in Python."""
     while True:
         deaf = seen.is_set() and not heard.is_set() and _Heard.job is None
-        ready, _, _ = select.select([receive], [], [], max(0.0, seen.latest + DEAF - time.monotonic()) if deaf else None)
+        ready, _, _ = select.select(
+            [receive], [], [], max(0.0, seen.latest + DEAF - time.monotonic()) if deaf else None
+        )
         if not ready:
             if not heard.is_set() and _Heard.job is None:
                 _leave(seen.number)

@@ -1,4 +1,6 @@
-"""Where a number or a picture comes from: the code and machine that made it, checksums, and in what two records differ."""
+"""Where a number or a picture comes from: the code and machine that made it, checksums, and in what two
+records differ.
+"""
 
 import importlib.metadata
 import json
@@ -38,7 +40,10 @@ def git_state(folder: Path) -> dict[str, Any] | None:
         run = lambda *words: subprocess.run(
             ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=20, check=True
         ).stdout.strip()
-        return {"commit": run("rev-parse", "HEAD"), "changed": bool(run("status", "--porcelain", "--untracked-files=no"))}
+        return {
+            "commit": run("rev-parse", "HEAD"),
+            "changed": bool(run("status", "--porcelain", "--untracked-files=no")),
+        }
     except (subprocess.SubprocessError, OSError):
         return None
 

@@ -10,7 +10,8 @@ END = 2**64
 
 
 def key(seed: int) -> Key[Array, ""]:
-    """`jax.random.key` of a seed from 0 to 2^64 - 1. Below 2^32 it is the key that jax makes; above, jax alone drops bits.
+    """`jax.random.key` of a seed from 0 to 2^64 - 1. Below 2^32 it is the key that jax makes; above, jax alone
+    drops bits.
 
     Raises `UserError` for any other seed.
     """

@@ -1,8 +1,8 @@
 """Frozen dataclasses that are pytrees.
 
-`flax.struct.dataclass` registers classes with `jax.tree_util.register_dataclass`, and jax (0.10.2) holds two such classes for
-equal when their number of fields and their static values agree: `jit` then now and then runs what it compiled for another
-class, `Cosine` by `Flow`. Classes registered as here are compared by their type.
+`flax.struct.dataclass` registers classes with `jax.tree_util.register_dataclass`, and jax (0.10.2) holds two such
+classes for equal when their number of fields and their static values agree: `jit` then now and then runs what it
+compiled for another class, `Cosine` by `Flow`. Classes registered as here are compared by their type.
 """
 
 import dataclasses

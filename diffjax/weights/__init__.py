@@ -50,9 +50,9 @@ def load(
 
     With `dtype=None` parameters keep the file's dtype, and the network computes in it; else both are `dtype`. Tensors
     go from the file to their devices one at a time; `sharding(path, shape)` says where (the default device without it),
-    and `scheme` quantises large kernels on the way. `variant`, as "fp16" or "ema", is which of several forms of the weights is
-    read (`folder.choose`). Raises `UserError` for a class or a field that is not implemented (naming it), for weights that are
-    damaged or do not fit, and for several forms of which none can be said to be meant.
+    and `scheme` quantises large kernels on the way. `variant`, as "fp16" or "ema", is which of several forms of the
+    weights is read (`folder.choose`). Raises `UserError` for a class or a field that is not implemented (naming it),
+    for weights that are damaged or do not fit, and for several forms of which none can be said to be meant.
     """
     folder = Path(path)
     config = read_json(folder / "config.json")
@@ -125,7 +125,8 @@ def save_pipeline(
 
 
 def class_names(path: str | Path) -> tuple[str, ...]:
-    """The names of the classes in a model folder, by `id2label` of its `model_index.json`; none where it says nothing of them.
+    """The names of the classes in a model folder, by `id2label` of its `model_index.json`; none where it says nothing
+    of them.
 
     Raises `UserError` where they are not numbered from 0.
     """

@@ -1,7 +1,7 @@
 """Files of one commit of the hub, downloaded into its folder: several at once, each going on where it was broken off.
 
-What is under way lies in `blobs/CHECKSUM.partial` and goes on from there, in this process or a later one. A file counts as
-there once it is whole and its content is what its checksum says.
+What is under way lies in `blobs/CHECKSUM.partial` and goes on from there, in this process or a later one. A file counts
+as there once it is whole and its content is what its checksum says.
 """
 
 import contextlib
@@ -33,7 +33,9 @@ BUSY = (408, 429, 500, 502, 503, 504)
 
 @dataclass(frozen=True)
 class Remote:
-    """A file of the hub: where it is, its checksum (git's or SHA-256) and its bytes (None where the server says nothing)."""
+    """A file of the hub: where it is, its checksum (git's or SHA-256) and its bytes (None where the server says
+    nothing).
+    """
 
     name: str
     url: str
@@ -155,7 +157,9 @@ def _whole(remote: Remote, folder: Path, stop: threading.Event, advance: Callabl
 
 
 def _append(remote: Remote, path: Path, stop: threading.Event, advance: Callable[[int], None]) -> Exception | None:
-    """Ask for what a file lacks, and write what comes. Returns the error after which asking again may help; raises others."""
+    """Ask for what a file lacks, and write what comes. Returns the error after which asking again may help;
+    raises others.
+    """
     import huggingface_hub
     from huggingface_hub import constants, errors, utils
 
@@ -180,7 +184,9 @@ def _append(remote: Remote, path: Path, stop: threading.Event, advance: Callable
 
 
 def _sound(path: Path, checksum: str) -> bool:
-    """Whether a file's content has that checksum: SHA-256, or SHA-1 of it or of git's object; others are not checked."""
+    """Whether a file's content has that checksum: SHA-256, or SHA-1 of it or of git's object; others are
+    not checked.
+    """
     with path.open("rb") as file:
         if len(checksum) == 64:
             return hashlib.file_digest(file, "sha256").hexdigest() == checksum

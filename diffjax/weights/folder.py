@@ -1,7 +1,7 @@
 """Where a published model keeps its parts: component folders, and the files that hold their tensors.
 
-A folder may hold its weights in several forms: whole or in shards with an index, as safetensors or as pickles, plain or as a
-variant (`model.fp16.safetensors`, `model.ema.safetensors`). `choose` says which is read, and never guesses.
+A folder may hold its weights in several forms: whole or in shards with an index, as safetensors or as pickles, plain or
+as a variant (`model.fp16.safetensors`, `model.ema.safetensors`). `choose` says which is read, and never guesses.
 """
 
 import re
@@ -22,7 +22,9 @@ FILE = re.compile(
     rf"({'|'.join(STEMS)})([._](?P<variant>[\w.-]+?))?((?P<shard>{SHARD})(\.(?P<late>\w+))?)?"
     r"\.(?P<kind>safetensors|bin)(?P<index>\.index(\.(?P<last>[\w-]+))?\.json)?"
 )
-"""A variant's name stands before the shard's number, behind it, or in an index behind `.index`: all three are published."""
+"""A variant's name stands before the shard's number, behind it, or in an index behind `.index`: all three are
+published.
+"""
 
 PRECISION = re.compile(r"(fp|bf|float|bfloat)\d+(_\w+)?")
 """Variants of these names are the plain weights, rounded; all others are other weights."""
@@ -44,7 +46,9 @@ def component(folder: str | Path, name: str) -> Path:
 
 
 def variant_of(name: str) -> str | None:
-    """The variant that a file of weights, a shard or an index belongs to ("" is the plain one); None for other files."""
+    """The variant that a file of weights, a shard or an index belongs to ("" is the plain one); None for
+    other files.
+    """
     found = FILE.fullmatch(name)
     return found and (found["variant"] or found["late"] or found["last"] or "")
 
@@ -70,11 +74,12 @@ def belongs(name: str, form: Form) -> bool:
 
 
 def choose(found: Sequence[Form], variant: str | None, where: str) -> Form | None:
-    """The form to read: of `variant`, the name of a variant or of a file; else the plain one. Safetensors go before pickles.
+    """The form to read: of `variant`, the name of a variant or of a file; else the plain one. Safetensors go
+    before pickles.
 
-    A folder without that variant gives its usual form: parts of a model need not all have it. Raises `UserError` where it
-    cannot be known which is meant: a whole file beside an index of shards, averaged weights (ema) beside others, two variants
-    without a plain form. `where` names the folder.
+    A folder without that variant gives its usual form: parts of a model need not all have it. Raises `UserError` where
+    it cannot be known which is meant: a whole file beside an index of shards, averaged weights (ema) beside others, two
+    variants without a plain form. `where` names the folder.
     """
     if named := [form for form in found if form.name == variant]:
         return named[0]
@@ -136,7 +141,9 @@ def nothing(names: Iterable[str]) -> str:
     """What to say of a folder of files that has no form of weights."""
     names = list(names)
     if shards := [name for name in sorted(names) if variant_of(name) is not None]:
-        return f"holds {shards[0]} without the index that says what is in which shard: download the .index.json beside it"
+        return (
+            f"holds {shards[0]} without the index that says what is in which shard: download the .index.json beside it"
+        )
     return foreign.instead(names)
 
 

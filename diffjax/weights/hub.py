@@ -49,10 +49,11 @@ def fetch(
 ) -> Fetched:
     """The folder of a model: `name` itself when it exists, else the cached files of that hub id.
 
-    `revision` is a branch, a tag or a commit; None is the newest. Of the repository's files those that match `patterns` are
-    downloaded, and of several forms of the same weights the one that `folder.choose` chooses. A commit that is in the cache
-    asks nobody; with HF_HUB_OFFLINE=1, or where the hub does not answer, what is cached is used. Raises `UserError` saying
-    what to do when the model is not there, not cached, or behind a licence, and for a `variant` that it has not.
+    `revision` is a branch, a tag or a commit; None is the newest. Of the repository's files those that match `patterns`
+    are downloaded, and of several forms of the same weights the one that `folder.choose` chooses. A commit that is in
+    the cache asks nobody; with HF_HUB_OFFLINE=1, or where the hub does not answer, what is cached is used. Raises
+    `UserError` saying what to do when the model is not there, not cached, or behind a licence, and for a `variant` that
+    it has not.
     """
     path = Path(name).expanduser()
     if str(name) and path.exists():
@@ -65,11 +66,13 @@ def fetch(
     return repo.offline() if _is_off() else repo.online()
 
 
-def configs(name: str | Path, revision: str | None = None, patterns: Sequence[str] = JSON, variant: str | None = None) -> Path:
+def configs(
+    name: str | Path, revision: str | None = None, patterns: Sequence[str] = JSON, variant: str | None = None
+) -> Path:
     """The folder of a model's configurations. Those of well-known models come with the package, and ask no network.
 
-    What exists as a folder, and what was downloaded, goes before them; so does asking for a revision or a variant. Raises
-    `UserError` as `fetch` does.
+    What exists as a folder, and what was downloaded, goes before them; so does asking for a revision or a variant.
+    Raises `UserError` as `fetch` does.
     """
     packaged = published.folder(str(name))
     if packaged is None or revision or variant or Path(name).expanduser().exists():
@@ -145,7 +148,9 @@ class Repo:
         from huggingface_hub import constants
 
         with _calls(self):
-            info = huggingface_hub.HfApi().model_info(self.name, revision=self.revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+            info = huggingface_hub.HfApi().model_info(
+                self.name, revision=self.revision, timeout=constants.HF_HUB_ETAG_TIMEOUT
+            )
         names = [file.rfilename for file in info.siblings or ()]
         if not COMMIT.fullmatch(info.sha or "") or any(_leaves(name) for name in names):
             raise UserError(f"what the hub says of {self.name} makes no sense: check HF_ENDPOINT and the proxy")
@@ -196,7 +201,9 @@ class Repo:
         return [name for name in self.needed(names) if not (snapshot / name).is_file()]
 
     def needed(self, names: Sequence[str]) -> list[str]:
-        """`needed` of this repository. Raises `UserError` when it has not the variant, no weights that can be read, or nothing."""
+        """`needed` of this repository. Raises `UserError` when it has not the variant, no weights that can be read,
+        or nothing.
+        """
         wanted = needed(names, self.patterns, self.variant, self.name)
         found = [form for folder in _folders(names) for form in forms(_inside(names, folder))]
         check_variant(self.variant, found, self.name)
@@ -204,7 +211,9 @@ class Repo:
             raise UserError(f"{self.name} {nothing(os.path.basename(name) for name in names)}")
         if not wanted:
             listed = ", ".join(sorted(names)[:5]) or "nothing"
-            raise UserError(f"{self.name} has no file {' or '.join(self.patterns)}; it holds {listed}; name the file itself")
+            raise UserError(
+                f"{self.name} has no file {' or '.join(self.patterns)}; it holds {listed}; name the file itself"
+            )
         return wanted
 
     def note(self, commit: str, names: Sequence[str]) -> None:
@@ -241,7 +250,9 @@ def _calls(repo: Repo) -> Iterator[None]:
             f"{name} wants its licence accepted: do so on the model's page, then `hf auth login`, or set HF_TOKEN"
         ) from None
     except errors.RevisionNotFoundError:
-        raise Refused(f"{name} has no revision {repo.revision}; leave --revision out for the newest", final=True) from None
+        raise Refused(
+            f"{name} has no revision {repo.revision}; leave --revision out for the newest", final=True
+        ) from None
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
         raise _unknown(name) from None
     except (errors.HTTPError, OSError, ValueError, RuntimeError, ImportError) as error:
@@ -266,7 +277,9 @@ def _unreachable(name: str, error: Exception) -> Refused:
     response = getattr(error, "response", None)
     status = getattr(response, "status_code", None)
     if status == 401 and "Invalid credentials" in response.headers.get("X-Error-Message", ""):
-        return Refused("the hub does not know this token: log in anew with `hf auth login`, or set HF_TOKEN to a valid one")
+        return Refused(
+            "the hub does not know this token: log in anew with `hf auth login`, or set HF_TOKEN to a valid one"
+        )
     if status == 401:
         return _unknown(name)
     if status == 403:
@@ -288,8 +301,8 @@ def needed(
 ) -> list[str]:
     """Of a repository's files, those to download: matching `patterns`, and one form of each folder's weights.
 
-    Left out: weights by other names than the libraries' own, unless a pattern is that very name, and folders within folders
-    (checkpoints of a training). Raises `UserError` as `folder.choose` does.
+    Left out: weights by other names than the libraries' own, unless a pattern is that very name, and folders within
+    folders (checkpoints of a training). Raises `UserError` as `folder.choose` does.
     """
     names = [name for name in names if name.count("/") < 2 and any(fnmatch(name, pattern) for pattern in patterns)]
     found = [name for name in names if name in patterns or not is_weights(name)]

@@ -1,8 +1,8 @@
 """Files of low-rank adapters, as diffusers, PEFT, kohya's scripts, OneTrainer and ComfyUI write them.
 
-A layer has `lora_A.weight` (r, i) and `lora_B.weight` (o, r), in other programs' words `lora_down` and `lora_up`; some have
-alpha as a tensor, a bias of B, or DoRA's magnitudes. `lora_names` says what keys mean, `peft` what settings do. Whatever
-is not understood is refused by name.
+A layer has `lora_A.weight` (r, i) and `lora_B.weight` (o, r), in other programs' words `lora_down` and `lora_up`; some
+have alpha as a tensor, a bias of B, or DoRA's magnitudes. `lora_names` says what keys mean, `peft` what settings do.
+Whatever is not understood is refused by name.
 """
 
 import functools
@@ -56,10 +56,11 @@ Given = str | Path | Sequence[str | Path] | Mapping[str | Path, float]
 
 
 def sources(given: Given | None) -> list[Source]:
-    """The files that FILE[:STRENGTH], several of them, or a table of file and strength name, in an order that depends on
-    their content alone.
+    """The files that FILE[:STRENGTH], several of them, or a table of file and strength name, in an order that depends
+    on their content alone.
 
-    FILE is a file, a folder that holds one, a hub id, or `ID/FILE` on the hub. Raises `UserError` for what is not there.
+    FILE is a file, a folder that holds one, a hub id, or `ID/FILE` on the hub. Raises `UserError` for what is
+    not there.
     """
     if isinstance(given, Mapping):
         pairs = [(str(name), strength) for name, strength in given.items()]
@@ -92,16 +93,22 @@ def _locate(path: Path, name: str) -> Path:
     if path.is_dir():
         return _only(path)
     if path.suffix in PICKLES:
-        raise UserError(f"{path} is a pickle: adapters are read from .safetensors, which every program can write; save it so")
+        raise UserError(
+            f"{path} is a pickle: adapters are read from .safetensors, which every program can write; save it so"
+        )
     if path.exists():
         return path
     if not _on_hub(name):
-        raise UserError(f"there is no file {name}; give a .safetensors file of adapters, its folder or its hub id, and :STRENGTH")
+        raise UserError(
+            f"there is no file {name}; give a .safetensors file of adapters, its folder or its hub id, and :STRENGTH"
+        )
     owner, repo, *inside = name.split("/")
     wanted = ["/".join(inside)] if inside else FILES
     folder = hub.fetch(f"{owner}/{repo}", patterns=(*wanted, CONFIG)).folder
     if inside and not folder.joinpath(*inside).is_file():
-        raise UserError(f"the hub's {owner}/{repo} has no file {wanted[0]}; look at its page for the names of its files")
+        raise UserError(
+            f"the hub's {owner}/{repo} has no file {wanted[0]}; look at its page for the names of its files"
+        )
     return folder.joinpath(*inside) if inside else _only(folder)
 
 
@@ -109,7 +116,11 @@ def _on_hub(name: str) -> bool:
     """Whether it can be OWNER/REPO or OWNER/REPO/FILE, of which no folder here has the beginning."""
     words = name.split("/")
     ends = name.endswith(".safetensors")
-    return bool(re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)+", name)) and ends == (len(words) > 2) and not Path(words[0]).exists()
+    return (
+        bool(re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)+", name))
+        and ends == (len(words) > 2)
+        and not Path(words[0]).exists()
+    )
 
 
 def _only(folder: Path) -> Path:
@@ -118,7 +129,9 @@ def _only(folder: Path) -> Path:
     usual = [path for path in found if path.name in FILES]
     if len(usual or found) != 1:
         names = ", ".join(path.name for path in found) or "none"
-        raise UserError(f"{folder} must hold one file of adapters, {' or '.join(FILES)}: it holds {names}; name the file itself")
+        raise UserError(
+            f"{folder} must hold one file of adapters, {' or '.join(FILES)}: it holds {names}; name the file itself"
+        )
     return (usual or found)[0]
 
 
@@ -144,7 +157,8 @@ def _layer(key: str) -> str:
 
 
 def read(path: str | Path, modules: Mapping[str, nn.Module]) -> dict[str, dict[str, Adapter | Decomposed]]:
-    """The adapters of a file by component, for a model's networks; layers of a stack that it leaves out are not changed.
+    """The adapters of a file by component, for a model's networks; layers of a stack that it leaves out are
+    not changed.
 
     Raises one `UserError` that lists what is not understood, when it is no such file, or fits another network.
     """
@@ -183,14 +197,18 @@ def _refuse_strangers(layers: Mapping[str, Iterable[str]], known: Mapping[str, M
     """Raise `UserError` for components and layers that the model has not."""
     if absent := sorted(layers.keys() - known.keys()):
         raise UserError(f"{path} adapts {', '.join(absent)}, which this model is without: load the model with it")
-    if strange := sorted(f"{name} {layer}" for name in layers for layer in layers[name] if plain(layer) not in known[name]):
+    if strange := sorted(
+        f"{name} {layer}" for name in layers for layer in layers[name] if plain(layer) not in known[name]
+    ):
         raise UserError(f"{path} is for another network: this one has no linear layers called {listed(strange)}")
 
 
 def _component(
     layers: Mapping[str, Tensors], known: Mapping[str, list[Part]], settings: Settings, path: Path
 ) -> dict[str, Adapter | Decomposed]:
-    """The adapters of one component. Raises `UserError` for a layer of another width, or one that is there by two names."""
+    """The adapters of one component. Raises `UserError` for a layer of another width, or one that is there by
+    two names.
+    """
     found: dict[str, dict[int, Pair]] = {}
     rows: dict[str, Row] = {}
     for layer, tensors in layers.items():
@@ -208,7 +226,9 @@ def _component(
 
 @dataclass(frozen=True)
 class Pair:
-    """One layer's tensors, as files have them: `a` (r, i), `b` (o, r), `bias` and `magnitude` (o) where there are any."""
+    """One layer's tensors, as files have them: `a` (r, i), `b` (o, r), `bias` and `magnitude` (o) where there
+    are any.
+    """
 
     a: np.ndarray
     b: np.ndarray
@@ -230,12 +250,16 @@ def _pair(tensors: Tensors, layer: str, settings: Settings, path: Path) -> Pair:
     a, b = (checked[kind].reshape(checked[kind].shape[:2]) if _is_matrix(checked[kind]) else None for kind in "ab")
     if a is None or b is None or len(a) != b.shape[1] or not 0 < len(a) <= a.shape[1] + len(b):
         shapes = " and ".join(str(list(tensors[kind].shape)) for kind in "ab")
-        raise UserError(f"{path}: A and B of {layer!a} have the shapes {shapes}, which are no (rank, inputs) and (outputs, rank)")
+        raise UserError(
+            f"{path}: A and B of {layer!a} have the shapes {shapes}, which are no (rank, inputs) and (outputs, rank)"
+        )
     alpha = checked.get("alpha")
     if alpha is not None and alpha.size != 1:
         raise UserError(f"{path}: alpha of {layer!a} is not one number but {list(alpha.shape)}")
     scale = settings.scale(layer, len(a), None if alpha is None else alpha.item())
-    bias, magnitude = (_row(checked.get(kind), len(b), f"{CALLED[kind]} of {layer!a}", path) for kind in ("bias", "magnitude"))
+    bias, magnitude = (
+        _row(checked.get(kind), len(b), f"{CALLED[kind]} of {layer!a}", path) for kind in ("bias", "magnitude")
+    )
     if bias is not None and magnitude is not None:
         raise UserError(f"{path}: {layer!a} has a bias and magnitudes, and no paper says what both together are")
     return Pair(a, b, scale, None if bias is None else scale * bias, magnitude)

@@ -1,7 +1,9 @@
-"""What programs call the tensors of low-rank adapters: which layer of which component, and which of its tensors, a key means.
+"""What programs call the tensors of low-rank adapters: which layer of which component, and which of its tensors, a
+key means.
 
 A key is a component's prefix, a layer, and an ending. Layers have the names of diffusers' and transformers' modules, or
-those of single files of SD3 (`single_file`), whose `qkv` are three layers here; with dots, or all `_` as kohya writes them.
+those of single files of SD3 (`single_file`), whose `qkv` are three layers here; with dots, or all `_` as kohya
+writes them.
 """
 
 import re
@@ -57,7 +59,9 @@ def meaning(key: str) -> Meaning | None:
     bare = key.replace(WRAPPER, "")
     for kind, end in ENDS.items():
         if found := re.fullmatch(rf"(?P<layer>.+?)[._]{end}", bare):
-            component, prefix = next((name, begin) for name, start in PREFIXES.items() if (begin := re.match(start, bare)))
+            component, prefix = next(
+                (name, begin) for name, start in PREFIXES.items() if (begin := re.match(start, bare))
+            )
             return Meaning(component, found["layer"][prefix.end() :], kind)
     return None
 
@@ -77,7 +81,10 @@ def parts(module: nn.Module) -> Mapping[str, list[Part]]:
     found: dict[str, list[Part]] = {}
     for row in linear(module).values():
         for index, key in enumerate(row.keys):
-            places = {Place(key), transformer_place(key, module.num_layers) if isinstance(module, MMDiT) else Place(key)}
+            places = {
+                Place(key),
+                transformer_place(key, module.num_layers) if isinstance(module, MMDiT) else Place(key),
+            }
             for place in places:
                 found.setdefault(plain(place.key.removesuffix(".weight")), []).append(Part(row, index, place))
     return found

@@ -125,8 +125,8 @@ def read_params(
     """The parameters of the given shapes out of a checkpoint's tensors, in the file's dtype or in `dtype`.
 
     Tensors go to their devices one at a time; `sharding` says where by a leaf's path and shape (the default device
-    without it). Stacked kernels that `scheme` reads are quantised there, layer by layer. Raises one `UserError` that lists the
-    missing, the unexpected and the ill-fitting keys.
+    without it). Stacked kernels that `scheme` reads are quantised there, layer by layer. Raises one `UserError` that
+    lists the missing, the unexpected and the ill-fitting keys.
     """
     tensors, rows = checked(tensors, shapes, names, source)
     leaves = {}
@@ -249,9 +249,7 @@ def _stack(parts: list[np.ndarray], row: Row, dtype: Any, place: Sharding | None
     return leaf
 
 
-def _quantized(
-    parts: list[np.ndarray], row: Row, dtype: Any, sharding: Placement | None, scheme: Scheme
-) -> Quantized:
+def _quantized(parts: list[np.ndarray], row: Row, dtype: Any, sharding: Placement | None, scheme: Scheme) -> Quantized:
     """A stacked leaf in whole numbers, filled on the device: one layer at a time is there in full."""
 
     def blank(path, leaf) -> Array:

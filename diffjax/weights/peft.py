@@ -1,7 +1,8 @@
 """What PEFT's `LoraConfig` says of adapters: the scale of each layer, and what would make them something else.
 
 diffusers writes it into the header of its files, as JSON under `lora_adapter_metadata`, its fields named
-`transformer.lora_alpha`, `text_encoder.lora_alpha` or without a component; PEFT writes `adapter_config.json` beside them.
+`transformer.lora_alpha`, `text_encoder.lora_alpha` or without a component; PEFT writes `adapter_config.json`
+beside them.
 """
 
 import json
@@ -22,9 +23,25 @@ CONFIG = "adapter_config.json"
 SCALES = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias")
 # How adapters were trained, not what they compute. `bias` and `modules_to_save` are tensors, which are refused by name.
 TRAINED = (
-    *("auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules"),
+    *(
+        "auto_mapping",
+        "base_model_name_or_path",
+        "bias",
+        "corda_config",
+        "ensure_weight_tying",
+        "eva_config",
+        "exclude_modules",
+    ),
     *("inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout"),
-    *("megatron_config", "megatron_core", "modules_to_save", "modules_to_tie", "peft_type", "peft_version", "qalora_group_size"),
+    *(
+        "megatron_config",
+        "megatron_core",
+        "modules_to_save",
+        "modules_to_tie",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+    ),
     *("revision", "runtime_config", "target_modules", "task_type", "trainable_token_indices"),
 )
 BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -51,12 +68,14 @@ class Settings:
                 f"{self.source}: init_lora_weights = {begun!a} changes the weights that adapters are added to: save them"
                 " for the original weights (PEFT's path_initial_model_for_weight_conversion)"
             )
-        if wrong := next((name for name, value in self.fields.items() if value and name not in (*SCALES, *TRAINED)), None):
+        if wrong := next(
+            (name for name, value in self.fields.items() if value and name not in (*SCALES, *TRAINED)), None
+        ):
             raise UserError(f"{self.source}: the adapters' field {wrong!a} is not implemented")
 
     def scale(self, layer: str, rank: int, alpha: float | None) -> float:
-        """alpha / r, with rank-stabilised adapters (arXiv:2312.03732) alpha / sqrt(r), for a layer of that rank; 1 where
-        nothing says alpha. `alpha` is what the layer's own tensor says.
+        """alpha / r, with rank-stabilised adapters (arXiv:2312.03732) alpha / sqrt(r), for a layer of that rank; 1
+        where nothing says alpha. `alpha` is what the layer's own tensor says.
 
         Raises `UserError` where this is of other adapters.
         """
@@ -64,12 +83,16 @@ class Settings:
             return 1.0 if alpha is None else alpha / rank
         told = self._number("rank_pattern", "r", layer)
         if told != rank:
-            raise UserError(f"{self.source} says r = {told:g} of {layer!a}, and its tensors have rank {rank}: download both again")
+            raise UserError(
+                f"{self.source} says r = {told:g} of {layer!a}, and its tensors have rank {rank}: download both again"
+            )
         stable = self.fields.get("use_rslora")
         scale = self._number("alpha_pattern", "lora_alpha", layer) / (math.sqrt(rank) if stable else rank)
         if alpha is not None and not math.isclose(scale, alpha / rank, rel_tol=1e-3):
             own = alpha / rank
-            raise UserError(f"{self.source} says two scales of {layer!a}: {scale:g} in its settings, {own:g} by its alpha")
+            raise UserError(
+                f"{self.source} says two scales of {layer!a}: {scale:g} in its settings, {own:g} by its alpha"
+            )
         return scale
 
     @property
@@ -85,7 +108,9 @@ class Settings:
             raise UserError(f"{self.source}: {patterns} is no table of layers")
         value = next((table[pattern] for pattern in table if self._matches(pattern, layer)), self.fields.get(common))
         if type(value) not in (int, float) or not abs(value) < LARGE:
-            raise UserError(f"{self.source}: {common} of {layer!a} is {json.dumps(value)[:40]}, which is no sensible number")
+            raise UserError(
+                f"{self.source}: {common} of {layer!a} is {json.dumps(value)[:40]}, which is no sensible number"
+            )
         return value
 
     def _matches(self, pattern: str, layer: str) -> bool:
@@ -94,7 +119,9 @@ class Settings:
                 raise re.error("it has too many groups or repetitions, or characters that no name has")
             return re.fullmatch(rf"(.*\.)?({pattern})", layer) is not None
         except re.error as error:
-            raise UserError(f"{self.source}: {pattern[:60]!a} is no pattern of layers that can be read: {error}") from error
+            raise UserError(
+                f"{self.source}: {pattern[:60]!a} is no pattern of layers that can be read: {error}"
+            ) from error
 
 
 def read_settings(path: Path, components: Iterable[str]) -> dict[str, Settings]:
@@ -108,7 +135,9 @@ def read_settings(path: Path, components: Iterable[str]) -> dict[str, Settings]:
     split = {name: name.rpartition(".") for name in said}
     known = list(components)
     if wrong := next((whose for whose, _, _ in split.values() if whose and whose not in known), None):
-        raise UserError(f"{source} says how {wrong!a} was adapted, which diffjax does not know: it may be {', '.join(known)}")
+        raise UserError(
+            f"{source} says how {wrong!a} was adapted, which diffjax does not know: it may be {', '.join(known)}"
+        )
     fields = lambda whose: {field: said[name] for name, (of, _, field) in split.items() if of in ("", whose)}
     return {name: Settings(fields(name), source) for name in known}
 

@@ -36,10 +36,10 @@ class Scheduler:
     """DDPMScheduler or DDIMScheduler (`class_name`) under their own field names and defaults.
 
     `variance_type` is DDPMScheduler's, `set_alpha_to_one` DDIMScheduler's; the other class leaves them at the default.
-    The `_log` variances are the plain ones by another route; `learned` takes the second half of the network's channels as the
-    variance, `learned_range` as the place between the logarithms of the fixed ones. With `thresholding`, x0 is clipped at the quantile `dynamic_thresholding_ratio` of its
-    magnitude, itself held within [1, sample_max_value], and divided by it; else, with `clip_sample`, at
-    `clip_sample_range`.
+    The `_log` variances are the plain ones by another route; `learned` takes the second half of the network's channels
+    as the variance, `learned_range` as the place between the logarithms of the fixed ones. With `thresholding`, x0 is
+    clipped at the quantile `dynamic_thresholding_ratio` of its magnitude, itself held within [1, sample_max_value], and
+    divided by it; else, with `clip_sample`, at `clip_sample_range`.
     """
 
     class_name: str = "DDPMScheduler"
@@ -166,7 +166,9 @@ def _check(scheduler: Scheduler, path: Path) -> None:
     if len(betas) != scheduler.num_train_timesteps:
         raise UserError(f"{path}: trained_betas has not num_train_timesteps = {scheduler.num_train_timesteps} values")
     if scheduler.steps_offset >= scheduler.num_train_timesteps:
-        raise UserError(f"{path}: steps_offset leads past num_train_timesteps = {scheduler.num_train_timesteps}; it must be less")
+        raise UserError(
+            f"{path}: steps_offset leads past num_train_timesteps = {scheduler.num_train_timesteps}; it must be less"
+        )
     if not np.all(np.isfinite(signal)) or signal[0] == 1:
         raise UserError(f"{path}: beta_start, beta_end or trained_betas give a table without noise; mend them")
     if signal[-1] == 0 and scheduler.prediction_type == "epsilon":

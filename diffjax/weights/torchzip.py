@@ -1,9 +1,9 @@
 """The files of `torch.save` (.bin, .pt, .pth), read without torch and without running anything they say.
 
-Such a file is a zip of `NAME/data.pkl`, a pickle in which tensors refer to storages, and `NAME/data/KEY`, their bytes; before
-torch 1.6 it was a row of pickles with the bytes behind them.
-The pickle is interpreted here, opcode by opcode: containers, strings, numbers, the storages and the few functions of
-`GLOBALS`; whatever else it names is refused by that name.
+Such a file is a zip of `NAME/data.pkl`, a pickle in which tensors refer to storages, and `NAME/data/KEY`, their bytes;
+before torch 1.6 it was a row of pickles with the bytes behind them. The pickle is interpreted here, opcode by opcode:
+containers, strings, numbers, the storages and the few functions of `GLOBALS`; whatever else it names is refused by
+that name.
 """
 
 import math
@@ -105,7 +105,8 @@ class _Storages:
 
 
 class _Row:
-    """A file of before torch 1.6: magic number, protocol, the writer's sizes, the value, the storages' keys; then these.
+    """A file of before torch 1.6: magic number, protocol, the writer's sizes, the value, the storages' keys;
+    then these.
 
     Each storage is its length, 8 bytes, and its numbers. Where they lie follows from the value, which is read twice.
     """
@@ -139,7 +140,9 @@ class _Row:
     def storage(self, reference: Any) -> np.ndarray:
         """The flat array of a persistent id; zeros, as long as nobody knows where it lies."""
         match reference:
-            case ("storage", _Global(module="torch", name=name), str(key), str(), int(length), None) if name in STORAGES:
+            case ("storage", _Global(module="torch", name=name), str(key), str(), int(length), None) if (
+                name in STORAGES
+            ):
                 kind = STORAGES[name]
                 if self.kinds.setdefault(key, (kind, length)) != (kind, length):
                     raise _Malformed(f"storage {key[:40]!a} is described in two ways")

@@ -4,8 +4,8 @@
 
 The pixel transformer, which a CPU trains best; Imagen's own U-Net with --config.network=imagen.
 
-Time: 18 minutes of CPU time, 30 on two cores that others used too, compilation included. Result, by `diffjax evaluate`: of 64
-training prompts 98.4% find their own picture among 1,000; PSNR 26.5 dB (the mean picture: 11.3 dB), in 25 steps
+Time: 18 minutes of CPU time, 30 on two cores that others used too, compilation included. Result, by `diffjax evaluate`:
+of 64 training prompts 98.4% find their own picture among 1,000; PSNR 26.5 dB (the mean picture: 11.3 dB), in 25 steps
 with guidance 2; others were not measured: `emoji.py`, the same network, draws best in 4 without.
 """
 

@@ -5,9 +5,9 @@
 
 It reads no text: what it draws is in the small picture. A tenth of the icons is kept apart (`held_out`).
 
-Time: 7 minutes of CPU time, 11 on two cores that others used too, compilation included; it was stopped at 200 steps, as a run
-of that length, and went on to 700. Result, by `diffjax evaluate`: PSNR 27.3 dB on 64 held-out pictures (bicubic: 18.2 dB),
-in 8 steps; other numbers were not measured.
+Time: 7 minutes of CPU time, 11 on two cores that others used too, compilation included; it was stopped at 200 steps, as
+a run of that length, and went on to 700. Result, by `diffjax evaluate`: PSNR 27.3 dB on 64 held-out pictures
+(bicubic: 18.2 dB), in 8 steps; other numbers were not measured.
 """
 
 from ml_collections import ConfigDict

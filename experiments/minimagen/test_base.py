@@ -1,6 +1,6 @@
 """A few steps of the base stage, in under a minute, to see that everything works; nothing is downloaded.
 
-    diffjax train --config experiments/minimagen/test_base.py --workdir runs/test_base
+diffjax train --config experiments/minimagen/test_base.py --workdir runs/test_base
 """
 
 from ml_collections import ConfigDict

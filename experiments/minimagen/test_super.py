@@ -1,7 +1,7 @@
 """A few steps of the stage that enlarges test_base.py's pictures, in under a minute; nothing is downloaded.
 
-    diffjax train --config experiments/minimagen/test_super.py --workdir runs/test_super
-    diffjax sample --cascade runs/test_base runs/test_super --prompt "red heart" --out pictures
+diffjax train --config experiments/minimagen/test_super.py --workdir runs/test_super
+diffjax sample --cascade runs/test_base runs/test_super --prompt "red heart" --out pictures
 """
 
 from ml_collections import ConfigDict

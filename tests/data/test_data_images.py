@@ -95,9 +95,9 @@ def in_mode(mode: str) -> Image.Image:
         return Image.new("1", (16, 16), 0)
     if mode in ("L", "LA", "La"):
         return (grey.convert("LA") if mode == "La" else grey).convert(mode)
-    return {"RGBa": coloured.convert("RGBA"), "P": coloured.quantize(2), "PA": coloured.quantize(2)}.get(mode, coloured).convert(
-        mode
-    )
+    return {"RGBa": coloured.convert("RGBA"), "P": coloured.quantize(2), "PA": coloured.quantize(2)}.get(
+        mode, coloured
+    ).convert(mode)
 
 
 MODES = "1 L LA La P PA RGB RGBA RGBX RGBa CMYK YCbCr LAB HSV I F I;16 I;16B".split()

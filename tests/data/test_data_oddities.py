@@ -76,14 +76,19 @@ def encoded(number: int, suffix: str, fault: str = "") -> bytes:
         buffer, FORMATS[suffix], **({"quality": 95} if FORMATS[suffix] == "JPEG" else {})
     )
     whole = buffer.getvalue()
-    return {"half": whole[: len(whole) // 2], "empty": b"", "heic": b"\0\0\0\x18ftypheic" + whole, "text": b"<html>"}.get(
-        fault, whole
-    )
+    return {
+        "half": whole[: len(whole) // 2],
+        "empty": b"",
+        "heic": b"\0\0\0\x18ftypheic" + whole,
+        "text": b"<html>",
+    }.get(fault, whole)
 
 
 @dataclass
 class Case:
-    """A data set in the making: where it is, and under which of some names each of its pictures must be found or named."""
+    """A data set in the making: where it is, and under which of some names each of its pictures must be found
+    or named.
+    """
 
     rng: np.random.Generator
     folder: Path
@@ -240,7 +245,9 @@ def write_rows(case: Case, path: Path, rows: list[tuple[str, str]]) -> None:
     elif path.suffix == ".jsonl":
         lines = [json.dumps(dict(zip(keys, row)), ensure_ascii=case.chance(0.5)) for row in rows]
         if kind := case.fault(0.4, "null row", "cut line", "number for caption"):
-            lines[-1] = {"null row": "null", "cut line": lines[-1][:-3]}.get(kind, json.dumps({keys[0]: rows[-1][0], keys[1]: 3}))
+            lines[-1] = {"null row": "null", "cut line": lines[-1][:-3]}.get(
+                kind, json.dumps({keys[0]: rows[-1][0], keys[1]: 3})
+            )
         path.write_text("\n".join(lines) + "\n" * case.chance(0.8), encoding=case.pick(["utf-8", "utf-8-sig"]))
     else:
         write_separated(case, path, keys, rows)
@@ -250,14 +257,19 @@ def write_separated(case: Case, path: Path, keys: tuple[str, str], rows: list[tu
     between = "\t" if path.suffix == ".tsv" else case.pick([",", ",", ";"])
     buffer = io.StringIO()
     writer = csv.writer(
-        buffer, delimiter=between, lineterminator=case.pick(["\n", "\r\n"]), quoting=case.pick([csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
+        buffer,
+        delimiter=between,
+        lineterminator=case.pick(["\n", "\r\n"]),
+        quoting=case.pick([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
     )
     writer.writerows([keys, *rows])
     text = buffer.getvalue()
     end = "\r\n" if "\r\n" in text else "\n"
     lines = text.split(end)
     at = int(case.rng.integers(1, len(rows) + 1))
-    kind = case.fault(0.5, "stray quote", "open quote", "comma", "short row", "blank rows", "null name", "no end", "utf-16")
+    kind = case.fault(
+        0.5, "stray quote", "open quote", "comma", "short row", "blank rows", "null name", "no end", "utf-16"
+    )
     if kind == "stray quote":
         lines[at] = lines[at].replace("number", case.pick(['the "number"', '"the" number']))
     elif kind == "open quote":
@@ -271,7 +283,9 @@ def write_separated(case: Case, path: Path, keys: tuple[str, str], rows: list[tu
     elif kind == "null name":
         lines[at] = lines[at][lines[at].index(between) :] if lines[at].count(between) == 1 else lines[at]
     path.write_bytes(
-        (end.join(lines).rstrip() if kind == "no end" else end.join(lines)).encode("utf-16" if kind == "utf-16" else "utf-8")
+        (end.join(lines).rstrip() if kind == "no end" else end.join(lines)).encode(
+            "utf-16" if kind == "utf-16" else "utf-8"
+        )
     )
 
 
@@ -315,12 +329,23 @@ def a_tar(case: Case) -> dict:
             number, suffix = case.number(), case.pick(list(FORMATS))
             stem = f"{case.pick(['', 'a/', 'v1.2/b.c/', './'])}{case.name()}"
             kind = case.fault(
-                0.4, *BROKEN, "hidden", "no ending", "hard link", "link outside", "same key", "apples", "NFD text", "no text"
+                0.4,
+                *BROKEN,
+                "hidden",
+                "no ending",
+                "hard link",
+                "link outside",
+                "same key",
+                "apples",
+                "NFD text",
+                "no text",
             )
             name = stem + ("" if kind == "no ending" else suffix)
             if kind == "hidden":
                 name = os.path.join(os.path.dirname(name), "." + os.path.basename(name))
-            texts = [(unicodedata.normalize("NFD", stem) if kind == "NFD text" else stem) + ".txt"] * (kind != "no text")
+            texts = [(unicodedata.normalize("NFD", stem) if kind == "NFD text" else stem) + ".txt"] * (
+                kind != "no text"
+            )
             pair = [(name, encoded(number, suffix, kind)), *((text, f"number {number}".encode()) for text in texts)]
             if kind == "link outside":
                 pair[0] = (name, "/etc/hostname")
@@ -328,7 +353,9 @@ def a_tar(case: Case) -> dict:
                 pair[0] = (name, f"{stem}.original.{'png'}")
                 members.append((f"{stem}.original.png", encoded(number, ".png")))
             if kind == "apples":
-                members.append((os.path.join(os.path.dirname(stem), f"._{os.path.basename(stem)}{suffix}"), b"\0\5\x16\7"))
+                members.append(
+                    (os.path.join(os.path.dirname(stem), f"._{os.path.basename(stem)}{suffix}"), b"\0\5\x16\7")
+                )
             case.pictures[number] = {f"{case.folder.name}/{shard}.tar/{name}", f"{shard}.tar/{name}"}
             members += pair
             if kind == "same key":

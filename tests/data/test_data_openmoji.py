@@ -89,4 +89,6 @@ def test_an_interrupted_preparation_leaves_nothing_and_the_next_one_works(tmp_pa
 @pytest.mark.parametrize("subset", ["all", "no_skin_tones", "200"])
 def test_every_subset_has_a_builder(tmp_path, subset):
     settings = openmoji.config(32, "white", subset)
-    assert openmoji.Openmoji(config=settings, data_dir=tmp_path).info.full_name == f"openmoji/{subset}_32px_ffffff/1.0.0"
+    assert (
+        openmoji.Openmoji(config=settings, data_dir=tmp_path).info.full_name == f"openmoji/{subset}_32px_ffffff/1.0.0"
+    )

@@ -180,12 +180,16 @@ def test_data_are_known_by_their_content(tmp_path, monkeypatch):
     state = captioned(tmp_path / "a", ["one", "two", "three"]).batches(2, seed=0).get_state()
     captioned(tmp_path / "moved" / "elsewhere", ["one", "two", "three"]).batches(2, seed=0).set_state(state)
     for name, told in {"exchanged": (["two", "one", "three"],), "pictures": (["one", "two", "three"], 4)}.items():
-        with pytest.raises(UserError, match="not the data that the checkpoint was trained on: content was.*--allow-change"):
+        with pytest.raises(
+            UserError, match="not the data that the checkpoint was trained on: content was.*--allow-change"
+        ):
             captioned(tmp_path / name, *told).batches(2, seed=0).set_state(state)
 
 
 def test_a_state_of_before_contents_were_known_is_read(load):
-    old = json.dumps({"name": "tiny_classes/whole", "split": "train", "examples": EXAMPLES, "seed": 0, "batch_size": 4, "batch": 3})
+    old = json.dumps(
+        {"name": "tiny_classes/whole", "split": "train", "examples": EXAMPLES, "seed": 0, "batch_size": 4, "batch": 3}
+    )
     batches = load().batches(4, seed=0)
     batches.set_state(old.encode())
     assert json.loads(batches.get_state())["batch"] == 3

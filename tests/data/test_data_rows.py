@@ -13,7 +13,8 @@ TWO = [("a.png", "one"), ("b.png", "two, too")]
 def read(folder, text, kind=".csv", encoding="utf-8"):
     (folder / f"t{kind}").write_bytes(text.encode(encoding) if isinstance(text, str) else text)
     return [
-        (row.picture, *row.captions) if not row.problem else f"{row.where} {row.problem}" for row in rows(folder / f"t{kind}")
+        (row.picture, *row.captions) if not row.problem else f"{row.where} {row.problem}"
+        for row in rows(folder / f"t{kind}")
     ]
 
 
@@ -45,13 +46,21 @@ def test_quotes_are_what_they_are_meant_to_be(tmp_path):
         ("b.png", '12" disk'),
         ("c.png", "two\nlines"),
     ]
-    found = read(tmp_path, 'file\ttext\na.png\t"The best" of\nb.png\t12" disk\nc.png\t"say ""hi"""\nd.png\t"open\n', ".tsv")
+    found = read(
+        tmp_path, 'file\ttext\na.png\t"The best" of\nb.png\t12" disk\nc.png\t"say ""hi"""\nd.png\t"open\n', ".tsv"
+    )
     assert found == [("a.png", '"The best" of'), ("b.png", '12" disk'), ("c.png", 'say "hi"'), ("d.png", '"open')]
 
 
 REFUSED = {
-    "a quote that swallows all that follows": ('file,text\na.png,x\nb.png,"oops\nc.png,y\n', "line 3 do not fit .*on line 4"),
-    "one that ends at the next": ('file,text\na.png,"oops\nb.png,"fine"\n', r"begin on line 2 do not fit \(.* on line 3\)"),
+    "a quote that swallows all that follows": (
+        'file,text\na.png,x\nb.png,"oops\nc.png,y\n',
+        "line 3 do not fit .*on line 4",
+    ),
+    "one that ends at the next": (
+        'file,text\na.png,"oops\nb.png,"fine"\n',
+        r"begin on line 2 do not fit \(.* on line 3\)",
+    ),
     "one that ends at a stray one": (
         'file,text\na.png,"oops\nb.png,x\nc.png,y"\n',
         r"begin on line 2 take in another row \('b.png,x'\)",
@@ -73,19 +82,36 @@ REFUSED = {
 @pytest.mark.parametrize("fault", REFUSED)
 def test_a_fault_that_hides_rows_refuses_the_table_with_its_line(tmp_path, fault, kind):
     text, message = REFUSED[fault]
-    if kind == ".tsv" and "quote" in fault or kind == ".tsv" and "ends at" in fault:
+    if (kind == ".tsv" and "quote" in fault) or (kind == ".tsv" and "ends at" in fault):
         pytest.skip("a quote is a letter there")
     if kind == ".tsv":
-        text, message = (text.replace(b",", b"\t"), message) if isinstance(text, bytes) else (text.replace(",", "\t"), message)
+        text, message = (
+            (text.replace(b",", b"\t"), message) if isinstance(text, bytes) else (text.replace(",", "\t"), message)
+        )
     with pytest.raises(UserError, match=message) as raised:
         read(tmp_path, text, kind)
     assert f"t{kind}: " in str(raised.value) and "\n" not in str(raised.value)
 
 
 def test_a_faulty_row_is_left_out_with_its_line(tmp_path):
-    assert read(tmp_path, "file,text\na.png,one\n,lost\nb.png,\n") == [("a.png", "one"), "line 3 names no picture", ("b.png",)]
-    table = ['{"url": "a.png", "text": "one"}', "null", '{"url": "b", ', '{"url": null, "text": "x"}', '{"url": "c", "text": 3}']
-    table += ['{"url": "d", "text": null}', '{"url": "e", "text": "x", "text": "y"}', '{"url": ["f"], "text": "x"}', "[" * 5000]
+    assert read(tmp_path, "file,text\na.png,one\n,lost\nb.png,\n") == [
+        ("a.png", "one"),
+        "line 3 names no picture",
+        ("b.png",),
+    ]
+    table = [
+        '{"url": "a.png", "text": "one"}',
+        "null",
+        '{"url": "b", ',
+        '{"url": null, "text": "x"}',
+        '{"url": "c", "text": 3}',
+    ]
+    table += [
+        '{"url": "d", "text": null}',
+        '{"url": "e", "text": "x", "text": "y"}',
+        '{"url": ["f"], "text": "x"}',
+        "[" * 5000,
+    ]
     found = read(tmp_path, "\n".join(table), ".jsonl")
     assert found[0] == ("a.png", "one") and found[5] == ("d",)
     for row, fault in {

@@ -228,7 +228,11 @@ def test_pictures_that_a_parquet_file_holds(site, tmp_path):
     (tmp_path / "set" / "README.md").write_text("a card")
     for part in range(2):
         rows = [
-            {"image": {"bytes": picture(20 * (4 * part + i)), "path": None}, "text": f"number {4 * part + i}", "label": i % 2}
+            {
+                "image": {"bytes": picture(20 * (4 * part + i)), "path": None},
+                "text": f"number {4 * part + i}",
+                "label": i % 2,
+            }
             for i in range(4)
         ]
         file = tmp_path / "set" / "data" / f"train-{part:05}-of-00002.parquet"
@@ -255,7 +259,9 @@ def test_files_are_found_as_people_write_them(site, tmp_path):
         (tmp_path / name).write_bytes(picture(20 * number))
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
     names = ["cafe\u0301.png", "\u00e9.png", "sub\\b.png", str(tmp_path / "Sub" / "c.jfif"), "gone.png", "missing.png"]
-    table = write(tmp_path, [{"file name": "x", " image ": name, " text": f"number {i}"} for i, name in enumerate(names)], ".csv")
+    table = write(
+        tmp_path, [{"file name": "x", " image ": name, " text": f"number {i}"} for i, name in enumerate(names)], ".csv"
+    )
     found = data.load(settings(table))
     shown = found.examples(range(len(found)))
     assert {captions: image[0, 0, 0] for captions, image in zip(shown["captions"], shown["image"])} == {

@@ -52,13 +52,13 @@ def test_pictures_with_their_captions(tmp_path):
         tmp_path / "0.tar",
         [
             ("a/1.png", encoded(10, "PNG")),
-            ("a/1.txt", "one\nfirst\n".encode()),
+            ("a/1.txt", b"one\nfirst\n"),
             ("a/1.json", json.dumps({"caption": "one", "width": 20}).encode()),
             ("a/2.json", b'{"text": ["two"]}'),
             ("a/2.cls", b"7"),
             ("a/2.JPG", encoded(40, "JPEG")),
             ("b/1.webp", encoded(80, "WEBP")),
-            ("b/1.txt", "three".encode()),
+            ("b/1.txt", b"three"),
             ("b/1.seg.png", encoded(0, "PNG")),
         ],
     )
@@ -68,7 +68,10 @@ def test_pictures_with_their_captions(tmp_path):
 def test_shards_are_one_data_set_that_is_prepared_once(tmp_path, monkeypatch):
     (tmp_path / "shards").mkdir()
     for number in range(3):
-        write(tmp_path / "shards" / f"{number}.tar", [("0.png", encoded(10 * number, "PNG")), ("0.txt", f"{number}".encode())])
+        write(
+            tmp_path / "shards" / f"{number}.tar",
+            [("0.png", encoded(10 * number, "PNG")), ("0.txt", f"{number}".encode())],
+        )
     assert reds(load(tmp_path / "shards")) == {("0",): 0, ("1",): 10, ("2",): 20}
     assert reds(load(tmp_path / "shards" / "[12].tar")) == {("1",): 10, ("2",): 20}
     monkeypatch.setattr(webdataset, "_index", None)
@@ -151,8 +154,17 @@ def test_dots_in_keys_hide_no_picture(tmp_path):
     found = load(shard)
     assert len(found) == 6
     shown = found.examples(range(6))
-    told = sorted((captions[0], round(int(image[0, 0, 0]), -1)) for captions, image in zip(shown["captions"], shown["image"]))
-    assert told == [("a date", 10), ("a scene", 50), ("another", 20), ("both", 30), ("both", 40), ("by its whole name", 70)]
+    told = sorted(
+        (captions[0], round(int(image[0, 0, 0]), -1)) for captions, image in zip(shown["captions"], shown["image"])
+    )
+    assert told == [
+        ("a date", 10),
+        ("a scene", 50),
+        ("another", 20),
+        ("both", 30),
+        ("both", 40),
+        ("by its whole name", 70),
+    ]
     assert named(found) == {"0.tar/scene.depth.png": "is another picture of its key, without captions of its own"}
 
 
@@ -167,7 +179,9 @@ def test_the_same_key_again_is_another_sample(tmp_path):
     again = [("1.webp", encoded(40, "WEBP")), ("1.txt", b"three"), ("2.txt", b"four"), ("2.png", encoded(50, "PNG"))]
     found = load(write(tmp_path / "0.tar", once + again))
     shown = found.examples(range(len(found)))
-    told = sorted((captions[0], round(int(image[0, 0, 0]), -1)) for captions, image in zip(shown["captions"], shown["image"]))
+    told = sorted(
+        (captions[0], round(int(image[0, 0, 0]), -1)) for captions, image in zip(shown["captions"], shown["image"])
+    )
     assert told == [("four", 50), ("one", 10), ("three", 40), ("two", 20), ("two", 30)]
 
 

@@ -20,7 +20,11 @@ def of(process):
 def density(x, mixture):
     weights = np.exp([0.5, 0.0]) / np.sum(np.exp([0.5, 0.0]))
     deviation = np.sqrt(np.asarray(mixture.variances[:, 0]))
-    bells = np.exp(-(((x[:, None] - np.asarray(mixture.means[:, 0])) / deviation) ** 2) / 2) / deviation / np.sqrt(2 * np.pi)
+    bells = (
+        np.exp(-(((x[:, None] - np.asarray(mixture.means[:, 0])) / deviation) ** 2) / 2)
+        / deviation
+        / np.sqrt(2 * np.pi)
+    )
     return bells @ weights
 
 

@@ -1,8 +1,9 @@
-"""Every sampler x variance x prediction x process x grid x number of steps x eta, through `Model.recipe`, against a loop in float64.
+"""Every sampler x variance x prediction x process x grid x number of steps x eta, through `Model.recipe`, against a
+loop in float64.
 
-The loop is written from the papers' formulas alone: it knows no function of diffjax. The toy network is the exact denoiser of a
-Gaussian, a line in x for each time of the grid. Ten programs serve the whole space: process and prediction are switched
-inside them. By default 60 combinations of four programs run; with `--slow` all.
+The loop is written from the papers' formulas alone: it knows no function of diffjax. The toy network is the exact
+denoiser of a Gaussian, a line in x for each time of the grid. Ten programs serve the whole space: process and
+prediction are switched inside them. By default 60 combinations of four programs run; with `--slow` all.
 """
 
 import functools
@@ -24,7 +25,12 @@ from diffjax.utils import struct
 from diffjax.utils.errors import UserError
 
 TABLE, ROWS = 12, 17
-VARIANCES = {"small": sample.small, "large": sample.large, "learned": sample.learned, "learned_range": sample.learned_range}
+VARIANCES = {
+    "small": sample.small,
+    "large": sample.large,
+    "learned": sample.learned,
+    "learned_range": sample.learned_range,
+}
 PREDICTIONS = {name: make() for name, make in build.PREDICTIONS.items()} | {"straight": predict.Straight()}
 STEPS, ETAS = (1, 2, 3, 9, 16), (None, 0.0, 0.4, 1.0)
 MEAN, SPREAD = np.array([0.4, -0.7, 0.1]), np.array([0.05, 0.3, 1.0])
@@ -46,7 +52,9 @@ PROCESSES = {
     "shifted flow": Shift(Flow(), 3.0),
     "shifted cosine": Shift(Cosine(), 0.3),
 }
-assert {type(process) for process in PROCESSES.values()} >= set(build.PROCESSES.values()) - {build.PROCESSES["discrete"]}
+assert {type(process) for process in PROCESSES.values()} >= set(build.PROCESSES.values()) - {
+    build.PROCESSES["discrete"]
+}
 
 
 # The formulas, in float64.
@@ -67,7 +75,11 @@ def coefficients(name, t):
     if name == "exploding":
         sigma = 0.01 * 5000.0**t
         return 1.0, sigma, 0.0, sigma * np.log(5000.0)
-    return (1.0, 80 * t, 0.0, 80.0) if name == "linear" else table_coefficients(tabled(name == "zero-terminal").astype(float), t)
+    return (
+        (1.0, 80 * t, 0.0, 80.0)
+        if name == "linear"
+        else table_coefficients(tabled(name == "zero-terminal").astype(float), t)
+    )
 
 
 def table_coefficients(alpha2, t):
@@ -131,7 +143,9 @@ class Loop:
             return np.log(self.alpha[i]) - np.log(self.sigma[i])
 
     def draw(self, x, z, sampler, eta, variance):
-        step = getattr(self, {"ddpm": "plain", "ddim": "plain", "euler": "plain", "dpmpp_2m_sde": "dpmpp_2m"}.get(sampler, sampler))
+        step = getattr(
+            self, {"ddpm": "plain", "ddim": "plain", "euler": "plain", "dpmpp_2m_sde": "dpmpp_2m"}.get(sampler, sampler)
+        )
         eta = {"ddpm": 1.0, "dpmpp_2m_sde": 1.0}.get(sampler, 0.0) if eta is None else eta
         variance = variance if sampler in ("ddpm", "euler") else "small"
         self.past, self.trail = [], None
@@ -145,7 +159,12 @@ class Loop:
         return r, eta**2 * (1 - r**2) if sampler == "ddim" else 1 - r ** (2 * eta)
 
     def plain(self, x, i, z, eta, variance, sampler):
-        (x0, eps), (r, tau), now, then = self.estimate(x, i), self.shares(i, eta, sampler), self.sigma[i], self.sigma[i + 1]
+        (x0, eps), (r, tau), now, then = (
+            self.estimate(x, i),
+            self.shares(i, eta, sampler),
+            self.sigma[i],
+            self.sigma[i + 1],
+        )
         of_eta = tau / (1 - r**2)
         posterior, added = then**2 * (1 - r**2), now**2 - (self.alpha[i] / self.alpha[i + 1]) ** 2 * then**2
         mixed = posterior ** ((1 - SECOND) / 2) * added ** ((1 + SECOND) / 2)
@@ -197,7 +216,9 @@ class Loop:
 
     def along(self, x, i, slope):
         """A step of x / alpha, a line in sigma / alpha."""
-        return self.alpha[i + 1] * (x / self.alpha[i] + (self.sigma[i + 1] / self.alpha[i + 1] - self.sigma[i] / self.alpha[i]) * slope)
+        return self.alpha[i + 1] * (
+            x / self.alpha[i] + (self.sigma[i + 1] / self.alpha[i + 1] - self.sigma[i] / self.alpha[i]) * slope
+        )
 
     def ipndm(self, x, i, z, eta, variance, sampler):
         x0, eps = self.estimate(x, i)
@@ -205,13 +226,19 @@ class Loop:
         self.past.append((i, eps))
         if self.alpha[i] == 0:
             return self.alpha[i + 1] * x0 + self.sigma[i + 1] * eps
-        weights = {0: [1], 1: [3 / 2, -1 / 2], 2: [23 / 12, -16 / 12, 5 / 12], 3: [55 / 24, -59 / 24, 37 / 24, -9 / 24]}[len(past)]
+        weights = {
+            0: [1],
+            1: [3 / 2, -1 / 2],
+            2: [23 / 12, -16 / 12, 5 / 12],
+            3: [55 / 24, -59 / 24, 37 / 24, -9 / 24],
+        }[len(past)]
         return self.along(x, i, sum(w * e for w, e in zip(weights, [eps, *(e for _, e in past)])))
 
 
 def polynomial(nodes, h):
-    """The mean over u in [0, 1] of the polynomial through (u_i, x0_i), with weight e^(-(1 - u) h); of two nodes the published mean
-    is that with weight 1 (Lu et al. 2022b, section 5; Zhao et al. 2023, section 3.4)."""
+    """The mean over u in [0, 1] of the polynomial through (u_i, x0_i), with weight e^(-(1 - u) h); of two nodes the
+    published mean is that with weight 1 (Lu et al. 2022b, section 5; Zhao et al. 2023, section 3.4).
+    """
     if len(nodes) == 1:
         return nodes[0][1]
     u, w = np.polynomial.legendre.leggauss(60)
@@ -234,10 +261,14 @@ class AnyProcess(Process):
     all: tuple
 
     def alpha(self, t):
-        return jax.lax.switch(self.number, [lambda t, one=one: one.alpha(t) * jnp.ones_like(t) for one in self.all], jnp.asarray(t))
+        return jax.lax.switch(
+            self.number, [lambda t, one=one: one.alpha(t) * jnp.ones_like(t) for one in self.all], jnp.asarray(t)
+        )
 
     def sigma(self, t):
-        return jax.lax.switch(self.number, [lambda t, one=one: one.sigma(t) * jnp.ones_like(t) for one in self.all], jnp.asarray(t))
+        return jax.lax.switch(
+            self.number, [lambda t, one=one: one.sigma(t) * jnp.ones_like(t) for one in self.all], jnp.asarray(t)
+        )
 
 
 @struct.dataclass
@@ -247,7 +278,9 @@ class AnyPrediction(Prediction):
     number: Any
 
     def point(self, process, t):
-        return jax.lax.switch(self.number, [lambda t, one=one: one.point(process, t) for one in PREDICTIONS.values()], jnp.asarray(t))
+        return jax.lax.switch(
+            self.number, [lambda t, one=one: one.point(process, t) for one in PREDICTIONS.values()], jnp.asarray(t)
+        )
 
 
 def network(params, x, t):
@@ -288,7 +321,9 @@ def run(combination, key):
     number = lambda names, name: np.int32(list(names).index(name))
     any_process = AnyProcess(number(PROCESSES, process), tuple(PROCESSES.values()))
     params = (filled(formulas.times[: len(formulas.slope)]), filled(formulas.slope), filled(formulas.shift))
-    denoiser = recipe.denoise.replace(process=any_process, prediction=AnyPrediction(number(PREDICTIONS, prediction)), params=params)
+    denoiser = recipe.denoise.replace(
+        process=any_process, prediction=AnyPrediction(number(PREDICTIONS, prediction)), params=params
+    )
     x = np.float32(formulas.sigma[0]) * X
     recipe = recipe.replace(process=any_process, denoise=denoiser, grid=filled(rows))
     given = denoiser, any_process, recipe.sampler, {}, keys(key)
@@ -347,7 +382,8 @@ def checked(combinations):
 
 
 @pytest.mark.parametrize(
-    "samplers, number", [(("ddpm", "euler", "ddim", "dpmpp_2m"), 60), pytest.param(tuple(build.SAMPLERS), 1500, marks=pytest.mark.slow)]
+    "samplers, number",
+    [(("ddpm", "euler", "ddim", "dpmpp_2m"), 60), pytest.param(tuple(build.SAMPLERS), 1500, marks=pytest.mark.slow)],
 )
 def test_a_share_of_all_combinations(samplers, number):
     every = [one for one in space() if one[0] in samplers and (number > 60 or one[1] in ("small", "large"))]

@@ -44,10 +44,14 @@ def test_edm_is_its_papers_preconditioning(float64):
     """D = c_skip x + c_out F(c_in x; c_noise), table 1 of Karras et al. 2022."""
     process, t, data = Exploding(0.02, 80.0), 0.6, 0.5
     network = lambda params, x, t, **cond: jnp.tanh(3 * x) + t[:, None, None, None]
-    est = Denoiser(process, EDM(data), None, network, clock=denoise.quarter_log_sigma, scale=denoise.edm_scale)(X.astype(float), t, {})
+    est = Denoiser(process, EDM(data), None, network, clock=denoise.quarter_log_sigma, scale=denoise.edm_scale)(
+        X.astype(float), t, {}
+    )
     sigma = float(process.sigma(t))
     n = np.sqrt(sigma**2 + data**2)
-    expected = data**2 / n**2 * X.astype(float) + sigma * data / n * (np.tanh(3 * X.astype(float) / n) + np.log(sigma) / 4)
+    expected = data**2 / n**2 * X.astype(float) + sigma * data / n * (
+        np.tanh(3 * X.astype(float) / n) + np.log(sigma) / 4
+    )
     np.testing.assert_allclose(est.x0, expected, rtol=1e-9)
 
 

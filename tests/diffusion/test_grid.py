@@ -53,7 +53,9 @@ def test_karras_is_even_in_the_root_of_sigma(float64):
     assert rows.shape == (18, 2) and rows[-1, 1] == 0
 
 
-@pytest.mark.parametrize("process", [Flow(), Cosine(), Exploding(0.01, 50.0), DDPM, Shift(Flow(), 3.0)], ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize(
+    "process", [Flow(), Cosine(), Exploding(0.01, 50.0), DDPM, Shift(Flow(), 3.0)], ids=lambda p: type(p).__name__
+)
 def test_spacings_mean_the_same_on_every_process(float64, process):
     rows = grid.karras(process, 6, 0.1, 10.0, rho=1.0)
     np.testing.assert_allclose(np.diff(np.exp(-process.logsnr(jnp.asarray(rows[:, 0])) / 2)), -9.9 / 5, rtol=1e-6)

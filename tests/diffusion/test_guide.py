@@ -27,7 +27,9 @@ RULES = {
     "skip": lambda w: guide.Skip(guide.Guidance(MIXTURE, w), WEAK, 0.0),
     "apg with momentum": lambda w: guide.APG(MIXTURE, FLOW, w, momentum=-0.5),
     "autoguidance": lambda w: guide.Autoguidance(MIXTURE, WEAK, w),
-    "rescaled interval": lambda w: guide.Rescale(guide.Interval(guide.APG(MIXTURE, FLOW, w), 0.1, 0.9), predict.V(), FLOW, 0.7),
+    "rescaled interval": lambda w: guide.Rescale(
+        guide.Interval(guide.APG(MIXTURE, FLOW, w), 0.1, 0.9), predict.V(), FLOW, 0.7
+    ),
 }
 
 
@@ -102,7 +104,10 @@ def test_cfg_zero_star_projects_the_null_velocity():
 
 def test_skip_acts_in_its_part_of_the_run():
     (conditioned, _), weak = branches(), WEAK(X, T, CLASS)
-    plain, acting = guide.Guidance(MIXTURE, 3.0)(X, T, COND), guide.Skip(guide.Guidance(MIXTURE, 3.0), WEAK, 2.0, 0.3, 0.5)
+    plain, acting = (
+        guide.Guidance(MIXTURE, 3.0)(X, T, COND),
+        guide.Skip(guide.Guidance(MIXTURE, 3.0), WEAK, 2.0, 0.3, 0.5),
+    )
     np.testing.assert_allclose(acting(X, T, COND).x0, plain.x0 + 2 * (conditioned.x0 - weak.x0), atol=1e-5)
     later = guide.Guidance(MIXTURE, 3.0)(X, 0.2, COND)
     np.testing.assert_allclose(acting(X, 0.2, COND).x0, later.x0, atol=1e-6)
@@ -119,8 +124,12 @@ class Counting:
         return self.denoise(x, t, cond)
 
 
-@pytest.mark.parametrize("wrap", [lambda g: g, lambda g: guide.Rescale(g, predict.V(), FLOW, 0.5), lambda g: guide.Skip(g, WEAK, 1.0, 0.9)])
-@pytest.mark.parametrize("inner", [guide.Guidance, lambda d, w: guide.APG(d, FLOW, w, -0.5), lambda d, w: guide.CFGZero(d, FLOW, w)])
+@pytest.mark.parametrize(
+    "wrap", [lambda g: g, lambda g: guide.Rescale(g, predict.V(), FLOW, 0.5), lambda g: guide.Skip(g, WEAK, 1.0, 0.9)]
+)
+@pytest.mark.parametrize(
+    "inner", [guide.Guidance, lambda d, w: guide.APG(d, FLOW, w, -0.5), lambda d, w: guide.CFGZero(d, FLOW, w)]
+)
 def test_outside_the_interval_only_the_conditional_branch_is_evaluated(wrap, inner):
     seen = Counting()
     rule = wrap(guide.Interval(inner(seen, 3.0), 0.3, 0.7))
@@ -146,7 +155,9 @@ def test_branches_that_agree_are_left_alone(rule):
     """No division by the length of a difference or of an estimate that is zero."""
     same = {"cond": CLASS, "null": CLASS}
     np.testing.assert_allclose(rule(X, T, same).x0, MIXTURE(X, T, CLASS).x0, atol=1e-5)
-    silent = rule.replace(denoise=lambda x, t, cond: predict.estimate(predict.Velocity(), FLOW, x, jnp.zeros_like(x), jnp.asarray(0.5)))
+    silent = rule.replace(
+        denoise=lambda x, t, cond: predict.estimate(predict.Velocity(), FLOW, x, jnp.zeros_like(x), jnp.asarray(0.5))
+    )
     assert jnp.isfinite(silent(jnp.zeros_like(X), 0.5, COND).x0).all()
     standing = guide.Rescale(guide.CFGZero(MIXTURE, FLOW, 3.0, still=0.1), predict.Velocity(), FLOW, 0.7)
     assert jnp.isfinite(standing(X, T, COND).x0).all()
@@ -160,7 +171,9 @@ def test_guides_are_pytrees_whose_scale_is_traced():
         seen.append(1)
         return rule(X, T, COND).x0
 
-    assert not np.allclose(run(guide.Guidance(MIXTURE, jnp.float32(2.0))), run(guide.Guidance(MIXTURE, jnp.float32(3.0))))
+    assert not np.allclose(
+        run(guide.Guidance(MIXTURE, jnp.float32(2.0))), run(guide.Guidance(MIXTURE, jnp.float32(3.0)))
+    )
     assert len(seen) == 1
 
 

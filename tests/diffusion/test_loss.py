@@ -10,7 +10,13 @@ from diffjax.diffusion import loss, predict, process
 from diffjax.diffusion.denoise import Denoiser
 
 T = np.asarray([0.1, 0.35, 0.6, 0.9])
-PREDICTIONS = {"x0": predict.X0(), "eps": predict.Eps(), "v": predict.V(), "velocity": predict.Velocity(), "edm": predict.EDM()}
+PREDICTIONS = {
+    "x0": predict.X0(),
+    "eps": predict.Eps(),
+    "v": predict.V(),
+    "velocity": predict.Velocity(),
+    "edm": predict.EDM(),
+}
 
 
 def wrong_by(delta):
@@ -46,7 +52,10 @@ def test_weights_as_published(float64):
     published = {
         "plain eps": (measured(predict.Eps(), loss.plain), eps_error),
         "plain v": (measured(predict.V(), loss.plain), 0.01 / np.asarray(cosine.sigma(T)) ** 2),
-        "min-SNR, Hang et al. eq. 7": (measured(predict.Eps(), loss.min_snr(5.0)), np.minimum(snr(cosine), 5) / snr(cosine) * eps_error),
+        "min-SNR, Hang et al. eq. 7": (
+            measured(predict.Eps(), loss.min_snr(5.0)),
+            np.minimum(snr(cosine), 5) / snr(cosine) * eps_error,
+        ),
         "SiD2": (measured(predict.V(), loss.sigmoid(-3.0)), eps_error / (1 + np.exp(np.log(snr(cosine)) + 3))),
         "EDM": (measured(predict.X0(), loss.edm(0.5)), 0.01 * (sigma**2 + 0.25) / (sigma * 0.5) ** 2),
         "P2": (measured(predict.Eps(), loss.p2(0.5, 1.0)), eps_error / (1 + snr(cosine)) ** 0.5),

@@ -45,7 +45,10 @@ def test_likelihood_of_a_gaussian_converges_at_order_four(float64, name):
     gauss = gaussian(process, jnp.zeros(2), jnp.asarray(VARIANCE))
     exact = at_last_time(gauss, stop)
     coarse, fine = (
-        np.abs(ode.log_likelihood(gauss, process, jnp.asarray(X), even(process, start, stop, n), VARIANCE) - exact).max() for n in (100, 200)
+        np.abs(
+            ode.log_likelihood(gauss, process, jnp.asarray(X), even(process, start, stop, n), VARIANCE) - exact
+        ).max()
+        for n in (100, 200)
     )
     assert fine < 1e-4 and np.log2(coarse / fine) > 3.75
     np.testing.assert_allclose(exact, gauss.log_prob(jnp.asarray(X), 0.0) if name != "exploding" else exact, atol=2e-3)
@@ -76,7 +79,9 @@ def test_conditions_reach_the_network(float64):
     cond = {"logits": jnp.zeros((3, 2))}
     rows = even(process, start, stop, 20)
     plain = ode.log_likelihood(of, process, jnp.asarray(X), rows, variance)
-    np.testing.assert_allclose(ode.log_likelihood(of, process, jnp.asarray(X), rows, variance, cond=cond), plain, rtol=1e-9)
+    np.testing.assert_allclose(
+        ode.log_likelihood(of, process, jnp.asarray(X), rows, variance, cond=cond), plain, rtol=1e-9
+    )
 
 
 class TestDivergence:
@@ -153,7 +158,9 @@ def test_inverted_noise_looks_like_noise():
     of, _ = mixture(process)
     rng = np.random.RandomState(0)
     x0 = np.where(rng.rand(2000, 1) < 0.5, 1, -1) * np.array([0.6, 0.3]) + rng.randn(2000, 2) * np.sqrt([0.3, 0.1])
-    noise = ode.invert(of, process, jnp.asarray(x0, jnp.float32), even(process, 0.999, 0.001, 60), refine.extrapolate(2))
+    noise = ode.invert(
+        of, process, jnp.asarray(x0, jnp.float32), even(process, 0.999, 0.001, 60), refine.extrapolate(2)
+    )
     np.testing.assert_allclose(np.cov(noise.T), np.eye(2), atol=0.1)
     np.testing.assert_allclose(np.mean(noise, axis=0), 0, atol=0.1)
 

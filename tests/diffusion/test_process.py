@@ -86,7 +86,9 @@ def test_tables_are_those_of_their_papers():
     np.testing.assert_allclose([betas[0], betas[1] - betas[0], betas[-1]], [1e-4, (0.02 - 1e-4) / 999, 0.02], rtol=1e-4)
     np.testing.assert_allclose(np.sqrt(TABLES["scaled"].astype(float))[[0, -1]], [0.00085**0.5, 0.012**0.5], rtol=1e-6)
     f = lambda t: np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2
-    np.testing.assert_allclose(discrete(TABLES["cosine"]).alpha2[[0, 499, 900]], [f(k / 1000) / f(0) for k in (1, 500, 901)], rtol=1e-4)
+    np.testing.assert_allclose(
+        discrete(TABLES["cosine"]).alpha2[[0, 499, 900]], [f(k / 1000) / f(0) for k in (1, 500, 901)], rtol=1e-4
+    )
     assert TABLES["cosine"][-1] == np.float32(0.999)
     np.testing.assert_allclose(discrete(betas).alpha2, np.exp(np.cumsum(np.log1p(-betas))), rtol=1e-6)
 

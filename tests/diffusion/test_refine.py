@@ -18,7 +18,9 @@ DDPM = discrete(linear_betas())
 
 
 def mixture(process):
-    return Mixture(process, jnp.asarray([0.3, 0.0]), jnp.asarray([[0.5, 0.3], [-0.4, 0.2]]), jnp.asarray([[0.1, 0.2], [0.3, 0.1]]))
+    return Mixture(
+        process, jnp.asarray([0.3, 0.0]), jnp.asarray([[0.5, 0.3], [-0.4, 0.2]]), jnp.asarray([[0.1, 0.2], [0.3, 0.1]])
+    )
 
 
 X = np.array([[0.5, -1.0], [1.2, 0.3], [-0.7, 0.4]], np.float32)
@@ -30,7 +32,9 @@ def draw(chain, process, rows, eta=0.0, noise=None, denoise=None):
     return sample.sample(denoise or mixture(process), process, x, rows, sample.Sampler(chain, eta), KEYS(), noise=noise)
 
 
-@pytest.mark.parametrize("process", [pytest.param(name, marks=SLOW) if name == "discrete" else name for name in convergence.PROCESSES])
+@pytest.mark.parametrize(
+    "process", [pytest.param(name, marks=SLOW) if name == "discrete" else name for name in convergence.PROCESSES]
+)
 @pytest.mark.parametrize("name", convergence.SOLVERS)
 def test_order(float64, name, process):
     solver = convergence.SOLVERS[name]
@@ -81,7 +85,9 @@ def test_published_3m_step():
 
     history = refine.History(jnp.asarray([[[x0[1]]], [[x0[0]]]]), jnp.asarray([times[1], times[0]]))
     est = Estimate(jnp.full((1, 1), x0[2]), jnp.full((1, 1), (x - (1 - times[2]) * x0[2]) / times[2]))
-    _, est, _ = Published3M(3).update(history, est, None, times[2], times[3], process=process, denoise=None, key=None, eta=0.0)
+    _, est, _ = Published3M(3).update(
+        history, est, None, times[2], times[3], process=process, denoise=None, key=None, eta=0.0
+    )
     np.testing.assert_allclose((1 - times[3]) * est.x0 + times[3] * est.eps, expected, rtol=1e-6)
 
 
@@ -90,7 +96,10 @@ def test_published_3m_has_order_two(float64):
     for problem in PROBLEMS:
         measured = convergence.measure(convergence.problem(problem, Flow()), solver)
         assert abs(measured.order - 2) < 0.1
-        assert measured.error > 10 * convergence.measure(convergence.problem(problem, Flow()), convergence.SOLVERS["extrapolate 3"]).error
+        assert (
+            measured.error
+            > 10 * convergence.measure(convergence.problem(problem, Flow()), convergence.SOLVERS["extrapolate 3"]).error
+        )
 
 
 def test_2m_is_ddim_of_an_extrapolated_x0():
@@ -113,7 +122,9 @@ def test_chain_of_none_is_ddim_and_chains_compose():
     plain = draw(refine.chain(), DDPM, rows)
     np.testing.assert_array_equal(draw(refine.chain(refine.Clip(1e6)), DDPM, rows), plain)
     np.testing.assert_allclose(draw(refine.extrapolate(1), DDPM, rows), plain, atol=1e-6)
-    np.testing.assert_array_equal(draw(refine.chain(refine.extrapolate(2)), DDPM, rows), draw(refine.extrapolate(2), DDPM, rows))
+    np.testing.assert_array_equal(
+        draw(refine.chain(refine.extrapolate(2)), DDPM, rows), draw(refine.extrapolate(2), DDPM, rows)
+    )
     clip, extrapolate = refine.Clip(0.5), refine.extrapolate(2)
     assert jnp.abs(draw(refine.chain(extrapolate, clip), DDPM, rows)).max() <= 0.5
     rows = grid.uniform(5, 0.6, 0.1)
@@ -133,7 +144,9 @@ def test_heun_step_is_the_mean_of_two_slopes():
 def test_heun_is_one_method_on_a_flow_whose_lines_agree():
     """With alpha = 1 and sigma linear in t, eps and the velocity are the same slope."""
     process, rows = Linear(10.0), grid.uniform(8, 0.9, 0.0)
-    np.testing.assert_allclose(draw(refine.heun("eps"), process, rows), draw(refine.heun("flow"), process, rows), atol=1e-4)
+    np.testing.assert_allclose(
+        draw(refine.heun("eps"), process, rows), draw(refine.heun("flow"), process, rows), atol=1e-4
+    )
 
 
 def test_adams_of_one_is_the_plain_step_and_even_coefficients_are_the_textbook_ones():
@@ -158,7 +171,9 @@ def test_quadrature_solves_the_vandermonde_system(float64):
 def test_moments_are_the_integrals(float64, h):
     u, w = np.polynomial.legendre.leggauss(60)
     u, w = (u + 1) / 2, w * np.exp(-(1 - (u + 1) / 2) * h)
-    np.testing.assert_allclose(refine.moments(jnp.asarray(h), 4), [np.sum(w * u**k) / np.sum(w) for k in range(4)], rtol=1e-9)
+    np.testing.assert_allclose(
+        refine.moments(jnp.asarray(h), 4), [np.sum(w * u**k) / np.sum(w) for k in range(4)], rtol=1e-9
+    )
 
 
 def test_clock_minus_log_sigma_is_that_of_sd3_and_agrees_where_alpha_is_one():
@@ -186,9 +201,14 @@ def test_clip_moves_eps_or_keeps_it():
 
 
 def test_threshold_is_the_quantile_of_each_image():
-    x0 = np.random.RandomState(0).randn(3, 8, 8, 1).astype(np.float32) * np.array([0.1, 1.0, 4.0], np.float32)[:, None, None, None]
+    x0 = (
+        np.random.RandomState(0).randn(3, 8, 8, 1).astype(np.float32)
+        * np.array([0.1, 1.0, 4.0], np.float32)[:, None, None, None]
+    )
     x = 0.4 * x0 + 0.6
-    est = refined(refine.Threshold(0.9, limit=2.5), Estimate(jnp.asarray(x0), jnp.ones_like(x0)), jnp.asarray(x), Flow())
+    est = refined(
+        refine.Threshold(0.9, limit=2.5), Estimate(jnp.asarray(x0), jnp.ones_like(x0)), jnp.asarray(x), Flow()
+    )
     q = np.clip(np.quantile(np.abs(x0).reshape(3, -1), 0.9, axis=1), 1.0, 2.5)[:, None, None, None]
     assert q[0] == 1 and 1 < q[1] < 2.5 and q[2] == 2.5
     np.testing.assert_allclose(est.x0, np.clip(x0, -q, q) / q, rtol=1e-5)
@@ -235,7 +255,14 @@ def test_heun_evaluates_with_the_memory_and_the_refinements_of_its_step():
     np.testing.assert_allclose(state.past, remembered, atol=1e-6)
 
 
-SOLVERS = [refine.chain(), refine.heun(), refine.heun("flow"), refine.extrapolate(3), refine.unipc(3), refine.adams(4, "flow")]
+SOLVERS = [
+    refine.chain(),
+    refine.heun(),
+    refine.heun("flow"),
+    refine.extrapolate(3),
+    refine.unipc(3),
+    refine.adams(4, "flow"),
+]
 BOUNDS = [refine.chain(), refine.Clip(0.4, keep_eps=True), refine.Threshold(0.5)]
 
 
@@ -271,7 +298,12 @@ def test_churn_adds_the_noise_of_its_new_time(process):
 
 def test_churn_is_nothing_outside_its_range_without_gamma_and_where_alpha_is_zero():
     x, keys = jnp.asarray(X), KEYS()
-    for churn, t in [(refine.Churn(0.0), 0.5), (refine.Churn(0.4, low=2.0), 0.5), (refine.Churn(0.4, high=0.5), 0.5), (refine.Churn(0.4), 1.0)]:
+    for churn, t in [
+        (refine.Churn(0.0), 0.5),
+        (refine.Churn(0.4, low=2.0), 0.5),
+        (refine.Churn(0.4, high=0.5), 0.5),
+        (refine.Churn(0.4), 1.0),
+    ]:
         same, later = churn.before(x, t, Flow(), keys)
         np.testing.assert_array_equal(same, x)
         assert later == t
@@ -330,7 +362,9 @@ def test_derivatives_by_x_the_grid_and_eta_are_finite_there(name, process):
     process, rows = ENDS[process], jnp.asarray(grid.uniform(3), jnp.float32)
 
     def energy(x, rows, eta):
-        return jnp.sum(sample.sample(mixture(process), process, x, rows, sample.Sampler(CHAINS[name], eta), KEYS()) ** 2)
+        return jnp.sum(
+            sample.sample(mixture(process), process, x, rows, sample.Sampler(CHAINS[name], eta), KEYS()) ** 2
+        )
 
     slopes = jax.grad(energy, (0, 1, 2))(jnp.asarray(X), rows, 0.5)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(slopes))
@@ -347,4 +381,6 @@ def test_multistep_begins_with_order_one_at_an_infinite_clock():
 def test_last_step_to_sigma_zero_is_the_estimate():
     rows = grid.uniform(6)
     before = draw(refine.chain(), Cosine(), rows[:-1])
-    np.testing.assert_allclose(draw(refine.chain(), Cosine(), rows), mixture(Cosine())(before, rows[-1, 0]).x0, atol=1e-6)
+    np.testing.assert_allclose(
+        draw(refine.chain(), Cosine(), rows), mixture(Cosine())(before, rows[-1, 0]).x0, atol=1e-6
+    )

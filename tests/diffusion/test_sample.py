@@ -1,4 +1,6 @@
-"""The move and its scan: published steps, exact marginals, images that are their own, programs that are compiled once."""
+"""The move and its scan: published steps, exact marginals, images that are their own, programs that are
+compiled once.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +28,9 @@ def keys(n, seed=0):
 
 
 def moments(proc, rows, sampler, variance=VARIANCE):
-    """Mean and variance at the last time, without chance: the run is affine in x and in every step's noise, so each is probed alone."""
+    """Mean and variance at the last time, without chance: the run is affine in x and in every step's noise, so each is
+    probed alone.
+    """
     n, x = len(rows), np.zeros((len(rows) + 2, 3))
     x[1], noise = 1, np.zeros((n, n + 2, 3))
     noise[np.arange(n), np.arange(n) + 2] = 1
@@ -57,7 +61,8 @@ STOCHASTIC = {
 
 
 @pytest.mark.parametrize(
-    "name, proc", [*((name, Cosine()) for name in STOCHASTIC), ("2m sde", Flow()), ("ddpm", Exploding(0.01, 50.0)), ("ddpm", DDPM)]
+    "name, proc",
+    [*((name, Cosine()) for name in STOCHASTIC), ("2m sde", Flow()), ("ddpm", Exploding(0.01, 50.0)), ("ddpm", DDPM)],
 )
 def test_mean_and_variance_converge_to_the_exact_ones(float64, name, proc):
     sampler, order = STOCHASTIC[name]
@@ -71,7 +76,9 @@ def test_mean_and_variance_converge_to_the_exact_ones(float64, name, proc):
     assert errors[1] < (0.04, 4e-4)[order - 1]
 
 
-@pytest.mark.parametrize("law, eta", [(sample.power_law, 0.3), (sample.power_law, 1.0), (sample.power_law, 2.0), (sample.ddim_law, 0.3)])
+@pytest.mark.parametrize(
+    "law, eta", [(sample.power_law, 0.3), (sample.power_law, 1.0), (sample.power_law, 2.0), (sample.ddim_law, 0.3)]
+)
 def test_of_a_known_image_every_step_is_exact(float64, law, eta):
     """With x0 certain the move keeps the marginal N(alpha x0, sigma^2), however few the steps."""
     for proc in (Cosine(), Flow(), DDPM):
@@ -101,7 +108,10 @@ def test_ddpm_step_is_its_posterior(float64):
         mean = (np.sqrt(a_s) * beta * x0 + np.sqrt(alpha) * (1 - a_s) * xt) / (1 - a_t)
         deviation = np.sqrt((1 - a_s) / (1 - a_t) * beta)
         est = Estimate(jnp.asarray(x0), jnp.asarray((xt - np.sqrt(a_t) * x0) / np.sqrt(1 - a_t)))
-        for sampler, noise in [(Sampler(eta=1.0), deviation), (Sampler(eta=1.0, deviation=sample.large), np.sqrt(beta))]:
+        for sampler, noise in [
+            (Sampler(eta=1.0), deviation),
+            (Sampler(eta=1.0, deviation=sample.large), np.sqrt(beta)),
+        ]:
             np.testing.assert_allclose(sample.move(DDPM, est, t, s, sampler, z), mean + noise * z, rtol=1e-9)
 
 
@@ -151,7 +161,9 @@ def test_laws_at_the_ends():
     """0^0 = 1: without eta no noise where r = 0, and with it nothing else."""
     for law in (sample.power_law, sample.ddim_law):
         np.testing.assert_allclose([law(jnp.asarray(r), 0.0) for r in (0.0, 0.5, 1.0)], [[1, 0]] * 3, atol=1e-7)
-        np.testing.assert_allclose([law(jnp.asarray(r), 1.0) for r in (0.0, 0.5, 1.0)], [[0, 1], [0.5, 0.75], [1, 0]], atol=1e-6)
+        np.testing.assert_allclose(
+            [law(jnp.asarray(r), 1.0) for r in (0.0, 0.5, 1.0)], [[0, 1], [0.5, 0.75], [1, 0]], atol=1e-6
+        )
         for i in (0, 1):
             assert np.isfinite(jax.grad(lambda r, eta: law(r, eta)[i], (0, 1))(0.0, 0.0)).all()
 
@@ -177,7 +189,9 @@ SDE = Sampler(refine.extrapolate(2), eta=1.0)
 
 def draw(x, which, rows=None, sampler=SDE, **kwargs):
     rows = grid.uniform(8) if rows is None else rows
-    return np.asarray(sample.sample(MIXTURE, Cosine(), jnp.asarray(x), rows, sampler, keys(6)[jnp.asarray(which)], **kwargs))
+    return np.asarray(
+        sample.sample(MIXTURE, Cosine(), jnp.asarray(x), rows, sampler, keys(6)[jnp.asarray(which)], **kwargs)
+    )
 
 
 def test_replayed_noise_is_drawn_noise():
@@ -199,7 +213,14 @@ def test_an_image_is_its_own_whoever_shares_the_batch():
     np.testing.assert_array_equal(others[:2], together[:2])
 
 
-@pytest.mark.parametrize("chain", [pytest.param(refine.chain(), marks=pytest.mark.slow), refine.unipc(3), refine.chain(refine.Churn(0.2), refine.heun("eps"))])
+@pytest.mark.parametrize(
+    "chain",
+    [
+        pytest.param(refine.chain(), marks=pytest.mark.slow),
+        refine.unipc(3),
+        refine.chain(refine.Churn(0.2), refine.heun("eps")),
+    ],
+)
 def test_parts_are_the_whole_bit_for_bit(chain):
     """With their memory and place carried along, through one program of any number of steps."""
     sampler, rows = Sampler(chain, eta=0.5), grid.uniform(10)
@@ -260,7 +281,9 @@ def test_derivatives_by_the_start_and_the_grid_are_those_of_differences(float64)
     proc = Flow()
     rows = jnp.asarray(grid.uniform(4))
     mixture = MIXTURE.replace(process=proc)
-    energy = lambda x, rows: jnp.sum(sample.sample(mixture, proc, x, rows, Sampler(refine.extrapolate(2)), keys(6)) ** 2)
+    energy = lambda x, rows: jnp.sum(
+        sample.sample(mixture, proc, x, rows, Sampler(refine.extrapolate(2)), keys(6)) ** 2
+    )
     x = jnp.asarray(X, jnp.float64)
     by_x, by_rows = jax.grad(energy, (0, 1))(x, rows)
     h = 1e-6
@@ -268,7 +291,9 @@ def test_derivatives_by_the_start_and_the_grid_are_those_of_differences(float64)
     np.testing.assert_allclose(by_x[2, 1], (energy(x + bump, rows) - energy(x - bump, rows)) / (2 * h), rtol=1e-6)
     for entry in [(1, 0), (2, 1), (3, 0)]:
         bump = jnp.zeros_like(rows).at[entry].set(h)
-        np.testing.assert_allclose(by_rows[entry], (energy(x, rows + bump) - energy(x, rows - bump)) / (2 * h), rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(
+            by_rows[entry], (energy(x, rows + bump) - energy(x, rows - bump)) / (2 * h), rtol=1e-5, atol=1e-7
+        )
 
 
 def test_step_keeps_the_estimate_for_previews():

@@ -9,8 +9,7 @@ from PIL import Image
 
 import diffjax
 import diffjax.data
-from diffjax import config as configs
-from diffjax import loading
+from diffjax import config as configs, loading
 from diffjax.evaluate import runs
 from diffjax.sampling import job
 from diffjax.train import experiment as experiments
@@ -113,7 +112,10 @@ def test_a_job_with_a_real_run(run, tmp_path):
 
 
 def test_a_prompt_longer_than_the_encoder_reads_is_refused(run, tmp_path):
-    with pytest.raises(UserError, match="'red green blue grey red' has 5 tokens of which 4 are read: it loses 'red': say it in fewer words"):
+    with pytest.raises(
+        UserError,
+        match="'red green blue grey red' has 5 tokens of which 4 are read: it loses 'red': say it in fewer words",
+    ):
         job.generate(job.Request(str(run), prompts=("red green blue grey red",)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -39,7 +39,12 @@ CASES = {
     "ddpm_v": ("ddpm", 20, {"prediction_type": "v_prediction", "beta_schedule": "squaredcos_cap_v2"}, {}),
     "ddpm_x0": ("ddpm", 20, {"prediction_type": "sample", "timestep_spacing": "trailing"}, {}),
     "ddpm_threshold": ("ddpm", 10, {"thresholding": True, "clip_sample": False, "sample_max_value": 1.5}, {}),
-    "ddpm_zero_snr": ("ddpm", 10, {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, {}),
+    "ddpm_zero_snr": (
+        "ddpm",
+        10,
+        {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
+        {},
+    ),
     "ddim": ("ddim", 10, {"clip_sample": False}, {"eta": 0.0}),
     "ddim_half": ("ddim", 20, {}, {"eta": 0.5}),
     "dpmpp_2m": ("dpmpp_2m", 10, {}, {}),
@@ -65,7 +70,9 @@ def tensors():
 
 def inputs(steps):
     random = np.random.RandomState(1)
-    return random.standard_normal((1, 8, 8, 3)).astype(np.float32), random.standard_normal((steps, 1, 8, 8, 3)).astype(np.float32)
+    return random.standard_normal((1, 8, 8, 3)).astype(np.float32), random.standard_normal((steps, 1, 8, 8, 3)).astype(
+        np.float32
+    )
 
 
 def outputs(name):
@@ -101,20 +108,26 @@ def ours(name, times, folder):
     init, noise = inputs(steps)
     chosen = None if sampler in ("ddpm", "ddim") else grid.pairs(np.append((times + 1) / 1000, 0.0))
     with jax.default_matmul_precision("highest"):
-        return model.sample(jax.random.key(0), steps=steps, sampler=sampler, grid=chosen, init=init, noise=noise, **arguments)
+        return model.sample(
+            jax.random.key(0), steps=steps, sampler=sampler, grid=chosen, init=init, noise=noise, **arguments
+        )
 
 
 @pytest.mark.parametrize("name", STORED)
 def test_as_published(name, tmp_path):
     theirs = reference.stored(f"sample_{name}")
-    assert np.abs(np.asarray(ours(name, theirs["times"], tmp_path)) - theirs["x"]).max() < 1e-4 * max(1, np.abs(theirs["x"]).max())
+    assert np.abs(np.asarray(ours(name, theirs["times"], tmp_path)) - theirs["x"]).max() < 1e-4 * max(
+        1, np.abs(theirs["x"]).max()
+    )
 
 
 @pytest.mark.reference
 @pytest.mark.parametrize("name", CASES)
 def test_as_published_live(name, tmp_path):
     theirs = outputs(name)
-    assert np.abs(np.asarray(ours(name, theirs["times"], tmp_path)) - theirs["x"]).max() < 1e-4 * max(1, np.abs(theirs["x"]).max())
+    assert np.abs(np.asarray(ours(name, theirs["times"], tmp_path)) - theirs["x"]).max() < 1e-4 * max(
+        1, np.abs(theirs["x"]).max()
+    )
 
 
 def published(folder, index=None, scheduler=None, **fields):
@@ -131,13 +144,18 @@ def test_a_class_model_needs_a_label_unless_a_null_class_was_trained(tmp_path):
     key, rows = jax.random.key(0), 3
     bare = ddpm.ddpm(published(tmp_path / "bare", num_class_embeds=rows))
     assert bare.classes == ("0", "1", "2") and not bare.has_null
-    for how, said in (({}, "give a label, one of 0, 1, 2"), ({"label": 2, "guidance": 2.0}, "nothing to lead away from")):
+    for how, said in (
+        ({}, "give a label, one of 0, 1, 2"),
+        ({"label": 2, "guidance": 2.0}, "nothing to lead away from"),
+    ):
         with pytest.raises(UserError, match=said):
             bare.sample(key, steps=1, **how)
     named = {"id2label": {"0": "cat", "1": "dog"}}
     model = ddpm.ddpm(published(tmp_path / "named", named, num_class_embeds=rows))
     assert model.classes == ("cat", "dog") and model.has_null
-    same = model.sample(key, steps=1) == ddpm.ddpm(published(tmp_path / "all", num_class_embeds=rows)).sample(key, steps=1, label=2)
+    same = model.sample(key, steps=1) == ddpm.ddpm(published(tmp_path / "all", num_class_embeds=rows)).sample(
+        key, steps=1, label=2
+    )
     assert same.all()
 
 
@@ -145,12 +163,27 @@ def test_a_class_model_needs_a_label_unless_a_null_class_was_trained(tmp_path):
     ("index", "scheduler", "fields", "said"),
     [
         (None, None, {"sample_size": None}, "config.json: sample_size is null"),
-        (None, None, {"out_channels": 4}, "out_channels = 4 beside in_channels = 3; a network that draws has 3, or 6 with a variance"),
-        (None, {"variance_type": "learned"}, {}, "out_channels = 3 beside in_channels = 3; a network that draws has 6, for the variance"),
+        (
+            None,
+            None,
+            {"out_channels": 4},
+            "out_channels = 4 beside in_channels = 3; a network that draws has 3, or 6 with a variance",
+        ),
+        (
+            None,
+            {"variance_type": "learned"},
+            {},
+            "out_channels = 3 beside in_channels = 3; a network that draws has 6, for the variance",
+        ),
         (None, None, {"class_embed_type": "timestep"}, "class_embed_type = timestep reads labels that are no classes"),
         (None, None, {"class_embed_type": "identity"}, "class_embed_type = identity reads labels that are no classes"),
         ({"id2label": {"0": "cat"}}, None, {"num_class_embeds": 3}, "id2label names 1 classes, and the network has 3"),
-        ({"id2label": {"1": "cat"}}, None, {"num_class_embeds": 3}, "id2label must name the classes of the numbers from 0"),
+        (
+            {"id2label": {"1": "cat"}},
+            None,
+            {"num_class_embeds": 3},
+            "id2label must name the classes of the numbers from 0",
+        ),
     ],
 )
 def test_what_cannot_be_drawn_is_refused_by_its_field(tmp_path, index, scheduler, fields, said):
@@ -178,7 +211,11 @@ def test_default_steps_are_those_that_the_table_has():
     assert of_scheduler(num_train_timesteps=100).defaults.steps == 100
     assert of_scheduler(num_train_timesteps=20, class_name="DDIMScheduler").defaults.steps == 20
     assert of_scheduler(steps_offset=1).defaults.steps == 999
-    for fields in ({"num_train_timesteps": 100}, {"steps_offset": 1}, {"num_train_timesteps": 30, "timestep_spacing": "trailing"}):
+    for fields in (
+        {"num_train_timesteps": 100},
+        {"steps_offset": 1},
+        {"num_train_timesteps": 30, "timestep_spacing": "trailing"},
+    ):
         model = of_scheduler(**fields)
         assert len(model.recipe().grid) == model.defaults.steps
         with pytest.raises(UserError, match="take"):
@@ -200,7 +237,9 @@ VARIANCES, DRAWN = ("fixed_large", "learned", "learned_range"), ("ddpm", "ddim",
 def test_a_publishers_variance_adds_no_noise_without_eta(variance, sampler):
     model = of_scheduler(num_train_timesteps=20, variance_type=variance)
     init = np.random.RandomState(0).standard_normal((1, 4, 4, 3)).astype(np.float32)
-    draw = lambda seed, eta: np.asarray(model.sample(jax.random.key(seed), steps=3, sampler=sampler, eta=eta, init=init))
+    draw = lambda seed, eta: np.asarray(
+        model.sample(jax.random.key(seed), steps=3, sampler=sampler, eta=eta, init=init)
+    )
     np.testing.assert_array_equal(draw(0, 0.0), draw(1, 0.0))
     if sampler == "ddpm":
         assert np.abs(draw(0, 0.5) - draw(1, 0.5)).max() > 1e-3

@@ -1,8 +1,8 @@
 """Random combinations of a published scheduler's fields, drawn by us and by diffusers.
 
-A float64 run of diffusers is the judge where its steps are those of its own times, and a float64 loop written from the papers
-where they are not, or where its numbers are NaN: there diffusers is wrong (docs/ddpm.md). That loop must agree with diffusers
-everywhere else. Our error may be twice that of the judge's own float32 run.
+A float64 run of diffusers is the judge where its steps are those of its own times, and a float64 loop written from the
+papers where they are not, or where its numbers are NaN: there diffusers is wrong (docs/ddpm.md). That loop must agree
+with diffusers everywhere else. Our error may be twice that of the judge's own float32 run.
 """
 
 import collections
@@ -62,14 +62,21 @@ def drawn(random):
 
 
 class Network:
-    """The exact denoiser of a Gaussian in the scheduler's own prediction, a line in x for every step, with a second half."""
+    """The exact denoiser of a Gaussian in the scheduler's own prediction, a line in x for every step, with a
+    second half.
+    """
 
     def __init__(self, alpha2, fields, seed):
         random = np.random.RandomState(seed)
         mean, spread = random.uniform(-0.8, 0.8, SHAPE[1:]), random.uniform(0.05, 1, SHAPE[1:])
-        alpha, sigma = (np.sqrt(v.astype(np.float64))[:, None, None, None] for v in (alpha2, 1 - alpha2.astype(np.float64)))
+        alpha, sigma = (
+            np.sqrt(v.astype(np.float64))[:, None, None, None] for v in (alpha2, 1 - alpha2.astype(np.float64))
+        )
         total = alpha**2 * spread + sigma**2
-        x0, eps = (alpha * spread / total, mean - alpha**2 * spread / total * mean), (sigma / total, -sigma * alpha * mean / total)
+        x0, eps = (
+            (alpha * spread / total, mean - alpha**2 * spread / total * mean),
+            (sigma / total, -sigma * alpha * mean / total),
+        )
         lines = {"epsilon": eps, "sample": x0, "v_prediction": tuple(alpha * e - sigma * x for e, x in zip(eps, x0))}
         self.slope, self.shift = (line.astype(np.float32) for line in lines[fields["prediction_type"]])
         self.second = None
@@ -79,7 +86,9 @@ class Network:
 
     def __call__(self, x, k):
         cast = lambda values: values[k].astype(x.dtype)
-        return cast(self.slope) * x + cast(self.shift), None if self.second is None else np.broadcast_to(cast(self.second), x.shape)
+        return cast(self.slope) * x + cast(self.shift), None if self.second is None else np.broadcast_to(
+            cast(self.second), x.shape
+        )
 
 
 def apply(params, x, k):
@@ -91,17 +100,21 @@ def apply(params, x, k):
 
 def ours(scheduler, fields, network, x, noise, eta, steps):
     params = (network.slope, network.shift, network.second)
-    denoiser = Denoiser(discrete(scheduler.betas()), ddpm.PREDICTIONS[scheduler.prediction_type], params, apply, table_step)
+    denoiser = Denoiser(
+        discrete(scheduler.betas()), ddpm.PREDICTIONS[scheduler.prediction_type], params, apply, table_step
+    )
     module = UNet(sample_size=SHAPE[1], in_channels=SHAPE[-1])
     model = Model(denoiser, SHAPE[1:], ddpm.defaults(scheduler, module))
-    return np.asarray(model.sample(jax.random.key(0), num=len(x), steps=steps, eta=eta, init=x, noise=noise[:steps]), np.float64)
+    return np.asarray(
+        model.sample(jax.random.key(0), num=len(x), steps=steps, eta=eta, init=x, noise=noise[:steps]), np.float64
+    )
 
 
 def theirs(fields, alpha2, network, x, noise, eta, steps, dtype):
     """(the last state, the times, the largest value on the way) of diffusers in this precision.
 
-    On our table: torch's square root is not rounded alike on every processor, which a table of zero terminal SNR enlarges to
-    some 1e-6; the tables must be as near as that.
+    On our table: torch's square root is not rounded alike on every processor, which a table of zero terminal SNR
+    enlarges to some 1e-6; the tables must be as near as that.
     """
     import diffusers
     import torch
@@ -110,10 +123,16 @@ def theirs(fields, alpha2, network, x, noise, eta, steps, dtype):
     scheduler = kind(**{name: value for name, value in fields.items() if name != "_class_name"})
     np.testing.assert_allclose(np.sqrt(alpha2), np.sqrt(scheduler.alphas_cumprod.numpy()), rtol=0, atol=3e-6)
     scheduler.alphas_cumprod = torch.from_numpy(alpha2.copy())
-    scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0] if fields.get("set_alpha_to_one") is False else torch.ones(())
+    scheduler.final_alpha_cumprod = (
+        scheduler.alphas_cumprod[0] if fields.get("set_alpha_to_one") is False else torch.ones(())
+    )
     for name in ("betas", "alphas", "alphas_cumprod", "one", "final_alpha_cumprod"):
         if hasattr(scheduler, name):
-            setattr(scheduler, name, torch.as_tensor(getattr(scheduler, name)).to(torch.from_numpy(np.zeros(1, dtype)).dtype))
+            setattr(
+                scheduler,
+                name,
+                torch.as_tensor(getattr(scheduler, name)).to(torch.from_numpy(np.zeros(1, dtype)).dtype),
+            )
     scheduler.set_timesteps(steps)
     torched = lambda value: torch.from_numpy(np.array(np.moveaxis(value, -1, 1)))
     x, largest = x.astype(dtype), 1.0
@@ -148,9 +167,15 @@ def papers(scheduler, alpha2, ks, network, x, noise, eta, dtype):
         x0 = bounded(scheduler, x0).astype(dtype)
         posterior, beta = (1 - then) / (1 - now) * (1 - now / then), 1 - now / then
         if eta is not None:
-            x = np.sqrt(then) * x0 + np.sqrt(np.maximum(one - then - eta**2 * posterior, 0)) * eps + eta * np.sqrt(posterior) * noise[i]
+            x = (
+                np.sqrt(then) * x0
+                + np.sqrt(np.maximum(one - then - eta**2 * posterior, 0)) * eps
+                + eta * np.sqrt(posterior) * noise[i]
+            )
             continue
-        variance = {"fixed_small": posterior, "fixed_large": beta, "learned": second}.get(scheduler.variance_type.removesuffix("_log"))
+        variance = {"fixed_small": posterior, "fixed_large": beta, "learned": second}.get(
+            scheduler.variance_type.removesuffix("_log")
+        )
         if variance is None:
             variance = beta ** ((second + 1) / 2) * posterior ** ((1 - second) / 2)
         x = (np.sqrt(then) * beta * x0 + np.sqrt(now / then) * (1 - then) * x) / (1 - now)
@@ -168,8 +193,9 @@ def bounded(scheduler, x0):
 
 
 def errs(fields, ks, steps):
-    """Whether diffusers leaves its own times: DDIM steps T // N back whatever comes next, DDPM adds noise to a picture whose
-    last time is not 0 (but not of `fixed_small`), and takes the root of a logarithm for `fixed_large_log`."""
+    """Whether diffusers leaves its own times: DDIM steps T // N back whatever comes next, DDPM adds noise to a picture
+    whose last time is not 0 (but not of `fixed_small`), and takes the root of a logarithm for `fixed_large_log`.
+    """
     if fields["_class_name"] == "DDIMScheduler":
         back = fields["num_train_timesteps"] // steps
         return any(k - back != after for k, after in zip(ks, ks[1:])) or ks[-1] - back >= 0
@@ -213,7 +239,11 @@ def test_random_combinations_are_drawn_as_published_or_refused(combinations, tmp
         kind, line = judged(seed, tmp_path)
         found[kind].append(line)
     with capsys.disabled():
-        print("\n" + ", ".join(f"{kind}: {len(lines)}" for kind, lines in sorted(found.items())) + f", wrong: {len(found['wrong'])}")
+        print(
+            "\n"
+            + ", ".join(f"{kind}: {len(lines)}" for kind, lines in sorted(found.items()))
+            + f", wrong: {len(found['wrong'])}"
+        )
         for line, count in collections.Counter(line[:110] for line in found["refused"]).most_common(40):
             print(f"  refused {count}: {line}")
     assert not found["wrong"] and not found["the loop is not diffusers'"], "\n".join(

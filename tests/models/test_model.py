@@ -84,7 +84,9 @@ def test_labels_are_names_or_numbers(classes):
     assert (classes.sample(KEY, label="dog") == classes.sample(KEY, label=1)).all()
     assert (classes.sample(KEY, label="1") == classes.sample(KEY, label=1)).all()
     assert not jnp.allclose(classes.sample(KEY, label="dog"), classes.sample(KEY))
-    assert (classes.sample(KEY) == classes.sample(KEY, label=-1)).all() and (classes.sample(KEY) == classes.sample(KEY, label="-1")).all()
+    assert (classes.sample(KEY) == classes.sample(KEY, label=-1)).all() and (
+        classes.sample(KEY) == classes.sample(KEY, label="-1")
+    ).all()
 
 
 def labels(model, *given):
@@ -113,7 +115,9 @@ def test_a_label_that_is_a_class_s_name_is_that_class():
 )
 def test_a_null_class_exists_only_where_one_was_trained(how, said):
     model = toys.model(classes=("cat", "dog"), guidance=None).replace(has_null=False)
-    assert (model.sample(KEY, label="dog") == toys.model(classes=("cat", "dog"), guidance=None).sample(KEY, label=1)).all()
+    assert (
+        model.sample(KEY, label="dog") == toys.model(classes=("cat", "dog"), guidance=None).sample(KEY, label=1)
+    ).all()
     with pytest.raises(UserError, match=said):
         model.sample(KEY, **how)
 
@@ -138,7 +142,8 @@ def test_a_run_can_be_replayed_from_its_start_and_noise(unconditional):
 
 
 @pytest.mark.parametrize(
-    ("how", "bound"), [({}, None), ({"strength": 0.5}, Clip(0.5)), ({"sampler": "ddpm"}, Threshold(0.5)), ({"sampler": "heun"}, None)]
+    ("how", "bound"),
+    [({}, None), ({"strength": 0.5}, Clip(0.5)), ({"sampler": "ddpm"}, Threshold(0.5)), ({"sampler": "heun"}, None)],
 )
 def test_what_the_mask_does_not_cover_stays_to_the_bit(bound, how):
     known = jnp.linspace(-1, 1, 192).reshape(1, 8, 8, 3)
@@ -194,7 +199,11 @@ def test_a_weak_strength_starts_late_from_the_noised_picture(unconditional):
         ("unconditional", {"image": IMAGE[0]}, r"the image has the shape \(8, 8, 3\): give \(1, height, width, 3\)"),
         ("unconditional", {"image": IMAGE[..., :1]}, r"the image has the shape \(1, 8, 8, 1\)"),
         ("unconditional", {"image": IMAGE, "mask": IMAGE[0, ..., :1]}, r"the mask has the shape \(8, 8, 1\)"),
-        ("unconditional", {"image": IMAGE, "mask": 255 * IMAGE[..., :1]}, "from 0 to 255: give 1 where it is drawn anew"),
+        (
+            "unconditional",
+            {"image": IMAGE, "mask": 255 * IMAGE[..., :1]},
+            "from 0 to 255: give 1 where it is drawn anew",
+        ),
         ("unconditional", {"image": IMAGE, "mask": np.nan * IMAGE[..., :1]}, "from nan to nan"),
         ("unconditional", {"image": IMAGE, "size": 4}, "the image is 8 pixels wide and 8 high, and size is 4"),
         ("unconditional", {"eta": math.nan, "sampler": "ddim"}, "eta is nan: it must be a number from 0 to 1"),
@@ -209,13 +218,25 @@ def test_a_weak_strength_starts_late_from_the_noised_picture(unconditional):
         ("texts", {"guidance": 0, "negative_prompt": "b"}, "acts through guidance: give a guidance scale above 1"),
         ("texts", {"guidance": 1, "negative_prompt": "b"}, "acts through guidance: give a guidance scale above 1"),
         ("texts", {"guide": "abg"}, "unknown guide abg: did you mean apg"),
-        ("texts", {"guide": {"name": "apg", "moment": 0.5}}, "unknown field of guide apg moment: did you mean momentum"),
+        (
+            "texts",
+            {"guide": {"name": "apg", "moment": 0.5}},
+            "unknown field of guide apg moment: did you mean momentum",
+        ),
         ("texts", {"guide": {"name": "cfg", "lov": 0.5}}, "unknown field of guide cfg lov: did you mean low"),
         ("texts", {"guide": {"name": "apg", "momentum": math.nan}}, "momentum of the guide is nan"),
         ("texts", {"guide": {"low": 0.7, "high": 0.3}}, "acts while 0.7 < t <= 0.3, which is never"),
         ("texts", {"guide": {"rescale": 1.5}}, "rescale of the guide is 1.5: it must be a number from 0 to 1"),
-        ("texts", {"guide": {"name": "autoguidance", "step": 3}}, "has no earlier checkpoints: autoguidance is for runs"),
-        ("texts", {"guide": "apg", "guidance": lambda denoise: denoise}, "a guide of your own: leave the other guide out"),
+        (
+            "texts",
+            {"guide": {"name": "autoguidance", "step": 3}},
+            "has no earlier checkpoints: autoguidance is for runs",
+        ),
+        (
+            "texts",
+            {"guide": "apg", "guidance": lambda denoise: denoise},
+            "a guide of your own: leave the other guide out",
+        ),
         ("classes", {"negative_prompt": "no"}, "without text"),
         ("texts", {"num": 3, "prompt": ["a", "b"]}, "2 prompts or labels for 3 images"),
     ],
@@ -235,7 +256,12 @@ def test_without_guidance_there_is_no_null_branch():
     assert not isinstance(recipe.denoise, guide.Guidance)
 
 
-TOLD = {"nothing": {}, "mask": {"image": IMAGE, "mask": IMAGE[..., :1]}, "image": {"image": IMAGE, "strength": 0.5}, "low_res": {"low_res": IMAGE}}
+TOLD = {
+    "nothing": {},
+    "mask": {"image": IMAGE, "mask": IMAGE[..., :1]},
+    "image": {"image": IMAGE, "strength": 0.5},
+    "low_res": {"low_res": IMAGE},
+}
 SUBJECTS = {"texts": {"prompt": "red heart"}, "classes": {"label": "dog"}, "unconditional": {}}
 RULES = [*GUIDES, {"name": "cfg_zero", "still": 0.9}, {"name": "autoguidance", "step": 3, "low": 0.3, "rescale": 0.5}]
 SPACE = list(itertools.product(range(len(RULES)), TOLD, SUBJECTS))
@@ -251,7 +277,9 @@ def thinned(rule, told, subject):
 def test_every_guide_draws_or_says_why_not(request, rule, told, subject):
     weaker = {"texts": {"text": True}, "classes": {"classes": ("cat", "dog")}, "unconditional": {}}[subject]
     model = request.getfixturevalue(subject).replace(earlier=lambda step: toys.model(seed=step, **weaker))
-    draw = functools.partial(model.sample, KEY, num=2, steps=2, guidance=3.0, guide=RULES[rule], **TOLD[told], **SUBJECTS[subject])
+    draw = functools.partial(
+        model.sample, KEY, num=2, steps=2, guidance=3.0, guide=RULES[rule], **TOLD[told], **SUBJECTS[subject]
+    )
     if told == "low_res" or (subject == "unconditional" and RULES[rule]["name"] != "autoguidance"):
         with pytest.raises(UserError, match="enlarges nothing|leave the guidance out"):
             draw()

@@ -62,7 +62,20 @@ def test_the_published_grid_ends_where_the_publishers_does(folders):
 
 
 def test_the_command_line_draws_what_sample_draws(folders, tmp_path, one_device):
-    told = ["--prompt", PROMPTS[0], "--negative-prompt", NEGATIVE, "--size", "24x16", "--steps", "3", "--num", "1", "--seed", "3"]
+    told = [
+        "--prompt",
+        PROMPTS[0],
+        "--negative-prompt",
+        NEGATIVE,
+        "--size",
+        "24x16",
+        "--steps",
+        "3",
+        "--num",
+        "1",
+        "--seed",
+        "3",
+    ]
     command = ["sample", "--model", str(folders("large")), *told, "--preview", "1", "--out", str(tmp_path / "out")]
     assert cli.main(command) == 0
     (file,) = (path for path in (tmp_path / "out").glob("*.png") if path.name != "grid.png")
@@ -82,7 +95,9 @@ def test_wrong_keys_are_listed_by_component(folders, tmp_path):
         del tensors[key]
         safetensors.write(path.with_suffix(".new"), tensors, {"format": "pt"})
         path.with_suffix(".new").replace(path)
-    with pytest.raises(UserError, match=r"transformer .*1 missing: proj_out.bias; vae .*1 missing: decoder.conv_in.weight"):
+    with pytest.raises(
+        UserError, match=r"transformer .*1 missing: proj_out.bias; vae .*1 missing: decoder.conv_in.weight"
+    ):
         diffjax.load(folder)
 
 
@@ -100,14 +115,20 @@ def test_other_pipelines_are_refused_by_name(folders, tmp_path, name):
     folder = shutil.copytree(folders("large"), tmp_path / "model")
     index = folder / "model_index.json"
     index.write_text(index.read_text().replace("StableDiffusion3Pipeline", name))
-    with pytest.raises(UserError, match=f"holds a {name}: diffjax draws with DDPMPipeline, .*StableDiffusion3InpaintPipeline"):
+    with pytest.raises(
+        UserError, match=f"holds a {name}: diffjax draws with DDPMPipeline, .*StableDiffusion3InpaintPipeline"
+    ):
         diffjax.load(folder)
 
 
 def test_kinds_are_told_by_name_and_layers(folders):
     large, medium = sd3_folder.TRANSFORMERS["large"], sd3_folder.TRANSFORMERS["medium"]
     assert sd3.kind("/turbo/sd3.5-large", large) == "large" and sd3.kind("x/large", medium) == "medium"
-    for name in ("stabilityai/sd3.5-large-turbo", "/a/models--b--large-turbo/snapshots/0a1b", "sd3.5_turbo.safetensors"):
+    for name in (
+        "stabilityai/sd3.5-large-turbo",
+        "/a/models--b--large-turbo/snapshots/0a1b",
+        "sd3.5_turbo.safetensors",
+    ):
         assert sd3.kind(name, large) == "turbo"
     turbo = sd3.load(folders("large"), name="sd3.5-turbo", prompts=[]).defaults
     assert (turbo.steps, turbo.guidance, turbo.sampler) == (4, None, "euler")
@@ -130,7 +151,9 @@ def test_text_encoders_of_another_model_are_refused(folders):
 
 
 def test_dpmpp_2m_is_the_published_loop(folders):
-    """x' = (s'/s) x - expm1(-h) ((1 + 1/2r) D - D_old/2r), h = log(s/s'), r = h_old/h; the first and last steps of order 1."""
+    """x' = (s'/s) x - expm1(-h) ((1 + 1/2r) D - D_old/2r), h = log(s/s'), r = h_old/h; the first and last steps of
+    order 1.
+    """
     model = diffjax.load(folders("large"), prompts=["a cat"])
     cond, denoise = model.text(["a cat"]), jax.jit(lambda denoiser, x, t, cond: denoiser(x, t, cond).x0)
     grid, x = model.defaults.grid(5).astype(np.float32), latents()[:1, :8, :8]
@@ -260,7 +283,9 @@ def test_draws_what_diffusers_draws(folders, name):
 def test_reads_shards_and_variants_as_diffusers_writes_them(folders, tmp_path):
     from diffusers import StableDiffusion3Pipeline
 
-    StableDiffusion3Pipeline.from_pretrained(folders("large")).save_pretrained(tmp_path, max_shard_size="8KB", variant="fp16")
+    StableDiffusion3Pipeline.from_pretrained(folders("large")).save_pretrained(
+        tmp_path, max_shard_size="8KB", variant="fp16"
+    )
     assert len(list((tmp_path / "transformer").glob("*.fp16-*-of-*.safetensors"))) > 2
     ours, theirs = diffjax.load(folders("large")), diffjax.load(tmp_path)
     pick = lambda model: (model.denoiser.params, model.decode.params, model.text(["a cat, it is"]))
@@ -276,7 +301,16 @@ def test_skips_layers_as_diffusers_does(folders):
 
 
 def test_skipped_layers_must_be_there(folders, tmp_path, capsys):
-    command = ["sample", "--model", str(folders("medium")), "--prompt", "a", "--skip-layers", "--out", str(tmp_path / "out")]
+    command = [
+        "sample",
+        "--model",
+        str(folders("medium")),
+        "--prompt",
+        "a",
+        "--skip-layers",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert cli.main(command) == 2 and "layers 7, 8, 9, which this network has not" in capsys.readouterr().err
 
 
@@ -288,7 +322,20 @@ def test_fewer_bits_and_split_weights(folders, tmp_path):
     assert isinstance(wide, Quantized) and len(wide.values.devices()) == 1
     for untouched in (model.text.clips, model.decode.params):
         assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(untouched))
-    told = ["--prompt", PROMPTS[0], "--size", "16", "--steps", "1", "--num", "1", "--quantize", "int4", "--shard", "tensor"]
+    told = [
+        "--prompt",
+        PROMPTS[0],
+        "--size",
+        "16",
+        "--steps",
+        "1",
+        "--num",
+        "1",
+        "--quantize",
+        "int4",
+        "--shard",
+        "tensor",
+    ]
     assert cli.main(["sample", "--model", str(folders("large")), *told, "--out", str(tmp_path)]) == 0
     assert job.read_manifest(tmp_path / "manifest.json")["recipe"]["quantize"] == "int4"
 
@@ -302,9 +349,15 @@ def test_other_models_are_not_quantised(tmp_path):
 def test_a_variant_of_one_component_is_read_and_remembered_apart(folders, tmp_path):
     shutil.copytree(folders("large"), tmp_path / "model")
     part = tmp_path / "model" / "text_encoder"
-    rounded = {key: (tensor / 2).astype(np.float16) for key, tensor in safetensors.read(part / "model.safetensors").items()}
+    rounded = {
+        key: (tensor / 2).astype(np.float16) for key, tensor in safetensors.read(part / "model.safetensors").items()
+    }
     safetensors.write(part / "model.fp16.safetensors", rounded)
-    states = lambda **how: np.asarray(diffjax.load(tmp_path / "model", prompts=["a cat"], **how).text(["a cat"])["context"])
+    states = lambda **how: np.asarray(
+        diffjax.load(tmp_path / "model", prompts=["a cat"], **how).text(["a cat"])["context"]
+    )
     with pytest.warns(UserWarning, match="model.safetensors is read, not model.fp16.safetensors"):
         plain = states()
-    assert np.array_equal(plain, states(variant="model.safetensors")) and not np.array_equal(plain, states(variant="fp16"))
+    assert np.array_equal(plain, states(variant="model.safetensors")) and not np.array_equal(
+        plain, states(variant="fp16")
+    )

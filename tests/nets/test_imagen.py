@@ -96,8 +96,12 @@ def test_a_dropped_text_is_the_learned_null_whatever_stands_there(learned):
 def test_padding_is_not_seen(learned, module):
     told, before = inputs(module), call(learned, module)
     shown = told["mask"][..., None]
-    np.testing.assert_allclose(call(learned, module, context=jnp.where(shown, told["context"], 9.0)), before, atol=1e-4, rtol=1e-4)
-    wider = {name: jnp.pad(told[name], [(0, 0), (0, 4)] + [(0, 0)] * (told[name].ndim - 2)) for name in ("context", "mask")}
+    np.testing.assert_allclose(
+        call(learned, module, context=jnp.where(shown, told["context"], 9.0)), before, atol=1e-4, rtol=1e-4
+    )
+    wider = {
+        name: jnp.pad(told[name], [(0, 0), (0, 4)] + [(0, 0)] * (told[name].ndim - 2)) for name in ("context", "mask")
+    }
     np.testing.assert_allclose(call(learned, module, **wider), before, atol=1e-4, rtol=1e-4)
 
 
@@ -141,7 +145,9 @@ def size(fields, pixels):
 
 @pytest.mark.slow
 def test_presets_beside_minimagen():
-    """MinImagen: base 1,618,466,051 parameters and 546 G multiply-adds at 64 pixels; super 715,760,003 and 100 G at 128."""
+    """MinImagen: base 1,618,466,051 parameters and 546 G multiply-adds at 64 pixels; super 715,760,003 and 100 G
+    at 128.
+    """
     base, base_work = size(MINIMAGEN_BASE, 64)
     assert base == 1_621_020_163 and base / 1_618_466_051 == pytest.approx(1, abs=0.01)
     assert base_work == pytest.approx(546e9, rel=0.02)

@@ -82,7 +82,9 @@ def test_group_norm_is_the_two_pass_form(mean, shape):
     groups = np.asarray(x, np.float64).reshape(shape[0], -1, 6, 4)
     axes = (1, 3)
     exact = (groups - groups.mean(axes, keepdims=True)) / np.sqrt(groups.var(axes, keepdims=True) + 1e-5)
-    np.testing.assert_allclose(jax.jit(layers.group_norm, static_argnums=(1, 2))(x, 6, 1e-5), exact.reshape(shape), atol=5e-6)
+    np.testing.assert_allclose(
+        jax.jit(layers.group_norm, static_argnums=(1, 2))(x, 6, 1e-5), exact.reshape(shape), atol=5e-6
+    )
 
 
 def test_group_norm_of_a_constant_is_zero():

@@ -21,8 +21,7 @@ from diffjax.nets.layers import matmul
 from diffjax.nets.quantize import SCHEMES
 from diffjax.sampling import job
 from diffjax.utils.errors import UserError
-from diffjax.weights import lora as lora_file
-from diffjax.weights import safetensors, single_file
+from diffjax.weights import lora as lora_file, safetensors, single_file
 from diffjax.weights.lora_names import linear
 
 MODULE = lora_files.MODULE
@@ -102,7 +101,9 @@ def test_layers_compute_with_the_merged_weights(base, tmp_path):
 def test_layers_compute_with_magnitudes_and_biases_too(base, tmp_path):
     tensors, changes = lora_files.write(lora_files.NAMINGS["peft_named"], dora=True)
     plain = [layer for layer, change in changes.items() if change.magnitude is None]
-    biases = {layer: np.random.RandomState(0).standard_normal(len(changes[layer].delta)).astype(np.float32) for layer in plain}
+    biases = {
+        layer: np.random.RandomState(0).standard_normal(len(changes[layer].delta)).astype(np.float32) for layer in plain
+    }
     more = {f"base_model.model.{layer}.lora_B.default.bias": bias for layer, bias in biases.items()}
     joined = lora.add(base, [(read(tmp_path / "a", tensors | more), 1.0)])
     expected = output(merged(base, changes, biases))
@@ -163,24 +164,37 @@ def test_targets_that_match_nothing_are_said():
 
 def test_text_encoders_are_adapted_as_their_merged_weights_are(tmp_path):
     folder = sd3_folder.write(tmp_path / "model", "medium")
-    tensors, attention, mlp = {}, "text_model.encoder.layers.{}.self_attn.out_proj", "text_model.encoder.layers.{}.mlp.fc1"
+    tensors, attention, mlp = (
+        {},
+        "text_model.encoder.layers.{}.self_attn.out_proj",
+        "text_model.encoder.layers.{}.mlp.fc1",
+    )
     for name, prefix, layers in (
         ("text_encoder", "text_encoder.", [attention.format(0), "text_projection"]),
         ("text_encoder_2", "lora_te2_", [mlp.format(1), attention.format(0)]),
-        ("text_encoder_3", "lora_te3_", ["encoder.block.1.layer.0.SelfAttention.q", "encoder.block.0.layer.1.DenseReluDense.wo"]),
+        (
+            "text_encoder_3",
+            "lora_te3_",
+            ["encoder.block.1.layer.0.SelfAttention.q", "encoder.block.0.layer.1.DenseReluDense.wo"],
+        ),
     ):
         file = folder / name / "model.safetensors"
         kept = dict(safetensors.read(file))
         for i, layer in enumerate(layers):
             outputs, inputs = kept[f"{layer}.weight"].shape
-            a, b = (np.random.RandomState(i).standard_normal(shape).astype(np.float32) for shape in ((2, inputs), (outputs, 2)))
+            a, b = (
+                np.random.RandomState(i).standard_normal(shape).astype(np.float32)
+                for shape in ((2, inputs), (outputs, 2))
+            )
             dotted = prefix.endswith(".")
             stem = prefix + (layer if dotted else layer.replace(".", "_"))
             ends = ("lora_A", "lora_B") if dotted else ("lora_down", "lora_up")
             tensors |= {f"{stem}.{ends[0]}.weight": a, f"{stem}.{ends[1]}.weight": b}
             kept[f"{layer}.weight"] = np.float32(kept[f"{layer}.weight"] + 0.25 * (b.astype(np.float64) @ a))
         (tmp_path / "merged" / name).mkdir(parents=True)
-        safetensors.write(tmp_path / "merged" / name / "model.safetensors", {key: np.array(value) for key, value in kept.items()})
+        safetensors.write(
+            tmp_path / "merged" / name / "model.safetensors", {key: np.array(value) for key, value in kept.items()}
+        )
     safetensors.write(tmp_path / "a.safetensors", tensors)
     adapted = diffjax.load(folder, prompts=["a cat"], lora={tmp_path / "a.safetensors": 0.25}).text(["a cat"])
     before = diffjax.load(folder, prompts=["a cat"]).text(["a cat"])
@@ -205,13 +219,19 @@ def test_jobs_record_their_adapters_and_are_replayed(model, tmp_path):
     assert first.read_bytes() == second.read_bytes()
     assert cli.main(["sample", *told, "--lora", f"{paths[0]}:0", "--out", str(plain.parent)]) == 0
     assert first.read_bytes() != plain.read_bytes()
-    assert cli.main(["sample", "--replay", str(tmp_path / "out" / "manifest.json"), "--out", str(tmp_path / "again")]) == 0
+    assert (
+        cli.main(["sample", "--replay", str(tmp_path / "out" / "manifest.json"), "--out", str(tmp_path / "again")]) == 0
+    )
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     manifest["recipe"]["lora"] = [name.replace(":0.5", ":0.25") for name in manifest["recipe"]["lora"]]
     (tmp_path / "out" / "other.json").write_text(json.dumps(manifest))
-    assert cli.main(["sample", "--replay", str(tmp_path / "out" / "other.json"), "--out", str(tmp_path / "weaker")]) == 2
+    assert (
+        cli.main(["sample", "--replay", str(tmp_path / "out" / "other.json"), "--out", str(tmp_path / "weaker")]) == 2
+    )
     safetensors.write(paths[0], lora_files.write(lora_files.NAMINGS["kohya"], 5)[0])
-    assert cli.main(["sample", "--replay", str(tmp_path / "out" / "manifest.json"), "--out", str(tmp_path / "third")]) == 2
+    assert (
+        cli.main(["sample", "--replay", str(tmp_path / "out" / "manifest.json"), "--out", str(tmp_path / "third")]) == 2
+    )
 
 
 @pytest.mark.reference

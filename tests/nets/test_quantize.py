@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import NamedSharding, PartitionSpec as P
 
 from diffjax import weights
 from diffjax.nets import quantize
@@ -80,7 +79,10 @@ def arguments(module):
 def network(request, tmp_path_factory):
     """A module, its parameters, and the folder that they were saved in."""
     module, folder = request.param, tmp_path_factory.mktemp("network")
-    shapes, random = jax.eval_shape(module.init, jax.random.key(0), *arguments(module))["params"], np.random.RandomState(0)
+    shapes, random = (
+        jax.eval_shape(module.init, jax.random.key(0), *arguments(module))["params"],
+        np.random.RandomState(0),
+    )
     params = jax.tree.map(lambda leaf: jnp.float32(random.standard_normal(leaf.shape) / leaf.shape[0] ** 0.5), shapes)
     weights.save(folder, module, params)
     return module, params, folder
@@ -90,7 +92,9 @@ def test_networks_read_quantised_kernels(network):
     module, params, _ = network
     call = jax.jit(lambda params: module.apply({"params": params}, *arguments(module)))
     kept = quantize.quantize(params, INT4)
-    meant = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), kept, is_leaf=lambda leaf: isinstance(leaf, quantize.Quantized))
+    meant = jax.tree.map(
+        lambda leaf: leaf.astype(jnp.float32), kept, is_leaf=lambda leaf: isinstance(leaf, quantize.Quantized)
+    )
     np.testing.assert_allclose(call(kept), call(meant), rtol=1e-4, atol=1e-5)
     assert jnp.abs(call(kept) - call(params)).max() > 0.01
     assert tree_bytes(kept) < 0.7 * tree_bytes(params)
@@ -107,7 +111,9 @@ def test_loading_quantises_layer_by_layer(network, scheme):
 def test_loading_onto_several_devices(network):
     module, params, folder = network
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:2]), ("model",))
-    place = lambda path, shape: NamedSharding(mesh, P(*[None] * (len(shape) - 1), "model") if "kernel/" in path else P())
+    place = lambda path, shape: NamedSharding(
+        mesh, P(*[None] * (len(shape) - 1), "model") if "kernel/" in path else P()
+    )
     _, kept = weights.load(folder, sharding=place, scheme=INT8)
     jax.tree.map(np.testing.assert_array_equal, kept, quantize.quantize(params, INT8))
     widths = {leaf.sharding.spec for leaf in jax.tree.leaves(kept) if leaf.dtype == jnp.int8}

@@ -124,7 +124,9 @@ def test_every_size_has_the_keys_of_transformers(name):
     module = T5Encoder(32128, width, head, hidden, layers, heads, feed_forward_proj=kind)
     with torch.device("meta"):
         model = T5EncoderModel(T5Config(**FORMAT.config(module)))
-    expected = {key: tuple(value.shape) for key, value in model.state_dict().items() if key != "encoder.embed_tokens.weight"}
+    expected = {
+        key: tuple(value.shape) for key, value in model.state_dict().items() if key != "encoder.embed_tokens.weight"
+    }
     assert reference.keys_and_shapes(FORMAT, module) == expected
 
 

@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import NamedSharding, PartitionSpec as P
 
 from diffjax.parallel import devices
 from diffjax.utils.errors import UserError
@@ -76,7 +75,9 @@ def test_device_line(capsys, monkeypatch):
 def test_unused_gpu_is_warned_about(capsys, monkeypatch):
     monkeypatch.setattr(devices, "nvidia_driver", lambda: "580.95.05")
     devices.announce()
-    assert "warning: NVIDIA driver 580.95.05 is here but jax uses the CPU: run `diffjax doctor`" in capsys.readouterr().err
+    assert (
+        "warning: NVIDIA driver 580.95.05 is here but jax uses the CPU: run `diffjax doctor`" in capsys.readouterr().err
+    )
 
 
 def test_driver_without_nvidia_smi(monkeypatch, tmp_path):
@@ -170,7 +171,9 @@ except UserError as error:
     print(error)
 """
     out, _ = run_python(code, JAX_PLATFORMS="tpu", DIFFJAX_HOME=str(tmp_path)).communicate()
-    assert out == "jax finds no device to run on (JAX_PLATFORMS=tpu lets it use nothing else): `diffjax doctor` says why\n"
+    assert (
+        out == "jax finds no device to run on (JAX_PLATFORMS=tpu lets it use nothing else): `diffjax doctor` says why\n"
+    )
 
 
 @pytest.mark.parametrize("platform", ["cuda", "gpu"])
@@ -187,12 +190,16 @@ for command in (["train", "--config", {str(emoji)!r}, "--workdir", "w"], ["plan"
     out, err = process.communicate()
     lines = err.splitlines()
     assert process.returncode == 0 and out == "" and len(lines) == 6
-    assert set(lines) == {f"diffjax: jax finds no device to run on (JAX_PLATFORMS={platform} lets it use nothing else): `diffjax doctor` says why"}
+    assert set(lines) == {
+        f"diffjax: jax finds no device to run on (JAX_PLATFORMS={platform} lets it use nothing else): `diffjax doctor` says why"
+    }
 
 
 def test_a_cluster_that_is_not_there_is_said(monkeypatch):
     for name in ("JAX_COORDINATOR_ADDRESS", "COORDINATOR_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("DIFFJAX_MULTIHOST", "1")
-    with pytest.raises(UserError, match="jax does not find a cluster .*DIFFJAX_MULTIHOST=1 asks for: unset it, or set JAX_COORD"):
+    with pytest.raises(
+        UserError, match="jax does not find a cluster .*DIFFJAX_MULTIHOST=1 asks for: unset it, or set JAX_COORD"
+    ):
         devices.join_hosts()

@@ -25,13 +25,18 @@ def arguments(module):
 
 
 def drawn(module):
-    shapes, random = jax.eval_shape(module.init, jax.random.key(0), *arguments(module))["params"], np.random.RandomState(0)
+    shapes, random = (
+        jax.eval_shape(module.init, jax.random.key(0), *arguments(module))["params"],
+        np.random.RandomState(0),
+    )
     return jax.tree.map(lambda leaf: jnp.float32(random.standard_normal(leaf.shape) / leaf.shape[0] ** 0.5), shapes)
 
 
 def placed(params, place):
     name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: jax.device_put(leaf, place(name(path), leaf.shape)), params)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jax.device_put(leaf, place(name(path), leaf.shape)), params
+    )
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +60,11 @@ def test_split_over_eight_devices(transformer, way):
 
 def test_pairs_of_products_are_split_by_outputs_then_inputs():
     place = sharding.over("tensor")
-    for name, spec in (("to_q/kernel", (None, None, "model")), ("net_2/kernel", (None, "model", None)), ("net_2/bias", ())):
+    for name, spec in (
+        ("to_q/kernel", (None, None, "model")),
+        ("net_2/kernel", (None, "model", None)),
+        ("net_2/bias", ()),
+    ):
         assert tuple(place(f"blocks_0/x/{name}", (2, 64, 64)[: 2 if "bias" in name else 3]).spec) == spec
     assert tuple(sharding.over("both")("blocks/ff/wi_0/kernel", (2, 64, 32)).spec) == (None, "data", "model")
 

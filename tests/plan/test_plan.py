@@ -27,7 +27,12 @@ ASKED = plan.Asked()
 
 @pytest.fixture
 def folder(tmp_path):
-    module = UNet(sample_size=16, block_out_channels=(32, 32), down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)
+    module = UNet(
+        sample_size=16,
+        block_out_channels=(32, 32),
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+    )
     files.write_json(tmp_path / "unet" / "config.json", FORMAT.config(module))
     write_scheduler(tmp_path, Scheduler())
     return tmp_path
@@ -69,7 +74,9 @@ def test_compiled_memory_of_what_replaces_what_was_held():
 
 def test_estimated_memory_is_near_the_compiled_one(folder):
     part = plan.published(folder, ASKED, "toy").parts[0]
-    assert 0.3 < plan.live_bytes(jax.make_jaxpr(part.call)(part.held, *part.given).jaxpr) / plan.compiled_bytes(part) < 3
+    assert (
+        0.3 < plan.live_bytes(jax.make_jaxpr(part.call)(part.held, *part.given).jaxpr) / plan.compiled_bytes(part) < 3
+    )
 
 
 PARAMETERS = {
@@ -91,7 +98,10 @@ def test_packaged_models_need_no_network(name, monkeypatch):
     (job,) = plan.model(name, ASKED)
     found = {part.name: part.parameters for part in job.parts}
     assert found | expected == found
-    assert job.steps == {"google": 1000, "stabilityai": 4 if "turbo" in name else 50 if "medium" in name else 40}[name.split("/")[0]]
+    assert (
+        job.steps
+        == {"google": 1000, "stabilityai": 4 if "turbo" in name else 50 if "medium" in name else 40}[name.split("/")[0]]
+    )
 
 
 def test_a_published_model(folder):
@@ -155,8 +165,15 @@ def narrow(said):
 def test_the_command(folder, calibrated, capsys):
     assert cli.main(["plan", "--model", str(folder), "--num", "2", "--device", "h100", "--compile"]) == 0
     said = capsys.readouterr().out
-    assert "1000 steps: " in said and " on one H100; 20 steps: " in said and "of 80 GB\n(as compiled)" in said and narrow(said)
-    assert cli.main(["plan", "--config", str(EXPERIMENTS / "emoji.py"), "--config.train.steps=10", "--device", "t4"]) == 0
+    assert (
+        "1000 steps: " in said
+        and " on one H100; 20 steps: " in said
+        and "of 80 GB\n(as compiled)" in said
+        and narrow(said)
+    )
+    assert (
+        cli.main(["plan", "--config", str(EXPERIMENTS / "emoji.py"), "--config.train.steps=10", "--device", "t4"]) == 0
+    )
     said = capsys.readouterr().out
     assert "training emoji: 10 steps of 64 images" in said and "images/s" in said and narrow(said)
     assert cli.main(["plan", "--run", str(folder)]) == 2
@@ -169,12 +186,18 @@ def test_the_command(folder, calibrated, capsys):
 
 @pytest.mark.parametrize(
     "seconds, words",
-    [(0.42, "0.42 s"), (38, "38 s"), (90, "90 s"), (130, "2.2 min"), (1860, "31 min"), (7560, "2.1 h"), (3e5, "3.5 days")],
+    [
+        (0.42, "0.42 s"),
+        (38, "38 s"),
+        (90, "90 s"),
+        (130, "2.2 min"),
+        (1860, "31 min"),
+        (7560, "2.1 h"),
+        (3e5, "3.5 days"),
+    ],
 )
 def test_durations_in_words(seconds, words):
     assert plan.duration(seconds) == words
-
-
 
 
 def test_parameters_are_those_of_the_run(tmp_path, monkeypatch):
@@ -191,13 +214,28 @@ def test_parameters_are_those_of_the_run(tmp_path, monkeypatch):
     assert sum(part.parameters for part in drawn.parts) == planned.parts[0].parameters and planned.note == ""
     emoji.data.path = str(tmp_path / "not there")
     more = plan.experiment(emoji, ASKED)[0]
-    assert more.parts[0].parameters > planned.parts[0].parameters and "the captions are not here yet" in plan.report(more, "h100")
+    assert more.parts[0].parameters > planned.parts[0].parameters and "the captions are not here yet" in plan.report(
+        more, "h100"
+    )
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
-    [(("sample.guide.name=abg",), "unknown guide abg: did you mean apg"), (("sample.guidance=-3",), "guidance is -3.0: give a scale above 1")],
+    [
+        (("sample.guide.name=abg",), "unknown guide abg: did you mean apg"),
+        (("sample.guidance=-3",), "guidance is -3.0: give a scale above 1"),
+    ],
 )
 def test_a_guide_that_cannot_be_is_said_before_training(words, said, capsys):
-    assert cli.main(["plan", "--config", str(Path(__file__).parents[2] / "experiments" / "emoji.py"), *(f"--config.{word}" for word in words)]) == 2
+    assert (
+        cli.main(
+            [
+                "plan",
+                "--config",
+                str(Path(__file__).parents[2] / "experiments" / "emoji.py"),
+                *(f"--config.{word}" for word in words),
+            ]
+        )
+        == 2
+    )
     assert said in capsys.readouterr().err

@@ -52,7 +52,9 @@ def test_operations_are_the_published_ones(job):
     assert per_row["transformer"] == pytest.approx(31.12e12, rel=1e-3)
     assert figures["transformer"].cost.times(28).flops == pytest.approx(1.743e15, rel=1e-3)
     assert per_row["text_encoder_3"] == pytest.approx(2.40e12, rel=5e-3)
-    assert per_row["text_encoder"] == pytest.approx(13e9, rel=0.03) and per_row["text_encoder_2"] == pytest.approx(98e9, rel=0.01)
+    assert per_row["text_encoder"] == pytest.approx(13e9, rel=0.03) and per_row["text_encoder_2"] == pytest.approx(
+        98e9, rel=0.01
+    )
     doubling = 2 * 9 * (512**2 * (256**2 + 512**2) + 256**2 * 1024**2)
     assert figures["vae"].cost.flops + doubling * 5 / 9 == pytest.approx(10.47e12, rel=2e-3)
     assert figures["transformer"].parameters == 8_146_280_768 and figures["transformer"].held == 16_292_561_536

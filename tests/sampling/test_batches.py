@@ -80,7 +80,9 @@ class Breaks:
     below: float
 
     def __call__(self, params, x, t, **cond):
-        bad = (cond["mask"].any(1) & (t < self.below) & (jnp.abs(cond["context"]).sum((1, 2)) > 1e3))[:, None, None, None]
+        bad = (cond["mask"].any(1) & (t < self.below) & (jnp.abs(cond["context"]).sum((1, 2)) > 1e3))[
+            :, None, None, None
+        ]
         return jnp.where(bad, jnp.nan, self.apply(params, x, t, **cond))
 
 

@@ -233,7 +233,9 @@ def test_nothing_is_compiled_for_another_prompt_seed_guidance_eta_or_number(mode
 
 def test_two_passes_of_guidance_show_the_network_half_the_rows(models, tmp_path, monkeypatch):
     rows, call = [], toys.Net.__call__
-    monkeypatch.setattr(toys.Net, "__call__", lambda self, x, *told, **named: rows.append(len(x)) or call(self, x, *told, **named))
+    monkeypatch.setattr(
+        toys.Net, "__call__", lambda self, x, *told, **named: rows.append(len(x)) or call(self, x, *told, **named)
+    )
     models["texts"] = toys.model(text=True, size=10)
     for two_passes, seen in ((False, {8}), (True, {4})):
         rows.clear()
@@ -379,7 +381,15 @@ def test_quality_fills_in_what_is_not_given(models, tmp_path, monkeypatch):
 def test_a_sampling_experiment(models, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(devices, "start", lambda: None)
     experiment = Path(__file__).parents[2] / "experiments" / "ddpm_cat256.py"
-    command = ["sample", "--config", str(experiment), "--config.model=plain", "--config.steps=2", "--out", str(tmp_path / "out")]
+    command = [
+        "sample",
+        "--config",
+        str(experiment),
+        "--config.model=plain",
+        "--config.steps=2",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert cli.main(command) == 0
     recipe = read_manifest(tmp_path / "out" / "manifest.json")["recipe"]
     assert (recipe["num"], recipe["steps"], recipe["sampler"]) == (4, 2, build.QUALITIES["good"]["sampler"])
@@ -459,7 +469,10 @@ def reader(models):
 def test_prompts_are_read_as_the_captions_say_and_the_manifest_holds_it(reader, tmp_path, capsys):
     with pytest.warns(Reworded, match='"hearts, red" is read as "red heart"') as said:
         job.generate(Request("texts", prompts=("a pizza!", "hearts, red", "rocket")), tmp_path / "free")
-    assert [str(warning.message) for warning in said] == ['"a pizza!" is read as "pizza"', '"hearts, red" is read as "red heart"']
+    assert [str(warning.message) for warning in said] == [
+        '"a pizza!" is read as "pizza"',
+        '"hearts, red" is read as "red heart"',
+    ]
     job.generate(Request("texts", prompts=("pizza", "red heart", "rocket")), tmp_path / "plain")
     free, plain = (read_manifest(tmp_path / name / "manifest.json") for name in ("free", "plain"))
     assert free["recipe"]["read"] == {"a pizza!": "pizza", "hearts, red": "red heart"} and "read" not in plain["recipe"]
@@ -473,7 +486,9 @@ def test_prompts_are_read_as_the_captions_say_and_the_manifest_holds_it(reader, 
     assert (found == reader.sample(jax.random.key(0), num=2, prompt="pizza")).all()
 
 
-@pytest.mark.parametrize(("prompts", "said"), [(("pizza", "a zebra"), "no caption has a word of"), (("  ",), "a prompt is empty")])
+@pytest.mark.parametrize(
+    ("prompts", "said"), [(("pizza", "a zebra"), "no caption has a word of"), (("  ",), "a prompt is empty")]
+)
 def test_a_prompt_that_says_nothing_is_not_drawn(reader, tmp_path, prompts, said):
     with pytest.raises(UserError, match=said):
         job.generate(Request("texts", prompts=prompts), tmp_path / "out")
@@ -484,7 +499,9 @@ def test_a_prompt_that_says_nothing_is_not_drawn(reader, tmp_path, prompts, said
 
 
 def test_runs_and_what_they_drew_can_be_moved(models, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(job, "load", lambda name, *_: models["plain"].replace(name=str(Path(name).resolve()), revision="7"))
+    monkeypatch.setattr(
+        job, "load", lambda name, *_: models["plain"].replace(name=str(Path(name).resolve()), revision="7")
+    )
     known = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     (tmp_path / "old" / "runs" / "mine").mkdir(parents=True)
     image.write_png(tmp_path / "old" / "known.png", known)

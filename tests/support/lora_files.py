@@ -35,7 +35,9 @@ SINGLE = {
 
 
 class Naming(NamedTuple):
-    """How a program writes: what begins a key, whether layers are a single file's, how they are joined, and the endings."""
+    """How a program writes: what begins a key, whether layers are a single file's, how they are joined, and
+    the endings.
+    """
 
     prefix: str
     single: bool
@@ -86,7 +88,9 @@ def write(naming, seed=0, dora=False, module=MODULE):
     """The tensors of a file, ranks of 1 to 4 and random alphas in it, and the changes by the layers of diffusers."""
     random, size = np.random.RandomState(seed), widths(module)
     tensors, changes = {}, {}
-    layers = SINGLE if naming.single else {name.strip("~"): [name.strip("~")] for names in SINGLE.values() for name in names}
+    layers = (
+        SINGLE if naming.single else {name.strip("~"): [name.strip("~")] for names in SINGLE.values() for name in names}
+    )
     for layer, ours in layers.items():
         outputs, inputs = size[ours[0].strip("~")]
         rank, outputs = random.randint(1, 5), outputs * len(ours)
@@ -125,7 +129,9 @@ def kernels(params, module=MODULE):
             adapter = leaf.adapter
             gain = 1 if adapter.gain is None else number(adapter.gain)[..., None, :]
             whole = gain * whole + number(adapter.a) * number(adapter.scale)[..., None, :] @ number(adapter.b)
-        found |= {key.removesuffix(".weight"): layer.T for key, layer in zip(row.keys, whole if row.stacked else whole[None])}
+        found |= {
+            key.removesuffix(".weight"): layer.T for key, layer in zip(row.keys, whole if row.stacked else whole[None])
+        }
     return found
 
 

@@ -12,7 +12,9 @@ from diffjax.nets.vae import AutoencoderKL
 from diffjax.utils import files
 from diffjax.weights.scheduler import FlowScheduler, write_scheduler
 
-CLIP = dict(vocab_size=517, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, max_position_embeddings=77)
+CLIP = dict(
+    vocab_size=517, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, max_position_embeddings=77
+)
 MMDIT = dict(
     sample_size=8,
     in_channels=4,
@@ -51,7 +53,9 @@ def write(folder, kind="large", t5=True):
     for seed, (name, module) in enumerate({**NETWORKS, "transformer": TRANSFORMERS[kind]}.items()):
         if name != "text_encoder_3" or t5:
             form = weights._format_of(module)
-            weights.save(folder / name, module, reference.params(form, module, reference.checkpoint(form, module, seed)))
+            weights.save(
+                folder / name, module, reference.params(form, module, reference.checkpoint(form, module, seed))
+            )
     write_scheduler(folder, FlowScheduler(shift=3.0))
     write_clip_rules(folder / "tokenizer", pad="<|endoftext|>")
     write_clip_rules(folder / "tokenizer_2")

@@ -123,7 +123,7 @@ class _Handler(BaseHTTPRequestHandler):
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if token in self.hub.expired:
             self.error(401, None, "Invalid credentials in Authorization header")
-        elif repository is None or repository.private and token != repository.token:
+        elif repository is None or (repository.private and token != repository.token):
             self.error(401, "RepoNotFound" if token else None, "Invalid username or password.")
         elif files and repository.token and token != repository.token:
             self.error(403 if token else 401, "GatedRepo", f"Access to model {name} is restricted.")
@@ -142,7 +142,9 @@ class _Handler(BaseHTTPRequestHandler):
     def tree(self, name, revision):
         if repository := self.repository(name):
             listed = repository.commits[repository.resolve(revision)].items()
-            entries = [{"type": "file", "path": path, "size": len(data), "oid": etag(path, data)} for path, data in listed]
+            entries = [
+                {"type": "file", "path": path, "size": len(data), "oid": etag(path, data)} for path, data in listed
+            ]
             self.reply(200, json.dumps(entries).encode())
 
     def resolve(self, name, revision, path):
@@ -190,4 +192,6 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.stall.wait()
 
     def error(self, status, code, message=""):
-        self.reply(status, b"{}", {"X-Error-Code": code, "X-Error-Message": message} if code else {"X-Error-Message": message})
+        self.reply(
+            status, b"{}", {"X-Error-Code": code, "X-Error-Message": message} if code else {"X-Error-Message": message}
+        )

@@ -51,7 +51,9 @@ def tensor(key, array, size=None, stride=None, offset=0, view=()):
     size = array.shape if size is None else size
     stride = tuple(step // array.itemsize for step in array.strides) if stride is None else stride
     hooks = Call(Global("collections", "OrderedDict"))
-    return Call(Global("torch._utils", "_rebuild_tensor_v2"), Storage(key, array, *view), offset, size, stride, False, hooks)
+    return Call(
+        Global("torch._utils", "_rebuild_tensor_v2"), Storage(key, array, *view), offset, size, stride, False, hooks
+    )
 
 
 def write(path, value, storages, compression=zipfile.ZIP_STORED):

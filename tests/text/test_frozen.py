@@ -151,7 +151,16 @@ class Data:
 
 
 def test_all_texts_that_training_can_come_upon():
-    assert frozen.captions(Data(), ["ghost"]) == ["", "red heart", "a red heart", "love", "a love", "pizza", "a pizza", "ghost"]
+    assert frozen.captions(Data(), ["ghost"]) == [
+        "",
+        "red heart",
+        "a red heart",
+        "love",
+        "a love",
+        "pizza",
+        "a pizza",
+        "ghost",
+    ]
     assert frozen.captions(Data(caption="first", templates=("{}",))) == ["", "red heart", "pizza"]
     with pytest.raises(UserError, match="set data.tag_dropout=0"):
         frozen.captions(Data(tag_dropout=0.1))

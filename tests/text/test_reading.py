@@ -113,7 +113,11 @@ def test_a_run_from_before_captions_were_kept_reads_as_well_but_for_order():
     trained = CaptionTokenizer.train(CAPTIONS, 12)
     old = CaptionTokenizer(trained.rules, 12).words
     assert old.counts == KNOWN.counts and old.complete and not old.captions
-    assert [old.read(prompt).text for prompt in ("a rocket!", "cherry", "heart, red")] == ["rocket", "cherries", "heart red"]
+    assert [old.read(prompt).text for prompt in ("a rocket!", "cherry", "heart, red")] == [
+        "rocket",
+        "cherries",
+        "heart red",
+    ]
     with pytest.raises(UserError, match="near: heart"):
         old.read("haert")
 
@@ -133,5 +137,12 @@ def test_many_captions_are_not_kept(monkeypatch):
 
 def test_the_list_of_words():
     lines = reading.listing(words(["red heart", "red apple!", "a pear"])).splitlines()
-    assert lines == ["      2  red", "      1  a", "      1  apple", "      1  heart", "      1  pear", "5 words of 3 captions"]
+    assert lines == [
+        "      2  red",
+        "      1  a",
+        "      1  apple",
+        "      1  heart",
+        "      1  pear",
+        "5 words of 3 captions",
+    ]
     assert "others are read letter by letter" in reading.listing(words(words=2))

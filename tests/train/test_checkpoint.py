@@ -18,7 +18,10 @@ from diffjax.utils.errors import UserError
 
 
 def state_at(step, seed=0):
-    params = {"a": {"kernel": jax.random.normal(jax.random.key(seed), (300, 200))}, "b": jnp.arange(7, dtype=jnp.bfloat16)}
+    params = {
+        "a": {"kernel": jax.random.normal(jax.random.key(seed), (300, 200))},
+        "b": jnp.arange(7, dtype=jnp.bfloat16),
+    }
     state = create(params, optax.adamw(1e-3), jax.random.key(5))
     return state.replace(step=jnp.int32(step), params=jax.tree.map(lambda x: x + step, params))
 
@@ -91,7 +94,23 @@ def test_only_damaged_checkpoints_is_an_error_that_loses_nothing(tmp_path):
     assert (tmp_path / "checkpoints" / "20").is_dir()
 
 
-NAMES = ("a[b]", "a[b", "a]b", "a\\b", "a*b", "a?b", "gs:", "a b", "caf\u00e9", "cafe\u0301", "\udce9", "{a}", "%41", "#~$HOME", "x" * 250)
+NAMES = (
+    "a[b]",
+    "a[b",
+    "a]b",
+    "a\\b",
+    "a*b",
+    "a?b",
+    "gs:",
+    "a b",
+    "caf\u00e9",
+    "cafe\u0301",
+    "\udce9",
+    "{a}",
+    "%41",
+    "#~$HOME",
+    "x" * 250,
+)
 
 
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
@@ -127,7 +146,9 @@ def test_no_place_for_a_link_is_said(tmp_path, monkeypatch):
 
 def test_the_first_checkpoint_is_read_back(tmp_path, monkeypatch):
     read, restore = [], checkpoint._restore
-    monkeypatch.setattr(checkpoint, "_restore", lambda manager, step, shapes: read.append(step) or restore(manager, step, shapes))
+    monkeypatch.setattr(
+        checkpoint, "_restore", lambda manager, step, shapes: read.append(step) or restore(manager, step, shapes)
+    )
     for first in (1, 3):  # of each process
         write(tmp_path, (first, 1.0), (first + 1, 1.0))
     assert read == [1, 3]
@@ -157,7 +178,9 @@ def test_checkpoints_whose_loss_is_not_known_are_pruned_too(tmp_path, monkeypatc
         write(tmp_path, *((step, 1.0) for step in range(1, 7)))
     for step in (1, 4):  # as they were written before losses were kept
         path = tmp_path / "checkpoints" / str(step) / "progress" / "metadata"
-        path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != "loss"}))
+        path.write_text(
+            json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != "loss"})
+        )
     assert kept(tmp_path) == [1, 2, 3, 4, 5, 6]
     write(tmp_path, (7, 3.0))
     assert kept(tmp_path) == [2, 6, 7]

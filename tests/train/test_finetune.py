@@ -32,7 +32,9 @@ def place(tmp_path_factory):
     sd3_folder.write(folder / "model", t5=False)
     module = sd3_folder.TRANSFORMERS["large"].clone(num_layers=2)
     form = weights._format_of(module)
-    weights.save(folder / "model" / "transformer", module, reference.params(form, module, reference.checkpoint(form, module)))
+    weights.save(
+        folder / "model" / "transformer", module, reference.params(form, module, reference.checkpoint(form, module))
+    )
     (folder / "pictures").mkdir()
     for i, colour in enumerate(("red", "blue", "white", "black")):
         Image.new("RGB", (16, 16), colour).save(folder / "pictures" / f"{colour}.png")
@@ -74,7 +76,9 @@ def test_adapters_are_trained_beside_a_frozen_model(place, tmp_path):
     convert.convert(str(tmp_path / "run"), tmp_path / "out")
     again = diffjax.load(place / "model", prompts=[], lora=tmp_path / "out" / lora_file.FILE)
     assert jax.tree.all(jax.tree.map(np.array_equal, again.denoiser.params, model.denoiser.params))
-    with pytest.raises(UserError, match="`diffjax convert .*run OUT` it, and give .* adapters with the published model"):
+    with pytest.raises(
+        UserError, match="`diffjax convert .*run OUT` it, and give .* adapters with the published model"
+    ):
         diffjax.load(tmp_path / "run", lora=tmp_path / "out")
 
 
@@ -95,7 +99,9 @@ def test_all_of_a_model_is_trained(place, tmp_path):
 def test_half_of_a_batch_is_of_the_class(tmp_path):
     def rows(first):
         latents = finetune.Latents(tuple(paths[first : first + 3]), (("a",),) * 3)
-        return batches(latents, default_config(), 2, 0, lambda texts: {"context": np.zeros((len(texts), 1))}, (0, 1), {})
+        return batches(
+            latents, default_config(), 2, 0, lambda texts: {"context": np.zeros((len(texts), 1))}, (0, 1), {}
+        )
 
     paths = [tmp_path / f"{i}.npy" for i in range(6)]
     for i, path in enumerate(paths):

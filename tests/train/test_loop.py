@@ -109,7 +109,11 @@ def one_device():
 
 def start(arguments, **named):
     return subprocess.Popen(
-        [sys.executable, "-m", "diffjax", "train", *arguments], env=one_device(), stderr=subprocess.PIPE, text=True, **named
+        [sys.executable, "-m", "diffjax", "train", *arguments],
+        env=one_device(),
+        stderr=subprocess.PIPE,
+        text=True,
+        **named,
     )
 
 
@@ -146,7 +150,9 @@ def test_a_signal_after_a_random_delay_loses_no_step(pictures, tmp_path, tmp_pat
     """All that is done is in the checkpoint, and the run goes on bit for bit; delays from the start to past the end."""
     draw = np.random.default_rng(seed)
     number = (signal.SIGINT, signal.SIGTERM)[seed % 2]
-    changes = ({}, {"train.parallel": "pmap"}, {"train.accumulate": 2}, {"data.crop": "random", "data.workers": 2})[seed % 4]
+    changes = ({}, {"train.parallel": "pmap"}, {"train.accumulate": 2}, {"data.crop": "random", "data.workers": 2})[
+        seed % 4
+    ]
     changes |= {"train.steps": 60, "train.save_every": 7, "train.log_every": 1, "train.preview_every": 10}
     whole = tmp_path_factory.getbasetemp() / f"whole{seed % 4}"
     if not whole.exists():
@@ -234,7 +240,9 @@ def test_more_steps_go_on_and_another_config_does_not(pictures, finished, tmp_pa
     (other / "0.png").write_bytes((other / "1.png").read_bytes())
     with pytest.raises(UserError, match="not the data that the checkpoint was trained on: content was"):
         train(other, run, **{"train.steps": 10})
-    with pytest.raises(UserError, match="checkpoint 8 in .* does not fit this config: of params, network/.*--init-from"):
+    with pytest.raises(
+        UserError, match="checkpoint 8 in .* does not fit this config: of params, network/.*--init-from"
+    ):
         train(pictures, run, allow_change=True, **{"dit.depth": 2, "train.steps": 10})
     assert (run / "config.json").read_bytes() == config and not (run / "changes.json").exists()
     train(moved, run, allow_change=True, **{"train.steps": 10, "optimizer.learning_rate": 1e-4})
@@ -274,7 +282,11 @@ def test_a_corrupt_checkpoint_is_named_and_passed_over(pictures, tmp_path, monke
     train(pictures, tmp_path)
     assert "checkpoint 8 cannot be read" in caplog.text
     assert "going on from step 6 of 8" in capsys.readouterr().out and digest(tmp_path) == learned
-    for kind, content in (("config.json", b""), ("run.json", b"[{"), ("metrics.jsonl", b"\xff\n5\n" + b'{"step": "a"}')):
+    for kind, content in (
+        ("config.json", b""),
+        ("run.json", b"[{"),
+        ("metrics.jsonl", b"\xff\n5\n" + b'{"step": "a"}'),
+    ):
         path = tmp_path / kind
         whole = path.read_bytes()
         path.write_bytes(content)
@@ -296,6 +308,7 @@ def test_damaged_files_of_a_run_are_one_line(tmp_path):
         "data.json": b'{"shape": [16, 16, 3], "classes": []}',
         "tokenizer.json": CaptionTokenizer.train(["a cat", "a dog"], 4).to_json().encode(),
     }
+
     def read(name, content):
         for other, right in whole.items():
             (tmp_path / other).write_bytes(right)
@@ -307,7 +320,13 @@ def test_damaged_files_of_a_run_are_one_line(tmp_path):
         for content in (b"", right[: len(right) // 2], b"\xff" + right):
             with pytest.raises(UserError, match=f"{name} is damaged: put it back from a copy"):
                 read(name, content)
-    np.savez(tmp_path / "seen.npz", image=np.zeros((1, 16, 16, 3), np.uint8), caption=np.array(["a"]), label=[-1], mean=np.zeros(3))
+    np.savez(
+        tmp_path / "seen.npz",
+        image=np.zeros((1, 16, 16, 3), np.uint8),
+        caption=np.array(["a"]),
+        label=[-1],
+        mean=np.zeros(3),
+    )
     assert experiment.seen(tmp_path).caption == ["a"]
     for size in (0, 100, 400):
         (tmp_path / "seen.npz").write_bytes((tmp_path / "seen.npz").read_bytes()[:size])

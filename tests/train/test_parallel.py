@@ -32,7 +32,12 @@ def alone():
 
 @pytest.mark.parametrize(
     ("way", "accumulate"),
-    [(by_jit, 1), (by_pmap, 2), pytest.param(by_jit, 2, marks=pytest.mark.slow), pytest.param(by_pmap, 1, marks=pytest.mark.slow)],
+    [
+        (by_jit, 1),
+        (by_pmap, 2),
+        pytest.param(by_jit, 2, marks=pytest.mark.slow),
+        pytest.param(by_pmap, 1, marks=pytest.mark.slow),
+    ],
 )
 def test_eight_devices_agree_with_one(alone, way, accumulate):
     state, rows = trained(way, 8, accumulate)

@@ -52,7 +52,12 @@ def test_what_may_change_is_noted_and_what_is_allowed_too(tmp_path, capsys):
     assert begin() == begin() == []
     (tmp_path / "checkpoints" / "7").mkdir(parents=True)
     (entry,) = begin(**{"train.steps": 20, "data.path": "elsewhere", "data.workers": 4, "sample.prompts": ("a",)})
-    moved = {"train.steps": [10, 20], "data.path": ["here", "elsewhere"], "data.workers": [0, 4], "sample.prompts": [["b"], ["a"]]}
+    moved = {
+        "train.steps": [10, 20],
+        "data.path": ["here", "elsewhere"],
+        "data.workers": [0, 4],
+        "sample.prompts": [["b"], ["a"]],
+    }
     assert entry["step"] == 7 and entry["changes"] == moved and set(entry) == {"time", "step", "changes"}
     with pytest.raises(UserError, match="dit.width is 8 there and 16 here.*--allow-change"):
         begin(**{"dit.width": 16})
@@ -67,7 +72,10 @@ def test_what_a_run_begins_from_changes_until_it_has_begun(tmp_path):
     (tmp_path / "checkpoints" / "7").mkdir(parents=True)
     claim(tmp_path, init_from={"run": "a"})
     for other in ({"run": "b"}, None):
-        with pytest.raises(UserError, match="has begun"), record.claim(tmp_path, config(init_from=other), allow_change=True):
+        with (
+            pytest.raises(UserError, match="has begun"),
+            record.claim(tmp_path, config(init_from=other), allow_change=True),
+        ):
             pass
 
 

@@ -38,13 +38,17 @@ def plan(captions, low_res=None, process=Flow()):
     """A stage of 16 pixels that was trained on pictures of one colour each, or on noise when it enlarges."""
     pictures = np.stack([np.broadcast_to(np.array(COLOURS[caption]), (16, 16, 3)) for caption in captions])
     if low_res:
-        pictures = cascade.enlarge(np.random.default_rng(0).uniform(-1, 1, (len(captions), low_res.size, low_res.size, 3)), 16)
+        pictures = cascade.enlarge(
+            np.random.default_rng(0).uniform(-1, 1, (len(captions), low_res.size, low_res.size, 3)), 16
+        )
     seen = Seen(image.to_uint8(pictures), list(captions), np.full(len(captions), -1), np.mean(pictures, axis=0))
 
     def model(params):
         denoiser = Denoiser(process, X0(), jnp.float32(params), Apply(HEARING))
         size = low_res.size if low_res else 0
-        return Model(denoiser, (16, 16, 3), Defaults(2, "ddim", "uniform", batch=4), None if low_res else text, low_res=size)
+        return Model(
+            denoiser, (16, 16, 3), Defaults(2, "ddim", "uniform", batch=4), None if low_res else text, low_res=size
+        )
 
     config = SimpleNamespace(seed=0, text=not low_res)
     return SimpleNamespace(config=config, seen=seen, model=model, classes=(), low_res=low_res, shape=(16, 16, 3))
@@ -74,7 +78,11 @@ def test_warnings_wait_until_something_could_have_been_learned(tmp_path, capsys)
             log.sanity(step, sanity.look(stage, params))
         return "WARNING: the text is ignored" in capsys.readouterr().err
 
-    told = {"train": {"steps": 9, "batch": 4}, "optimizer": {"learning_rate": 0.5}, "log": {"tensorboard": False, "wandb": ""}}
+    told = {
+        "train": {"steps": 9, "batch": 4},
+        "optimizer": {"learning_rate": 0.5},
+        "log": {"tensorboard": False, "wandb": ""},
+    }
     config = ConfigDict(told)
     assert not said(10, Apply(HEARING), 0.0) and said(1000, Apply(HEARING), 0.0)
     assert said(10, Apply(Mean()), 0.0) and not said(1000, Apply(HEARING), 1.0)

@@ -47,7 +47,9 @@ def batch_of(size, seed=0):
 
 def first_state(optimizer, seed=0):
     text = jax.random.normal(jax.random.key(seed), (10, 8))
-    network = Toy().init(jax.random.key(seed), jnp.zeros((1, 4, 4, 3)), jnp.zeros(1), jnp.zeros((1, 5, 8)), jnp.ones((1, 5)))
+    network = Toy().init(
+        jax.random.key(seed), jnp.zeros((1, 4, 4, 3)), jnp.zeros(1), jnp.zeros((1, 5, 8)), jnp.ones((1, 5))
+    )
     return create({"network": network["params"], "text": text}, optimizer, jax.random.key(seed + 1))
 
 

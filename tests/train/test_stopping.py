@@ -58,7 +58,13 @@ def step(state, batch, axis_name=None, parts=2):
         gradients, loss = jax.lax.pmean((gradients, loss), axis_name)
     updates, moments = OPTIMIZER.update(gradients, state.optimizer)
     params = optax.apply_updates(state.params, updates)
-    metrics = {"loss": loss, "grad_norm": norm, "finite": jnp.isfinite(loss), "bin_sum": jnp.zeros(10), "bin_count": jnp.zeros(10)}
+    metrics = {
+        "loss": loss,
+        "grad_norm": norm,
+        "finite": jnp.isfinite(loss),
+        "bin_sum": jnp.zeros(10),
+        "bin_count": jnp.zeros(10),
+    }
     return state.replace(step=state.step + 1, params=params, ema=params, optimizer=moments), metrics
 
 
@@ -96,7 +102,9 @@ def run(workdir, at=lambda name: None, way="jit", steps=STEPS, place=None):
         state, position = restored
         batches.set_state(position.encode())
     with Log(workdir, config, int(state.step), lambda step: 1.0) as log:
-        here = Training(config, workdir, plan, parallel, batches, checkpoints, log, parallel.place(state), int(state.step))
+        here = Training(
+            config, workdir, plan, parallel, batches, checkpoints, log, parallel.place(state), int(state.step)
+        )
         for owner, names in (
             (here, ("advance", "save", "show", "due")),
             (checkpoints, ("save", "last")),
@@ -248,7 +256,9 @@ def test_a_signal_at_any_site_loses_no_step(whole, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("signals", [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM,)], ids=["Ctrl-C twice", "SIGTERM"])
+@pytest.mark.parametrize(
+    "signals", [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM,)], ids=["Ctrl-C twice", "SIGTERM"]
+)
 def test_a_signal_at_every_site_loses_no_step(whole, tmp_path, signals, way):
     for number in range(len(whole.sites)):
         check(whole, tmp_path / str(number), number, signals, way)

@@ -17,7 +17,12 @@ from diffjax.utils.errors import UserError
 
 
 def config(**changes):
-    base = {"process": {"name": "flow"}, "prediction": {"name": "v"}, "network": "dit", "text": {"name": "words", "tokens": 4}}
+    base = {
+        "process": {"name": "flow"},
+        "prediction": {"name": "v"},
+        "network": "dit",
+        "text": {"name": "words", "tokens": 4},
+    }
     return ConfigDict(base | changes)
 
 
@@ -32,7 +37,9 @@ def write(folder, params, captions=(), classes=(), steps=(10, 20)):
     checkpoints = Checkpoints(folder)
     for step in steps:
         state = create(jax.tree.map(lambda leaf: leaf + 100 * step, params), optax.sgd(0.1), jax.random.key(0))
-        checkpoints.save(state.replace(step=jnp.int32(step), ema=jax.tree.map(lambda leaf: leaf + step, params)), "", 1.0)
+        checkpoints.save(
+            state.replace(step=jnp.int32(step), ema=jax.tree.map(lambda leaf: leaf + step, params)), "", 1.0
+        )
     checkpoints.close()
     (folder / "config.json").write_text(config().to_json())
     (folder / "data.json").write_text(json.dumps({"shape": [8, 8, 3], "classes": classes}))
@@ -68,7 +75,12 @@ def test_what_fits_is_taken_and_the_rest_is_named(tmp_path, capsys):
 def test_the_step_and_the_weights_are_chosen(tmp_path):
     old = arrays(0, network__kernel=(3, 4))
     write(tmp_path / "old", old)
-    for choice, more in (({}, 20), ({"step": 10}, 10), ({"weights": "raw"}, 2000), ({"step": 10, "weights": "raw"}, 1000)):
+    for choice, more in (
+        ({}, 20),
+        ({"step": 10}, 10),
+        ({"weights": "raw"}, 2000),
+        ({"step": 10, "weights": "raw"}, 1000),
+    ):
         found, told = begin(tmp_path, arrays(1, network__kernel=(3, 4)), **choice)
         np.testing.assert_allclose(found["network/kernel"], old["network"]["kernel"] + more, rtol=1e-6)
         assert told["step"] == choice.get("step", 20) and told["weights"] == choice.get("weights", "ema")

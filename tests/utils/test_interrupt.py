@@ -154,7 +154,9 @@ with interrupt.command():
 @pytest.mark.parametrize("number", interrupt.SIGNALS[:2], ids=["Ctrl-C", "SIGTERM"])
 @pytest.mark.parametrize("where", ["compiling", "in a job"])
 def test_a_command_leaves_at_once_from_the_depths_of_a_library(where, number):
-    with subprocess.Popen([sys.executable, "-c", BUSY, where], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as busy:
+    with subprocess.Popen(
+        [sys.executable, "-c", BUSY, where], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as busy:
         assert busy.stdout.readline() == "deep\n"
         time.sleep(0.3)
         busy.send_signal(number)

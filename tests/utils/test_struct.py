@@ -29,7 +29,15 @@ def test_compiled_code_of_one_class_never_runs_for_another():
 
 
 def test_structures_of_different_classes_differ():
-    values = [process.Flow(), process.Cosine(), predict.X0(), predict.Eps(), predict.V(), predict.Score(), predict.Velocity()]
+    values = [
+        process.Flow(),
+        process.Cosine(),
+        predict.X0(),
+        predict.Eps(),
+        predict.V(),
+        predict.Score(),
+        predict.Velocity(),
+    ]
     assert len({str(jax.tree.structure(value)) for value in values}) == len(values)
     for i, a in enumerate(values):
         assert [jax.tree.structure(a) == jax.tree.structure(b) for b in values] == [i == j for j in range(len(values))]

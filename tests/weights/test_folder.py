@@ -156,14 +156,19 @@ def test_missing_shards_are_named(model):
         loading.load(model)
     places = {key: f"{STEM}-0000{1 + i % 3}-of-00003.safetensors" for i, key in enumerate(keys)}
     files.write_json(model / "unet" / f"{STEM}.safetensors.index.json", {"weight_map": places})
-    with pytest.raises(UserError, match=f"lacks {STEM}-00002-of-00003.safetensors, {STEM}-00003-of-00003.*: 2 of the 3 shards"):
+    with pytest.raises(
+        UserError, match=f"lacks {STEM}-00002-of-00003.safetensors, {STEM}-00003-of-00003.*: 2 of the 3 shards"
+    ):
         loading.load(model)
 
 
 @pytest.mark.parametrize(
     "content, told",
     [
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "a pointer of Git LFS.* run `git lfs pull`"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n",
+            "a pointer of Git LFS.* run `git lfs pull`",
+        ),
         (b"GGUF\3\0\0\0", "GGUF, as llama.cpp .* take the model's safetensors"),
         (b"<!DOCTYPE html><html>", "a web page: download the file again, logged in"),
     ],
@@ -196,7 +201,9 @@ def test_folders_of_other_formats_say_which(model, name):
         loading.load(model)
 
 
-@pytest.mark.parametrize("command", [["sample", "--out", "o"], ["plan"], ["fit-grid", "--steps", "2"], ["convert", "o"]])
+@pytest.mark.parametrize(
+    "command", [["sample", "--out", "o"], ["plan"], ["fit-grid", "--steps", "2"], ["convert", "o"]]
+)
 def test_every_command_that_reads_a_model_takes_a_variant(model, capsys, command):
     put(model, f"{STEM}.ema.safetensors", 2.0)
     told = [str(model)] if command[0] == "convert" else ["--model", str(model)]

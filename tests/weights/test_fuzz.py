@@ -167,8 +167,16 @@ def test_adapters(tmp_path, rounds):
     for layer in ("transformer_blocks.0.attn.to_q", "transformer_blocks.2.attn.to_k", "proj_out"):
         a, b = draw.standard_normal((2, 2, 16)).astype(np.float32)
         tensors |= {f"transformer.{layer}.lora_A.weight": a, f"transformer.{layer}.lora_B.weight": b.T}
-    tensors |= {"transformer.proj_out.alpha": np.float32(2), "transformer.proj_out.dora_scale": np.ones((16, 1), np.float32)}
-    said = {"transformer.r": 2, "transformer.lora_alpha": 2, "transformer.alpha_pattern": {"to_q": 1.5}, "transformer.use_rslora": False}
+    tensors |= {
+        "transformer.proj_out.alpha": np.float32(2),
+        "transformer.proj_out.dora_scale": np.ones((16, 1), np.float32),
+    }
+    said = {
+        "transformer.r": 2,
+        "transformer.lora_alpha": 2,
+        "transformer.alpha_pattern": {"to_q": 1.5},
+        "transformer.use_rslora": False,
+    }
     safetensors.write(path, tensors, {"format": "pt", METADATA: json.dumps(said)})
     sound = path.read_bytes()
     length = int.from_bytes(sound[:8], "little")

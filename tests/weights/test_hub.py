@@ -46,7 +46,15 @@ PATIENT = {"HF_HUB_ETAG_TIMEOUT": "60", "HF_HUB_DOWNLOAD_TIMEOUT": "60"}
 @pytest.fixture(autouse=True)
 def home(monkeypatch, tmp_path):
     monkeypatch.setenv("DIFFJAX_HOME", str(tmp_path / "home"))
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+    for name in (
+        "HF_TOKEN",
+        "HUGGING_FACE_HUB_TOKEN",
+        "http_proxy",
+        "https_proxy",
+        "HTTP_PROXY",
+        "HTTPS_PROXY",
+        "ALL_PROXY",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -102,7 +110,9 @@ def test_online_again_and_offline(served, at, offline):
     assert hub.fetch(NAME) == (folder, revision)
     assert asked(served) == [("GET", f"/api/models/{NAME}/revision/main")]
     at(CLOSED)
-    with pytest.warns(UserWarning, match=f"the copy of {NAME} in the cache is used, commit {revision}, for .* could not"):
+    with pytest.warns(
+        UserWarning, match=f"the copy of {NAME} in the cache is used, commit {revision}, for .* could not"
+    ):
         assert hub.fetch(NAME) == (folder, revision)
     offline()
     assert hub.fetch(NAME) == (folder, revision)
@@ -120,7 +130,9 @@ def test_environment_variables_in_a_process_of_its_own(served, home):
 
 def test_offline_without_a_copy(served, offline):
     offline()
-    with pytest.raises(UserError, match=f"{NAME} is not in .* and the hub is off .*; unset it once to download, or give a"):
+    with pytest.raises(
+        UserError, match=f"{NAME} is not in .* and the hub is off .*; unset it once to download, or give a"
+    ):
         hub.fetch(NAME)
     assert not asked(served)
 
@@ -129,7 +141,14 @@ def test_by_branch_tag_and_commit(served, offline):
     newer = {**FILES, "diffusion_pytorch_model.safetensors": WEIGHTS[::-1]}
     first, second = served.sha, served.add(NAME, newer, "main", "v2")
     served.repositories[NAME].refs |= {"v1": first, "pull/1": first}
-    for revision, sha in {None: second, "v2": second, "v1": first, "pull/1": first, second: second, first[:8]: first}.items():
+    for revision, sha in {
+        None: second,
+        "v2": second,
+        "v1": first,
+        "pull/1": first,
+        second: second,
+        first[:8]: first,
+    }.items():
         folder, found = hub.fetch(NAME, revision)
         assert found == sha and holds(folder, contents=newer if sha == second else FILES), revision
     assert served.sent["diffusion_pytorch_model.safetensors"] == 2 * len(WEIGHTS) and served.sent["config.json"] == 30
@@ -188,7 +207,9 @@ def test_a_process_that_is_stopped_half_way(served, home, how):
         hub.fetch({NAME!r})
     """
     env = os.environ | {"HF_ENDPOINT": served.url} | PATIENT
-    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], env=env, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)], env=env, stderr=subprocess.PIPE, text=True
+    )
     held = lambda: sum(path.stat().st_size for path in home.rglob("*.partial"))
     end = time.monotonic() + 60
     while held() < 1_900_000 and time.monotonic() < end and process.poll() is None:
@@ -221,10 +242,15 @@ def test_gated(served, at, monkeypatch):
 
 
 def test_files_by_their_names(served):
-    served.add("some/adapters", {"README.md": b"", "pytorch_lora_weights.safetensors": WEIGHTS[:9], "more.safetensors": b"more"})
+    served.add(
+        "some/adapters",
+        {"README.md": b"", "pytorch_lora_weights.safetensors": WEIGHTS[:9], "more.safetensors": b"more"},
+    )
     patterns = ("pytorch_lora_weights.safetensors", "adapter_config.json")
     assert holds(hub.fetch("some/adapters", None, patterns).folder, patterns[:1], {patterns[0]: WEIGHTS[:9]})
-    with pytest.raises(UserError, match="someone/cats has no file .*adapter_config.json; it holds README.md, config.json"):
+    with pytest.raises(
+        UserError, match="someone/cats has no file .*adapter_config.json; it holds README.md, config.json"
+    ):
         hub.fetch(NAME, None, patterns)
 
 
@@ -484,10 +510,14 @@ def test_every_packaged_file_is_in_the_wheel():
     import tomllib
 
     root, package = Path(hub.__file__).parents[2], Path(published.__file__).parent
-    patterns = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"][published.__name__]
+    patterns = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"][
+        published.__name__
+    ]
     packed = {path for pattern in patterns for path in package.glob(pattern)}
     assert packed == {path for path in package.rglob("*.*") if path.is_file() and path.suffix not in (".py", ".pyc")}
-    assert {path.name for path in package.iterdir() if path.is_dir()} - {"__pycache__"} == set(published.FOLDERS.values())
+    assert {path.name for path in package.iterdir() if path.is_dir()} - {"__pycache__"} == set(
+        published.FOLDERS.values()
+    )
     for path in packed:
         assert path.name == "README.md" or isinstance(json.loads(path.read_text()), dict)
 
@@ -522,7 +552,11 @@ def test_adapters_come_by_their_repository_or_by_a_file_in_it(served, at, offlin
     usual = {"pytorch_lora_weights.safetensors": b"usual", "adapter_config.json": b"{}", "README.md": b"style"}
     served.add("someone/style", usual | {"other.safetensors": b"other", "checkpoint/other.safetensors": b"earlier"})
     served.add("someone/odd", {"odd.safetensors": b"odd"})
-    given = {"someone/style:0.5": b"usual", "someone/style/other.safetensors": b"other", "someone/odd/odd.safetensors:-1": b"odd"}
+    given = {
+        "someone/style:0.5": b"usual",
+        "someone/style/other.safetensors": b"other",
+        "someone/odd/odd.safetensors:-1": b"odd",
+    }
     for turn in ("online", "offline"):
         for name, content in given.items():
             (source,) = lora.sources(name)

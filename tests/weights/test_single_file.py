@@ -1,4 +1,3 @@
-
 import jax
 import ml_dtypes
 import numpy as np

@@ -120,7 +120,11 @@ def test_files_of_before_torch_1_6(tmp_path):
         path.write_bytes(whole[:end])
         with pytest.raises(UserError, match="old.bin"):
             torchzip.read(path)
-    for right, wrong in ((b"\x19.", b"\x18."), (b"FloatStorage", b"BoolStorage"), (b"X\x01\x00\x00\x00a", b"X\x01\x00\x00\x00b")):
+    for right, wrong in (
+        (b"\x19.", b"\x18."),
+        (b"FloatStorage", b"BoolStorage"),
+        (b"X\x01\x00\x00\x00a", b"X\x01\x00\x00\x00b"),
+    ):
         path.write_bytes(wrong.join(whole.rsplit(right, 1)))
         with pytest.raises(UserError, match="old.bin"):
             torchzip.read(path)
@@ -130,7 +134,11 @@ def test_files_of_before_torch_1_6(tmp_path):
 def test_equals_torch_before_1_6(tmp_path):
     import torch
 
-    state = {"a": torch.randn(3, 4), "turned": torch.arange(6.0).reshape(2, 3).T, "half": torch.ones(5, dtype=torch.bfloat16)}
+    state = {
+        "a": torch.randn(3, 4),
+        "turned": torch.arange(6.0).reshape(2, 3).T,
+        "half": torch.ones(5, dtype=torch.bfloat16),
+    }
     state["part"] = state["a"][1:, :2]
     torch.save(state, tmp_path / "model.bin", _use_new_zipfile_serialization=False)
     found = torchzip.read(tmp_path / "model.bin")

@@ -14,15 +14,17 @@ import sd3_folder
 from diffjax import weights
 from diffjax.nets import lora
 from diffjax.utils.errors import UserError
-from diffjax.weights import lora as lora_file
-from diffjax.weights import safetensors
+from diffjax.weights import lora as lora_file, safetensors
 from diffjax.weights.lora_names import PREFIXES, linear, meaning, parts, plain
 from diffjax.weights.peft import CONFIG, METADATA
 
 MODULE = lora_files.MODULE
 MODULES = {"transformer": MODULE, **sd3_folder.NETWORKS}
 QUERY = "transformer_blocks.1.attn.to_q"
-A, B = (np.random.RandomState(seed).standard_normal(shape).astype(np.float32) for seed, shape in enumerate([(2, 16), (16, 2)]))
+A, B = (
+    np.random.RandomState(seed).standard_normal(shape).astype(np.float32)
+    for seed, shape in enumerate([(2, 16), (16, 2)])
+)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,9 @@ def read(tmp_path):
     """A function: what is read from a file of these tensors, with `metadata` in its header, beside a `config`."""
 
     def read(tensors, metadata=None, config=None):
-        header = None if metadata is None else {METADATA: metadata if isinstance(metadata, str) else json.dumps(metadata)}
+        header = (
+            None if metadata is None else {METADATA: metadata if isinstance(metadata, str) else json.dumps(metadata)}
+        )
         safetensors.write(tmp_path / "some.safetensors", tensors, header)
         if config is not None:
             (tmp_path / CONFIG).write_text(json.dumps(config))
@@ -46,7 +50,9 @@ def read(tmp_path):
 
 
 def pair(layer=f"transformer.{QUERY}", **more):
-    return {f"{layer}.lora_A.weight": A, f"{layer}.lora_B.weight": B} | {f"{layer}.{end}": value for end, value in more.items()}
+    return {f"{layer}.lora_A.weight": A, f"{layer}.lora_B.weight": B} | {
+        f"{layer}.{end}": value for end, value in more.items()
+    }
 
 
 def scale_of(found):
@@ -94,7 +100,10 @@ PATTERNS = {
     "alpha 0": ({"r": 2, "lora_alpha": 0}, 0.0),
     "rank_pattern": ({"r": 8, "lora_alpha": 6, "rank_pattern": {"attn.to_q": 2}}, 3.0),
     "alpha_pattern": ({"r": 2, "lora_alpha": 6, "alpha_pattern": {"to_k": 9, "to_q": 1}}, 0.5),
-    "first of patterns": ({"r": 2, "lora_alpha": 6, "alpha_pattern": {r"^transformer_blocks\.1\..*": 5, "to_q": 1}}, 2.5),
+    "first of patterns": (
+        {"r": 2, "lora_alpha": 6, "alpha_pattern": {r"^transformer_blocks\.1\..*": 5, "to_q": 1}},
+        2.5,
+    ),
     "both, stabilised": (
         {"r": 8, "lora_alpha": 6, "rank_pattern": {QUERY: 2}, "alpha_pattern": {QUERY: 4}, "use_rslora": True},
         4 / math.sqrt(2),
@@ -109,7 +118,9 @@ def test_scales_are_pefts(read, settings, place):
     """alpha / r, alpha / sqrt(r) where rank-stabilised, each by the first pattern that matches the end of a name."""
     said, expected = PATTERNS[settings]
     said = said | {"peft_type": "LORA", "target_modules": ["to_q"], "init_lora_weights": True, "lora_dropout": 0.1}
-    found = read(pair(), config=said) if place == CONFIG else read(pair(), {f"{place}{name}": said[name] for name in said})
+    found = (
+        read(pair(), config=said) if place == CONFIG else read(pair(), {f"{place}{name}": said[name] for name in said})
+    )
     assert math.isclose(scale_of(found), expected, rel_tol=1e-6, abs_tol=0)
 
 
@@ -136,7 +147,10 @@ TEXT = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
 WRONG = {
     "no adapters": ({}, "holds no adapters"),
     "a lone A": ({"transformer.proj_out.lora_A.weight": A}, "'proj_out' has no lora_B"),
-    "a lone A in a stack": (pair() | {"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": A}, "blocks.0.* no lora_B"),
+    "a lone A in a stack": (
+        pair() | {"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": A},
+        "blocks.0.* no lora_B",
+    ),
     "a lone alpha": (pair() | {"transformer.proj_out.alpha": A[:1, 0]}, "'proj_out' has no lora_A and no lora_B"),
     "another layer": (pair("transformer.blocks.0.to_q"), "no linear layers called transformer blocks.0.to_q"),
     "a convolution": (pair("transformer.pos_embed.proj"), "no linear layers called transformer pos_embed.proj"),
@@ -160,10 +174,16 @@ WRONG = {
     "twice": (pair() | pair("lora_transformer_transformer_blocks_1_attn_to_q"), "adapts .*to_q.weight twice"),
     "magnitudes of inputs": (pair(dora_scale=np.ones((1, 16), "f4")), "only one number for each of 16 outputs"),
     "magnitude and bias": (pair(**{"dora_scale": np.ones(16, "f4"), "lora_B.bias": np.ones(16, "f4")}), "no paper"),
-    "LoHa": ({"lycoris_proj_out.hada_w1_a": A, "lycoris_proj_out.hada_w1_b": B}, "hada_w1_a, lycoris_proj_out.hada_w1_b"),
+    "LoHa": (
+        {"lycoris_proj_out.hada_w1_a": A, "lycoris_proj_out.hada_w1_b": B},
+        "hada_w1_a, lycoris_proj_out.hada_w1_b",
+    ),
     "LoKr": (pair() | {"lycoris_proj_out.lokr_w1": A}, "not understood: lycoris_proj_out.lokr_w1"),
     "a whole module": (pair() | {"transformer.proj_out.weight": A}, "not understood: transformer.proj_out.weight"),
-    "a difference": (pair() | {"diffusion_model.proj_out.diff_b": A}, "not understood: diffusion_model.proj_out.diff_b"),
+    "a difference": (
+        pair() | {"diffusion_model.proj_out.diff_b": A},
+        "not understood: diffusion_model.proj_out.diff_b",
+    ),
     "of the first CLIP of another kind": (pair("lora_te_text_model_encoder_layers_0_self_attn_q_proj"), "lora_te_text"),
     "another text layer": (pair(TEXT + "_x"), "called text_encoder text_model.encoder.layers.0.self_attn.q_proj_x"),
 }

@@ -23,7 +23,9 @@ def test_whole_models_are_read_as_the_hub_has_them(layout, tmp_path):
     tensors = write_params(drawn, FORMAT.names(MODULE))
     whole = tensors | {key: np.ones((40, 16), np.float32) for key in ("lm_head.weight", "decoder.embed_tokens.weight")}
     config = FORMAT.config(MODULE) | {"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}
-    (tmp_path / "config.json").write_text(json.dumps(config | {"output_past": True, "num_decoder_layers": 2, "n_positions": 512}))
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {"output_past": True, "num_decoder_layers": 2, "n_positions": 512})
+    )
     ending = "safetensors" if layout.endswith("safetensors") else "bin"
     stem = "model" if ending == "safetensors" else "pytorch_model"
     write = {"safetensors": safetensors.write, "bin": torchfile.write_state}[ending]

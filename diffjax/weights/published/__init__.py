@@ -1,4 +1,5 @@
-"""The configurations of well-known models, which come with the package: enough to describe and to plan, without a network.
+"""The configurations of well-known models, which come with the package: enough to describe and to plan, without
+a network.
 
 `README.md` says where they are from.
 """
@@ -8,7 +9,11 @@ from importlib import resources
 from pathlib import Path
 
 FOLDERS = {
-    **{f"google/ddpm-{ema}{data}-256": "ddpm_256" for data in ("bedroom", "cat", "celebahq", "church") for ema in ("", "ema-")},
+    **{
+        f"google/ddpm-{ema}{data}-256": "ddpm_256"
+        for data in ("bedroom", "cat", "celebahq", "church")
+        for ema in ("", "ema-")
+    },
     **{f"google/ddpm-{ema}cifar10-32": "ddpm_cifar10_32" for ema in ("", "ema-")},
     "stabilityai/stable-diffusion-3.5-large": "sd35_large",
     "stabilityai/stable-diffusion-3.5-large-turbo": "sd35_large",
