@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-extras="emoji test"
+extras="emoji test docs"
 for argument in "$@"; do
     [ "$argument" = --reference ] && extras="$extras reference"
 done
