@@ -1,4 +1,4 @@
-"""Pages of the reference that are made when the site is built: every module's docstrings, and the help of every command."""
+"""Pages of the reference that are made when the site is built: the docstrings of all modules, and the commands' help."""
 
 import ast
 import os
