@@ -177,7 +177,8 @@ def compare(tiny, rounds):
     beside = {line["stage"]: line for line in theirs}
     print(f"{about['device']}, {'toy size' if tiny else 'SD3.5 large, 1024 px'}, {STEPS} steps with guidance, bfloat16")
     print(
-        f"{'stage':12}{'TFLOP':>9}{'seconds':>10}{'share':>8}{'first s':>9}{'of peak':>9}{'diffusers s':>13}{'ratio':>7}"
+        f"{'stage':12}{'TFLOP':>9}{'seconds':>10}{'share':>8}{'first s':>9}{'of peak':>9}"
+        f"{'diffusers s':>13}{'ratio':>7}"
     )
     total = sum(line["seconds"] for line in ours)
     for line in ours:

@@ -8,6 +8,7 @@ entries of any other, the interpolated log-SNR has corners in t, which bound its
 1 / T.
 """
 
+import itertools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -97,7 +98,7 @@ def exact(mixture: Mixture, x: np.ndarray, ts: np.ndarray, tolerance: float = 1e
     """
     alpha, sigma = (np.asarray(f(jnp.asarray(ts))) for f in (mixture.process.alpha, mixture.process.sigma))
     log_rho, z = np.log(sigma / alpha), [x / alpha[0]]
-    for begin, end in zip(log_rho[:-1], log_rho[1:]):
+    for begin, end in itertools.pairwise(log_rho):
         solution = solve_ivp(_slope, (begin, end), z[-1].ravel(), "DOP853", rtol=tolerance, atol=1e-14, args=(mixture,))
         z.append(solution.y[:, -1].reshape(x.shape))
     return alpha[:, None, None] * np.stack(z)
@@ -214,7 +215,8 @@ def main() -> None:
     from rich.progress import track
 
     print(
-        f"{'solver':14} {'process':10} {'problem':9} {'order':>6} {'measured':>9} {'own':>6} {'start-up':>9} {'allows':>7} {'error':>8}"
+        f"{'solver':14} {'process':10} {'problem':9} {'order':>6} {'measured':>9} {'own':>6} {'start-up':>9} "
+        f"{'allows':>7} {'error':>8}"
     )
     for name, solver in track(SOLVERS.items(), "orders", transient=True):
         for proc in PROCESSES:

@@ -94,7 +94,7 @@ def show(lines, base):
     for line in lines:
         ratio = f"{line['median'] / whole:.2f}" if whole else ""
         print(
-            f"{line['variant']:22}{'tuned' if line['tuned'] else 'installed':12}{line['median']:10.3f}{line['best']:9.3f}"
-            f"{ratio:>{len(base) + 4}}{line['first']:9.1f}{line['peak']:9.0f}",
+            f"{line['variant']:22}{'tuned' if line['tuned'] else 'installed':12}"
+            f"{line['median']:10.3f}{line['best']:9.3f}{ratio:>{len(base) + 4}}{line['first']:9.1f}{line['peak']:9.0f}",
             flush=True,
         )

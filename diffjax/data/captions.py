@@ -80,7 +80,8 @@ class Classes(Folder):
         classes = {printable(names[file].parts[0]) for file in found}
         if {name.lower() for name in classes} <= SPLITS:
             raise UserError(
-                f"{self.path} has the folders {', '.join(sorted(classes))}: set data.path to the one of them to train on"
+                f"{self.path} has the folders {', '.join(sorted(classes))}: set data.path to the one of them to "
+                "train on"
             )
         labels = {file: label if (label := printable(name.parts[0])) in classes else "" for file, name in names.items()}
         return [

@@ -15,8 +15,8 @@ from PIL import Image, ImageCms, ImageColor, ImageOps, JpegImagePlugin, Unidenti
 from diffjax.utils.errors import UserError
 
 SUFFIXES = frozenset(
-    ".png .apng .jpg .jpeg .jpe .jfif .webp .gif .bmp .dib .tif .tiff .avif .avifs .jp2 .j2k .jpx .pbm .pgm .ppm .pnm .pfm"
-    " .heic .heif .hif .jxl .ico .tga .psd .svg .exr .hdr .dng .cr2 .cr3 .nef .arw .orf .raf .rw2".split()
+    ".png .apng .jpg .jpeg .jpe .jfif .webp .gif .bmp .dib .tif .tiff .avif .avifs .jp2 .j2k .jpx .pbm .pgm .ppm .pnm "
+    ".pfm .heic .heif .hif .jxl .ico .tga .psd .svg .exr .hdr .dng .cr2 .cr3 .nef .arw .orf .raf .rw2".split()
 )
 """How the names of pictures end, also of those in formats that are not read: these are left out by name."""
 

@@ -125,7 +125,7 @@ def choose_caption(captions: tuple[str, ...], config: Any, rng: np.random.Genera
 
 
 @functools.lru_cache(maxsize=2)
-def _order(count: int, seed: int, epoch: int) -> Int64[np.ndarray, "{count}"]:
+def _order(count: int, seed: int, epoch: int) -> Int64[np.ndarray, " count"]:
     return np.random.default_rng((seed, epoch, 1)).permutation(count)
 
 

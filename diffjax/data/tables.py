@@ -52,7 +52,7 @@ class Held(Captioned):
     to them.
     """
 
-    inside: Inside = Inside("", 0, 0, "")
+    inside: Inside = field(kw_only=True)
 
     def read(self) -> bytes:
         value = _column(self.file, self.inside.column, self.inside.group)[self.inside.row].as_py()
@@ -110,8 +110,8 @@ class Table:
                 if row.problem:
                     found.faulty.append(Captioned(f"{called} {row.where}", table, problem=row.problem))
                 elif isinstance(row.picture, Inside):
-                    told = {"captions": tuple(row.captions), "label": row.picture.label, "inside": row.picture}
-                    found.held.append(Held(f"{called} {row.where}", table, **told))
+                    name, said, inside = f"{called} {row.where}", tuple(row.captions), row.picture
+                    found.held.append(Held(name, table, said, label=inside.label, inside=inside))
                 else:
                     place = (
                         row.picture

@@ -48,7 +48,8 @@ def ddpm(folder: str | Path, dtype: Any = None, variant: str | None = None) -> M
     rows, names = module.num_class_embeds or 0, weights.class_names(folder)
     if names and len(names) not in (rows, rows - 1):
         raise UserError(
-            f"{folder}: id2label names {len(names)} classes, and the network has {rows}, the null class among them: mend it"
+            f"{folder}: id2label names {len(names)} classes, and the network has {rows}, the null class among them: "
+            "mend it"
         )
     classes = names or tuple(map(str, range(rows)))
     return Model(
@@ -74,8 +75,8 @@ def check(module: UNet, scheduler: Scheduler, path: Path) -> None:
         )
     if module.class_embed_type:
         raise UserError(
-            f"{path}: class_embed_type = {module.class_embed_type} reads labels that are no classes, which sampling cannot"
-            " give: call the network itself, diffjax.weights.load(folder)"
+            f"{path}: class_embed_type = {module.class_embed_type} reads labels that are no classes, which sampling "
+            "cannot give: call the network itself, diffjax.weights.load(folder)"
         )
     if out not in (channels, 2 * channels) or (learned and out == channels):
         wanted = f"{2 * channels}, for the variance" if learned else f"{channels}, or {2 * channels} with a variance"

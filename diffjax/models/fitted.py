@@ -70,7 +70,8 @@ def stored(
     kept = json.loads(place.read_text())
     if lines := differences(kept.get("to", {}), to):
         raise UserError(
-            f"the grid of {steps} steps for {sampler} was fitted to another state of {model.name} ({'; '.join(lines)}): {again}"
+            f"the grid of {steps} steps for {sampler} was fitted to another state of {model.name} "
+            f"({'; '.join(lines)}): {again}"
         )
     return grids.pairs(np.asarray(kept["times"]))
 

@@ -5,6 +5,7 @@ embedding. `MINIMAGEN_BASE` and `MINIMAGEN_SUPER` are the widths that MinImagen 
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -240,7 +241,7 @@ class ImagenUNet(nn.Module):
     def _down(self, x: Array, emb: Array, tokens: Tokens) -> list[list[Array]]:
         """What the blocks of every level give, and at last the middle."""
         levels, widths = [], [self.dim, *(self.dim * m for m in self.mults)]
-        for i, (narrow, wide) in enumerate(zip(widths, widths[1:])):
+        for i, (narrow, wide) in enumerate(itertools.pairwise(widths)):
             last = i == len(self.mults) - 1
             if self.efficient:
                 x = self._halve(wide, name=f"down_{i}")(x)

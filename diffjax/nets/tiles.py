@@ -6,6 +6,7 @@ n norms (whose inputs depend on the norms before alone) and near in the others.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -135,7 +136,7 @@ def _spans(length: int, size: int, reach: int) -> list[tuple[int, int, int]]:
         return [(0, 0, length)]
     count = -(-(length - 2 * reach) // (size - 2 * reach))
     starts = [i * (length - size) // (count - 1) for i in range(count)]
-    borders = [0, *((a + b + size) // 2 for a, b in zip(starts, starts[1:])), length]
+    borders = [0, *((a + b + size) // 2 for a, b in itertools.pairwise(starts)), length]
     return list(zip(starts, borders, borders[1:]))
 
 

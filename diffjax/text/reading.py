@@ -15,14 +15,14 @@ from diffjax.utils.errors import UserError
 from diffjax.utils.progress import counted
 
 FILLERS = frozenset(
-    "a an the some any this that these those my your our of s please draw paint show make me us emoji icon picture pictures "
-    "image images photo photos photograph drawing painting".split()
+    "a an the some any this that these those my your our of s please draw paint show make me us emoji icon picture "
+    "pictures image images photo photos photograph drawing painting".split()
 )
 """Words that say nothing of what is drawn: dropped where the captions do not have them."""
 
 RELATIONS = frozenset(
-    "on in under over above below behind beside before after between near with without to from into onto at by for and or not is "
-    "are has holding wearing riding eating".split()
+    "on in under over above below behind beside before after between near with without to from into onto at by for and "
+    "or not is are has holding wearing riding eating".split()
 )
 """Words that make order matter: a dog on a car is no car on a dog."""
 
@@ -33,8 +33,8 @@ SELDOM = 0.01
 """A filler that fewer captions have than this share is dropped where it does not belong to a caption."""
 
 IRREGULAR = {
-    "man": "men", "woman": "women", "person": "people", "child": "children", "mouse": "mice", "goose": "geese", "foot": "feet",
-    "tooth": "teeth", "ox": "oxen", "die": "dice", "cactus": "cacti",
+    "man": "men", "woman": "women", "person": "people", "child": "children", "mouse": "mice", "goose": "geese",
+    "foot": "feet", "tooth": "teeth", "ox": "oxen", "die": "dice", "cactus": "cacti",
 }  # fmt: skip
 
 JOINERS = "\ufe0e\ufe0f\u200d\u20e3"

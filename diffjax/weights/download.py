@@ -112,7 +112,8 @@ def _refuse_a_small_disk(repo: str, size: int, folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if size > free:
         raise UserError(
-            f"{repo} needs {size / 1e9:.3g} GB and {folder.parent} has {free / 1e9:.3g}: free some space, or set DIFFJAX_HOME"
+            f"{repo} needs {size / 1e9:.3g} GB and {folder.parent} has {free / 1e9:.3g}: free some space, or "
+            "set DIFFJAX_HOME"
         )
 
 

@@ -93,8 +93,8 @@ def choose(found: Sequence[Form], variant: str | None, where: str) -> Form | Non
         names = [form.name for form in rivals]
         ways = [form.variant if len(best[form.variant]) == 1 and form.variant else form.name for form in rivals]
         raise UserError(
-            f"{where} holds {' and '.join(names)}, which need not be the same weights: keep one, or choose with --variant "
-            f"{' or --variant '.join(ways)}"
+            f"{where} holds {' and '.join(names)}, which need not be the same weights: keep one, or choose with "
+            f"--variant {' or --variant '.join(ways)}"
         )
     return rivals[0] if rivals else None
 
@@ -168,8 +168,8 @@ def _read_sharded(index: Path) -> dict[str, np.ndarray]:
     names = sorted(set(places.values()))
     if missing := [name for name in names if not (index.parent / name).is_file()]:
         raise UserError(
-            f"{index.parent} lacks {', '.join(missing)}: {len(missing)} of the {len(names)} shards that {index.name} names; "
-            "download them into it"
+            f"{index.parent} lacks {', '.join(missing)}: {len(missing)} of the {len(names)} shards that {index.name} "
+            "names; download them into it"
         )
     tensors: dict[str, np.ndarray] = {}
     for name in names:

@@ -5,7 +5,8 @@ A repository's folder, `models--OWNER--NAME`, is laid out as the hub's own clien
     blobs/CHECKSUM            a file's content; CHECKSUM.partial while it is under way (`download`)
     snapshots/COMMIT/PATH     a link to it
     refs/REVISION             the commit at which a branch or a tag stood when it was last asked for
-    listings/COMMIT.json      the names of all files of a commit: without them nobody could say whether a snapshot is whole
+    listings/COMMIT.json      the names of all files of a commit: without them nobody could say whether a snapshot is
+                              whole
 """
 
 import contextlib
@@ -171,8 +172,8 @@ class Repo:
         if cached is None:
             near = published.suggestion(self.name)
             raise UserError(
-                f"{asked} is not in {self.folder.parent} and the hub is off (HF_HUB_OFFLINE); unset it once to download, "
-                f"or give a folder{near}"
+                f"{asked} is not in {self.folder.parent} and the hub is off (HF_HUB_OFFLINE); unset it once to "
+                f"download, or give a folder{near}"
             )
         if absent := self.absent(*cached):
             raise UserError(
@@ -264,8 +265,8 @@ def _calls(repo: Repo) -> Iterator[None]:
 def _unknown(name: str) -> Refused:
     near = published.suggestion(name)
     return Refused(
-        f"there is no folder {name}, and the hub knows no model of that name, or it is private: check the name, or log in with "
-        f"`hf auth login` or HF_TOKEN{near}"
+        f"there is no folder {name}, and the hub knows no model of that name, or it is private: check the name, or log "
+        f"in with `hf auth login` or HF_TOKEN{near}"
     )
 
 
@@ -284,15 +285,15 @@ def _unreachable(name: str, error: Exception) -> Refused:
         return _unknown(name)
     if status == 403:
         return Refused(
-            f"the hub does not let this login have {name}: accept its licence on the model's page, and use a token that may "
-            "read it"
+            f"the hub does not let this login have {name}: accept its licence on the model's page, and use a token "
+            "that may read it"
         )
     told = " ".join(str(error).split()) or type(error).__name__
     reason = f"HTTP {status}" if status else told[:150]
     near = published.suggestion(name)
     return Refused(
-        f"{name} is no folder here and could not be downloaded ({reason}): run the same command again to go on, or give a "
-        f"folder{near}"
+        f"{name} is no folder here and could not be downloaded ({reason}): run the same command again to go on, or "
+        f"give a folder{near}"
     )
 
 

@@ -139,8 +139,9 @@ def write(path: str | Path, module: nn.Module, adapters: Adapters) -> None:
     """Write adapters of one rank and one scale. Raises `UserError` for others."""
     rows, tensors = linear(module), {}
     for name, adapter in adapters.items():
-        stack = lambda leaf: np.asarray(leaf, np.float32) if rows[name].stacked else np.asarray(leaf, np.float32)[None]
-        for key, a, b in zip(rows[name].keys, stack(adapter.a), stack(adapter.b)):
+        pair = [np.asarray(leaf, np.float32) for leaf in (adapter.a, adapter.b)]
+        down, up = pair if rows[name].stacked else [leaf[None] for leaf in pair]
+        for key, a, b in zip(rows[name].keys, down, up):
             tensors |= {f"{PREFIX}{_layer(key)}.lora_A.weight": a.T, f"{PREFIX}{_layer(key)}.lora_B.weight": b.T}
     scales = {float(scale) for adapter in adapters.values() for scale in np.ravel(adapter.scale)}
     ranks = {adapter.a.shape[-1] for adapter in adapters.values()}

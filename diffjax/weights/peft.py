@@ -65,8 +65,8 @@ class Settings:
             raise UserError(f"{self.source} holds adapters of type {kind!a}: only LORA and DoRA are read")
         if begun not in BEGINNINGS:
             raise UserError(
-                f"{self.source}: init_lora_weights = {begun!a} changes the weights that adapters are added to: save them"
-                " for the original weights (PEFT's path_initial_model_for_weight_conversion)"
+                f"{self.source}: init_lora_weights = {begun!a} changes the weights that adapters are added to: save "
+                "them for the original weights (PEFT's path_initial_model_for_weight_conversion)"
             )
         if wrong := next(
             (name for name, value in self.fields.items() if value and name not in (*SCALES, *TRAINED)), None

@@ -37,14 +37,14 @@ def test_pictures_keep_their_captions(folder):
     dataset = load(folder)
     found = dataset.examples(range(len(dataset)))
     assert found["image"].shape == (6, 16, 16, 3)
-    for image, captions in zip(found["image"], found["captions"], strict=True):
-        number = int(captions[0].removeprefix("number "))
+    for image, said in zip(found["image"], found["captions"], strict=True):
+        number = int(said[0].removeprefix("number "))
         np.testing.assert_allclose(image.mean((0, 1)), (40 * number, 0, 255), atol=2)
 
 
 def test_a_folder_is_read_again_only_when_it_changed(folder, tmp_path):
     def copies():
-        return {file for file in (tmp_path / "home").rglob("*.array_record*")}
+        return set((tmp_path / "home").rglob("*.array_record*"))
 
     load(folder)
     first = copies()

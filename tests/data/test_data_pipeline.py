@@ -26,7 +26,7 @@ class TinyClasses(tfds.core.GeneratorBasedBuilder):
     """Pictures whose grey is 10 times their number; number 7 is broken when the configuration says so."""
 
     VERSION = tfds.core.Version("1.0.0")
-    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name="whole"), tfds.core.BuilderConfig(name="broken")]
+    BUILDER_CONFIGS = (tfds.core.BuilderConfig(name="whole"), tfds.core.BuilderConfig(name="broken"))
 
     def _info(self):
         features = {

@@ -94,7 +94,7 @@ def test_layers_compute_with_the_merged_weights(base, tmp_path):
     joined = lora.add(base, [(read(tmp_path / "a", tensors), 1.0)])
     expected = output(merged(base, changes))
     assert reference.relative(output(joined), expected) <= 2e-5 < 0.1 < reference.relative(output(base), expected)
-    nothing = jax.tree.map(jnp.zeros_like, {path: leaf for path, leaf in read(tmp_path / "a", tensors).items()})
+    nothing = jax.tree.map(jnp.zeros_like, dict(read(tmp_path / "a", tensors).items()))
     np.testing.assert_array_equal(output(lora.join(base, nothing)), output(base))
 
 

@@ -57,9 +57,9 @@ def test_four_bits_take_half_a_byte():
 
 def test_products_and_their_gradients():
     x, w = kernel(4, 64), kernel(64, 8)
+    squared = jax.value_and_grad(lambda x, w, dtype: jnp.sum(matmul(x, w, dtype) ** 2))
     for dtype in (jnp.float32, jnp.bfloat16):
-        ours = jax.value_and_grad(lambda x: jnp.sum(matmul(x, INT8(w), dtype) ** 2))(x)
-        plain = jax.value_and_grad(lambda x: jnp.sum(matmul(x, INT8(w).astype(dtype), dtype) ** 2))(x)
+        ours, plain = squared(x, INT8(w), dtype), squared(x, INT8(w).astype(dtype), dtype)
         jax.tree.map(np.testing.assert_array_equal, ours, plain)
     assert Dense(8, use_bias=False).apply({"params": {"kernel": INT8(w)}}, x).shape == (4, 8)
 
@@ -109,7 +109,7 @@ def test_loading_quantises_layer_by_layer(network, scheme):
 
 
 def test_loading_onto_several_devices(network):
-    module, params, folder = network
+    _, params, folder = network
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:2]), ("model",))
     place = lambda path, shape: NamedSharding(
         mesh, P(*[None] * (len(shape) - 1), "model") if "kernel/" in path else P()

@@ -182,8 +182,8 @@ def test_every_command_that_computes_says_in_one_line_that_there_is_no_gpu(platf
     code = f"""
 from diffjax import cli
 for command in (["train", "--config", {str(emoji)!r}, "--workdir", "w"], ["plan", "--config", {str(emoji)!r}],
-                ["sample", "--model", ".", "--out", "o"], ["evaluate", "--run", {str(tmp_path)!r}], ["convert", "w", "o"],
-                ["fit-grid", "--run", {str(tmp_path)!r}, "--steps", "2"]):
+                ["sample", "--model", ".", "--out", "o"], ["evaluate", "--run", {str(tmp_path)!r}],
+                ["convert", "w", "o"], ["fit-grid", "--run", {str(tmp_path)!r}, "--steps", "2"]):
     assert cli.main(command) == 2, command
 """
     process = run_python(code, JAX_PLATFORMS=platform, DIFFJAX_HOME=str(tmp_path))
@@ -191,7 +191,8 @@ for command in (["train", "--config", {str(emoji)!r}, "--workdir", "w"], ["plan"
     lines = err.splitlines()
     assert process.returncode == 0 and out == "" and len(lines) == 6
     assert set(lines) == {
-        f"diffjax: jax finds no device to run on (JAX_PLATFORMS={platform} lets it use nothing else): `diffjax doctor` says why"
+        f"diffjax: jax finds no device to run on (JAX_PLATFORMS={platform} lets it use nothing else): "
+        "`diffjax doctor` says why"
     }
 
 

@@ -3,7 +3,7 @@ import pytest
 
 from diffjax.parallel import processor
 
-AVX512 = "processor : 0\nflags\t\t: fpu sse avx2 avx512f avx512_bf16\n\nprocessor : 1\nflags\t\t: fpu sse avx2 avx512f avx512_bf16\n"
+AVX512 = "\n".join(f"processor : {i}\nflags\t\t: fpu sse avx2 avx512f avx512_bf16\n" for i in range(2))
 AVX2 = "processor : 0\nflags\t\t: fpu sse avx2 fma\n"
 MIXED = AVX512 + AVX2
 SAPPHIRE = "flags : fpu avx512f avx512_bf16 amx_bf16 amx_tile\n"
@@ -13,8 +13,16 @@ GRAVITON2 = "processor : 0\nFeatures : fp asimd evtstrm aes\n"
 
 @pytest.mark.parametrize(
     "cpuinfo, name",
-    [(AVX512, "bfloat16"), (SAPPHIRE, "bfloat16"), (GRAVITON3, "bfloat16"), (AVX2, "float32"), (MIXED, "float32")]
-    + [(GRAVITON2, "float32"), ("", "float32"), ("model name : bf16 deluxe\n", "float32")],
+    [
+        (AVX512, "bfloat16"),
+        (SAPPHIRE, "bfloat16"),
+        (GRAVITON3, "bfloat16"),
+        (AVX2, "float32"),
+        (MIXED, "float32"),
+        (GRAVITON2, "float32"),
+        ("", "float32"),
+        ("model name : bf16 deluxe\n", "float32"),
+    ],
 )
 def test_auto_is_float32_where_bfloat16_would_be_emulated(cpuinfo, name, monkeypatch):
     monkeypatch.setattr(processor, "flags", lambda: processor.flags_of(cpuinfo))

@@ -1,5 +1,6 @@
 """Files of random adapters as programs write them, and in float64 the weights that each makes of a checkpoint's."""
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -110,10 +111,14 @@ def write(naming, seed=0, dora=False, module=MODULE):
             else:
                 tensors[f"{stem}.dora_scale"] = magnitude[:, None]
         for i, name in enumerate(ours):
-            cut = lambda rows: np.split(rows, len(ours))[i]
-            cut = (lambda rows: np.concatenate(np.split(rows, 2)[::-1])) if name[0] == "~" else cut
+            cut = functools.partial(_part, name, i, len(ours))
             changes[name.strip("~")] = Change(cut(delta), None if magnitude is None else cut(magnitude))
     return tensors, changes
+
+
+def _part(name, i, count, rows):
+    """The rows of the i-th of the `count` layers that a file joins; for a name with `~`, its halves swapped."""
+    return np.concatenate(np.split(rows, 2)[::-1]) if name[0] == "~" else np.split(rows, count)[i]
 
 
 def kernels(params, module=MODULE):

@@ -11,7 +11,8 @@ from diffjax.utils.errors import UserError
 
 CAPTIONS = [
     "red heart", "heart", "pizza", "cat face", "rocket", "dog face", "dog", "T-Rex", "cherries", "snowman", "hot dog",
-    "smiling face with sunglasses", "pile of poo", "green apple", "flag: Côte d’Ivoire", "knife", "jack-o-lantern", "dog on car",
+    "smiling face with sunglasses", "pile of poo", "green apple", "flag: Côte d’Ivoire", "knife", "jack-o-lantern",
+    "dog on car",
 ]  # fmt: skip
 
 

@@ -56,7 +56,7 @@ def nodes(value, path=()):
     yield path
     if isinstance(value, dict | list):
         for key in value if isinstance(value, dict) else range(len(value)):
-            yield from nodes(value[key], path + (key,))
+            yield from nodes(value[key], (*path, key))
 
 
 def altered(draw, value):

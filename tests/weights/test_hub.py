@@ -311,7 +311,10 @@ def a_busy_hub(served, change):
 def other_formats(served, change):
     kept = ("README.md", "config.json", "flax_model.msgpack", "onnx/model.onnx")
     served.add(NAME, {name: FILES[name] for name in kept} | {"cats-Q4.gguf": b"GGUF"})
-    return "cats holds no weights that diffjax reads .*cats-Q4.gguf is GGUF.* flax_model.msgpack is of Flax, model.onnx is an"
+    return (
+        "cats holds no weights that diffjax reads .*cats-Q4.gguf is GGUF.* flax_model.msgpack is of Flax, "
+        "model.onnx is an"
+    )
 
 
 def two_forms(served, change):
