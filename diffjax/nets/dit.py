@@ -25,7 +25,8 @@ TIME_CHANNELS = 256
 class Block(nn.Module):
     """Self-attention, then SwiGLU, each as `x + gate * f((1 + scale) norm(x) + shift)`.
 
-    Shifts, scales and gates are `shared` and, of this layer alone, `emb A B` of rank `rank`.
+    Shifts, scales and gates are `shared` and, of this layer alone, `emb A B` of rank `rank`. The first `text` tokens
+    are a text.
     """
 
     heads: int
@@ -33,6 +34,7 @@ class Block(nn.Module):
     rank: int
     dtype: Dtype
     param_dtype: Dtype
+    text: int
 
     @nn.compact
     def __call__(
@@ -49,7 +51,7 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split((shared + own)[:, None], 6, axis=-1)
         norm = RMSNorm(use_scale=False)
         y = norm(x) * (1 + scale1) + shift1
-        x = x + gate1 * SelfAttention(self.heads, **policy, name="attention")(y, turn, mask)
+        x = x + gate1 * SelfAttention(self.heads, **policy, text=self.text, name="attention")(y, turn, mask)
         y = norm(x) * (1 + scale2) + shift2
         x = x + gate2 * SwiGLU(self.hidden, **policy, name="mlp")(y)
         return x, None
@@ -99,7 +101,7 @@ class DiT(nn.Module):
         y = self._dense(self.width, name="patch_in")(self._cut(x)).astype(jnp.float32)
         y, mask = self._with_text(y, context, mask, told)
         lead = y.shape[1] - (x.shape[1] // self.patch) * (x.shape[2] // self.patch)
-        y = self._blocks(y, emb, self._turn(x, lead), mask)[:, lead:]
+        y = self._blocks(y, emb, self._turn(x, lead), mask, lead)[:, lead:]
         shift, scale = jnp.split(self._zero(2 * self.width, name="adapt_last")(emb)[:, None], 2, axis=-1)
         y = RMSNorm(use_scale=False)(y) * (1 + scale) + shift
         return self._join(self._zero(self.patch**2 * x.shape[-1], name="patch_out")(y), x.shape)
@@ -153,10 +155,10 @@ class DiT(nn.Module):
             mask = jnp.pad(mask, ((0, 0), (0, y.shape[1])), constant_values=True)[:, None, None]
         return jnp.concatenate([text.astype(jnp.float32), y], axis=1), mask
 
-    def _blocks(self, y: Array, emb: Array, turn: Array, mask: Array | None) -> Float[Array, "b t c"]:
+    def _blocks(self, y: Array, emb: Array, turn: Array, mask: Array | None, text: int) -> Float[Array, "b t c"]:
         shared = self._zero(6 * self.width, name="adapt")(emb).astype(jnp.float32)
         blocks = stacked(Block, self.depth, self.scan, self.remat)(
-            self.heads, self.hidden, self.rank, self.dtype, self.param_dtype, name="blocks"
+            self.heads, self.hidden, self.rank, self.dtype, self.param_dtype, text, name="blocks"
         )
         return blocks(y, shared, emb, turn, mask)[0]
 

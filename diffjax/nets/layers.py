@@ -274,6 +274,31 @@ def _tile(q: Array, k: Array, v: Array, mask: Array | None, bias: Array | None) 
     return y.astype(v.dtype)[:, :, None]
 
 
+def attention_weights(
+    q: Float[Array, "b t n h"], k: Float[Array, "b s n h"], mask: Bool[Array, "#b 1 #t s"] | None = None
+) -> Float[Array, "b t s"]:
+    """How much each query attends to each key, `softmax(q k^T / sqrt(h))`, the mean over the heads, in float32; one
+    head after the other, so that the scores of one are in memory. A query whose keys are all masked attends to none.
+    """
+
+    def add(total: Array, head: tuple[Array, Array]) -> tuple[Array, None]:
+        scores = jnp.einsum("bth,bsh->bts", *head, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
+        return total + jax.nn.softmax(scores, where=None if mask is None else mask[:, 0]), None
+
+    heads = tuple(jnp.moveaxis(x.astype(jnp.float32), 2, 0) for x in (q, k))
+    total = jnp.zeros((q.shape[0], q.shape[1], k.shape[1]), jnp.float32)
+    return lax.scan(add, total, heads)[0] / q.shape[2]
+
+
+def keep_words(module: nn.Module, q: Array, k: Array, mask: Array | None, image: slice, text: slice) -> None:
+    """Sow how much the image's tokens attend to the text's, `attention_weights`, as the intermediate "words".
+
+    Nothing is computed unless the network is applied with `mutable=["intermediates"]`.
+    """
+    if module.is_mutable_collection("intermediates"):
+        module.sow("intermediates", "words", attention_weights(q[:, image], k, mask)[:, :, text])
+
+
 def rotary(
     positions: Float[np.ndarray, "t axes"], head_dim: int, max_period: float = 100.0
 ) -> Float[np.ndarray, "2 t f"]:
@@ -300,11 +325,13 @@ class SelfAttention(nn.Module):
     """`attention` of a sequence over itself, with RMS-normed (arXiv:2302.05442) and rotated queries and keys.
 
     Projections are separate: their gradients then need no concatenation, which costs a CPU more than the products do.
+    The first `text` tokens are a text, to which the attention of the others is kept where it is asked for.
     """
 
     heads: int
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
+    text: int = 0
 
     @nn.compact
     def __call__(
@@ -314,7 +341,10 @@ class SelfAttention(nn.Module):
         dense = functools.partial(Dense, x.shape[-1], use_bias=False, **policy)
         q, k, v = (dense(name=name)(x).reshape(*x.shape[:2], self.heads, -1) for name in "qkv")
         q, k = (RMSNorm(param_dtype=self.param_dtype, name=f"{name}_norm")(y) for name, y in (("q", q), ("k", k)))
-        y = attention(rotate(q, turn).astype(self.dtype), rotate(k, turn).astype(self.dtype), v, mask)
+        q, k = rotate(q, turn).astype(self.dtype), rotate(k, turn).astype(self.dtype)
+        if self.text:
+            keep_words(self, q, k, mask, slice(self.text, None), slice(self.text))
+        y = attention(q, k, v, mask)
         return dense(name="out")(y.reshape(x.shape))
 
 
@@ -341,7 +371,7 @@ def stacked(
     """
     return nn.scan(
         nn.remat(block, prevent_cse=not scan) if remat else block,
-        variable_axes={"params": 0},
+        variable_axes={"params": 0, "intermediates": 0},
         split_rngs={"params": True},
         in_axes=in_axes,
         length=length,

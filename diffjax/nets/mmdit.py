@@ -13,7 +13,7 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from diffjax.nets.layers import Dense, RMSNorm, attention, stacked, timestep_embedding
+from diffjax.nets.layers import Dense, RMSNorm, attention, keep_words, stacked, timestep_embedding
 from diffjax.nets.unet import EmbeddingMLP
 from diffjax.utils.errors import UserError
 
@@ -63,6 +63,7 @@ class Attention(nn.Module):
             names = ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k")
             pairs = zip(projected, self._project(text, *names))
             projected = [jnp.concatenate(pair, axis=1) for pair in pairs]
+            keep_words(self, *projected[:2], None, slice(x.shape[1]), slice(x.shape[1], None))
         y = attention(*projected).reshape(x.shape[0], -1, self.heads * self.head_dim)
         own, rest = jnp.split(y, [x.shape[1]], axis=1)
         told = dense(name="to_add_out")(rest) if text is not None and self.text_out else None
