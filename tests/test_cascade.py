@@ -193,14 +193,14 @@ def runs(tmp_path_factory):
         picture = Image.fromarray(draw.integers(0, 256, (16, 16, 3), dtype=np.uint8))
         picture.save(folder / "pictures" / f"{number}.png")
         (folder / "pictures" / f"{number}.txt").write_text(f"picture {number}")
-    for name, size in (("test_base", 8), ("test_super", 16)):
+    for name, size in (("emoji_tiny_base32", 8), ("emoji_tiny_super64", 16)):
         settings = config.load(str(EXPERIMENTS / f"{name}.py"))
         settings.data.update(name="captioned_folder", path=str(folder / "pictures"), size=size)
         settings.imagen.update(SHRUNK)
         settings.text.update(width=16, heads=2)
         settings.train.update(steps=2, batch=8, log_every=1)
         settings.sample.update(steps=2, prompts=("picture 1",))
-        if name == "test_super":
+        if name == "emoji_tiny_super64":
             settings.low_res.size = 8
         with pytest.MonkeyPatch.context() as patch:
             toys.train_on_one(patch)
@@ -213,8 +213,8 @@ def test_the_test_experiments_train_and_draw_together(runs, capsys):
     words = [
         "sample",
         "--cascade",
-        str(runs / "test_base"),
-        str(runs / "test_super"),
+        str(runs / "emoji_tiny_base32"),
+        str(runs / "emoji_tiny_super64"),
         "--prompt",
         "picture 3",
         "--num",
@@ -232,7 +232,7 @@ def test_one_stage_enlarges_a_picture(runs):
     words = [
         "sample",
         "--run",
-        str(runs / "test_super"),
+        str(runs / "emoji_tiny_super64"),
         "--low-res",
         str(runs / "pictures" / "1.png"),
         "--level",
@@ -244,7 +244,10 @@ def test_one_stage_enlarges_a_picture(runs):
 
 @pytest.mark.parametrize(
     "order, said",
-    [(("test_super", "test_base"), "stage 2 .*test_base. enlarges nothing"), (("test_super",), "or give --low-res")],
+    [
+        (("emoji_tiny_super64", "emoji_tiny_base32"), "stage 2 .*emoji_tiny_base32. enlarges nothing"),
+        (("emoji_tiny_super64",), "or give --low-res"),
+    ],
 )
 def test_runs_in_the_wrong_order_are_refused(runs, order, said, capsys):
     words = ["sample", "--cascade", *(str(runs / name) for name in order), "--prompt", "x", "--out", str(runs / "none")]
@@ -253,8 +256,8 @@ def test_runs_in_the_wrong_order_are_refused(runs, order, said, capsys):
 
 
 def test_previews_show_what_is_given_interpolation_the_model_and_the_truth(runs):
-    plan = experiment.recalled(runs / "test_super")
-    preview = plan.preview(load_run(runs / "test_super").params)
+    plan = experiment.recalled(runs / "emoji_tiny_super64")
+    preview = plan.preview(load_run(runs / "emoji_tiny_super64").params)
     shown = preview.images.reshape(8, 4, 16, 16, 3)
     assert preview.columns == 4 and preview.captions[3] == "truth" and preview.captions[1].startswith("bicubic ")
     truth = np.stack([np.asarray(Image.open(runs / "pictures" / f"{i}.png")) for i in range(8)]) / 127.5 - 1
@@ -263,20 +266,20 @@ def test_previews_show_what_is_given_interpolation_the_model_and_the_truth(runs)
 
 
 def test_a_stage_that_enlarges_is_measured_on_pictures_it_was_not_shown(runs):
-    settings = config.load(str(EXPERIMENTS / "test_super.py")).data
+    settings = config.load(str(EXPERIMENTS / "emoji_tiny_super64.py")).data
     settings.update(name="captioned_folder", path=str(runs / "pictures"), size=16, held_out="train[6:]")
     kept = data.load(ConfigDict(settings.to_dict() | {"split": "train[6:]"})).examples([0, 1])["image"]
     interpolated = image.to_uint8(cascade.enlarge(cascade.shrink(image.from_uint8(kept), 8), 16))
-    model = loading.load(runs / "test_super")
+    model = loading.load(runs / "emoji_tiny_super64")
     found, _ = evaluation.enlargements(model, model.recipe(), settings, 64, 0)
     assert (found["num"], found["held_out"]) == (2, True)
     assert found["bicubic_psnr"] == pytest.approx(image.psnr(interpolated, kept).mean(), abs=1e-3)
     assert found["psnr"] < found["bicubic_psnr"]
-    assert evaluation.evaluate(runs / "test_super", num=8)["held_out"] is False
+    assert evaluation.evaluate(runs / "emoji_tiny_super64", num=8)["held_out"] is False
 
 
 def test_a_size_that_does_not_divide_and_a_network_without_low_res(runs, tmp_path):
-    settings = config.load(str(EXPERIMENTS / "test_super.py"))
+    settings = config.load(str(EXPERIMENTS / "emoji_tiny_super64.py"))
     settings.data.update(name="captioned_folder", path=str(runs / "pictures"), size=16)
     with pytest.raises(UserError, match="low_res.size=7 does not divide data.size=16"):
         settings.low_res.size = 7

@@ -37,7 +37,7 @@ def test_init_changes_nothing_that_is_there(tmp_path):
 
 def test_an_experiment_that_comes_with_the_package_is_found_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert config.load("experiments/minimagen/test_base.py").name == "minimagen_test_base"
+    assert config.load("experiments/minimagen/emoji_tiny_base32.py").name == "emoji_tiny_base32"
     Path("experiments").mkdir()
     shutil.copy(ROOT / "experiments" / "emoji.py", "experiments/mine.py")
     Path("experiments/emoji.py").write_text("def get_config(): return 'mine'")

@@ -40,7 +40,7 @@ MINIMAGEN_SUPER = {
     "cross_attention": (False, False, False, True),
     "efficient": True,
 }
-TEST_BASE = {
+TINY_BASE = {
     "dim": 16,
     "mults": (1, 2),
     "blocks": (1, 2),
@@ -49,7 +49,7 @@ TEST_BASE = {
     "heads": 2,
     "head_dim": 16,
 }
-TEST_SUPER = TEST_BASE | {"blocks": (1, 1), "attention": (False, False), "efficient": True}
+TINY_SUPER = TINY_BASE | {"blocks": (1, 1), "attention": (False, False), "efficient": True}
 
 
 def fold(x: Float[Array, "b h w c"], patch: int) -> Float[Array, "b h/p w/p p*p*c"]:

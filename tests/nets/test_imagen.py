@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from diffjax import build, nets
-from diffjax.nets.imagen import MINIMAGEN_BASE, MINIMAGEN_SUPER, TEST_BASE, TEST_SUPER, ImagenUNet, fold, unfold
+from diffjax.nets.imagen import MINIMAGEN_BASE, MINIMAGEN_SUPER, TINY_BASE, TINY_SUPER, ImagenUNet, fold, unfold
 from diffjax.utils.errors import UserError
 
 B, L, D = 3, 5, 12
-BASE = ImagenUNet(**TEST_BASE | {"blocks": (1, 1)}, context_width=D, classes=3)
+BASE = ImagenUNet(**TINY_BASE | {"blocks": (1, 1)}, context_width=D, classes=3)
 ONE = {"mults": (1,), "blocks": (1,), "attention": (False,), "cross_attention": (True,)}
-SUPER = ImagenUNet(**TEST_SUPER | ONE, patch=2, context_width=D, low_res=True)
+SUPER = ImagenUNet(**TINY_SUPER | ONE, patch=2, context_width=D, low_res=True)
 
 
 def normal(seed, *shape):
