@@ -1,8 +1,8 @@
 """The one place where the strings of a config, or of a command line, become objects.
 
 A choice is a table with a `name` and that choice's own arguments: `{"name": "logit_normal", "mean": 0.6}`. A name with
-a colon is the user's own: `my_losses:flat` is `flat` of the module `my_losses` (`diffjax.own`). An unknown name or
-argument raises `UserError`, naming the nearest one.
+a colon is the user's own: `my_losses:flat` is `flat` of the module `my_losses` (`diffjax.user_code`). An unknown name
+or argument raises `UserError`, naming the nearest one.
 """
 
 import functools
@@ -304,23 +304,18 @@ def optimizer(choice: Choice, steps: int) -> tuple[optax.GradientTransformation,
 def warmup_constant_linear(steps: int, warmup: int = 100, hold: float = 0.5, final: float = 0.0) -> optax.Schedule:
     """1 from step `warmup` (reached linearly) to step `hold * steps`, then linear to `final` at the last step."""
     start = max(hold * steps, warmup)
-
-    def factor(step: Array) -> Array:
-        rise = (step + 1) / max(warmup, 1)
-        fall = 1 - (1 - final) * (step - start) / max(steps - start, 1)
-        return jnp.clip(jnp.minimum(rise, fall), final / max(warmup, 1), 1.0)
-
-    return factor
+    return optax.join_schedules([_rise(warmup), optax.linear_schedule(1.0, final, steps - start)], [start])
 
 
 def warmup_cosine(steps: int, warmup: int = 100, final: float = 0.0) -> optax.Schedule:
     """Up to 1 in `warmup` steps, then half a cosine down to `final` at the last step (Loshchilov and Hutter 2017)."""
+    fall = optax.cosine_decay_schedule(1.0, max(steps - warmup, 1), final)
+    return optax.join_schedules([_rise(warmup), fall], [warmup])
 
-    def factor(step: Array) -> Array:
-        done = jnp.clip((step - warmup) / max(steps - warmup, 1), 0.0, 1.0)
-        return jnp.minimum((step + 1) / max(warmup, 1), final + (1 - final) * (1 + jnp.cos(jnp.pi * done)) / 2)
 
-    return factor
+def _rise(warmup: int) -> optax.Schedule:
+    """(step + 1) / warmup, then 1. `optax.linear_schedule` subtracts from 1: its first steps have fewer digits."""
+    return lambda step: jnp.minimum((step + 1) / max(warmup, 1), 1.0)
 
 
 def adamw(

@@ -16,6 +16,7 @@ from diffjax.utils.errors import UserError
 
 MUON = {"name": "muon", "learning_rate": 0.02, "adam_learning_rate": 2e-3, "weight_decay": 0.01}
 ADAMW = {"name": "adamw", "learning_rate": 1e-3, "weight_decay": 0.1}
+EPS = np.finfo(np.float32).eps
 CONSTANT = {"clip": 1.0, "schedule": {"name": "linear", "warmup": 0, "hold": 1.0, "final": 1.0}}
 
 
@@ -162,6 +163,35 @@ def test_schedules():
     assert np.allclose([linear(step) for step in (0, 49, 99, 300, 500, 750, 1000)], [0.01, 0.5, 1, 1, 1, 0.51, 0.02])
     cosine = build.warmup_cosine(1000, warmup=100, final=0.1)
     assert np.allclose([cosine(step) for step in (0, 99, 100, 550, 1000)], [0.01, 1, 1, 0.55, 0.1])
+
+
+@pytest.mark.parametrize(
+    "steps, warmup, hold, final",
+    [
+        *[(488, 100, 0.5, 0.02), (100000, 1000, 0.5, 0.0), (500000, 2000, 0.9, 0.02), (800000, 5000, 1.0, 1.0)],
+        *[(9, 0, 0.5, 0.1), (9, 1, 1.0, 0.1), (9, 9, 0.0, 0.0), (9, 20, 0.5, 0.1)],
+    ],
+)
+def test_a_linear_schedule_is_its_closed_formula_at_every_step(steps, warmup, hold, final):
+    step = np.arange(steps)
+    start = max(hold * steps, warmup)
+    fall = 1 - (1 - final) * np.maximum(step - start, 0) / max(steps - start, 1)
+    expected = np.minimum((step + 1) / max(warmup, 1), fall)
+    found = jax.jit(jax.vmap(build.warmup_constant_linear(steps, warmup, hold, final)))(step)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=EPS)
+    np.testing.assert_allclose(found[:warmup], expected[:warmup], rtol=2 * EPS)
+
+
+@pytest.mark.parametrize(
+    "steps, warmup, final", [(1000, 50, 0.1), (100000, 5000, 0.0), (9, 0, 0.0), (9, 1, 1.0), (9, 9, 0.1), (9, 20, 0.1)]
+)
+def test_a_cosine_schedule_is_its_closed_formula_at_every_step(steps, warmup, final):
+    step = np.arange(steps)
+    done = np.clip((step - warmup) / max(steps - warmup, 1), 0, 1)
+    expected = np.minimum((step + 1) / max(warmup, 1), final + (1 - final) * (1 + np.cos(np.pi * done)) / 2)
+    found = jax.jit(jax.vmap(build.warmup_cosine(steps, warmup, final)))(step)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2 * EPS)
+    np.testing.assert_allclose(found[:warmup], expected[:warmup], rtol=2 * EPS)
 
 
 def test_the_schedule_scales_both_learning_rates():
