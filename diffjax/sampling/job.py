@@ -38,7 +38,7 @@ from diffjax.sampling.folder import (
     whole,
     with_places,
 )
-from diffjax.train.experiment import Prompts
+from diffjax.text.learned import Prompts
 from diffjax.utils import image, seeds
 from diffjax.utils.errors import UserError, unknown
 from diffjax.utils.interrupt import stop_on_signal

@@ -13,13 +13,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from diffjax.nets.layers import RMSNorm, SelfAttention, SwiGLU, rotary, stacked
-from diffjax.text.reading import Reading, Words
+from diffjax.text.reading import Reading, Reworded, Words
+from diffjax.utils import struct
 
 if TYPE_CHECKING:
     import tokenizers
@@ -191,3 +193,31 @@ class TextTransformer(nn.Module):
         x = RMSNorm(param_dtype=self.param_dtype, name="norm")(x) * mask[..., None]
         pooled = x.sum(axis=1) / jnp.maximum(mask.sum(axis=1, keepdims=True), 1)
         return {"context": x, "mask": mask, "pooled": pooled}
+
+
+@struct.dataclass
+class Prompts:
+    """`prompts(["a cat", ...]) -> cond` of a text encoder that was trained with its network.
+
+    Prompts are read as `reading` says, which warns of those that are read in other words.
+    """
+
+    params: PyTree
+    text: nn.Module = struct.field(pytree_node=False)
+    tokenize: CaptionTokenizer = struct.field(pytree_node=False)
+
+    def read(self, prompt: str) -> Reading:
+        """What a prompt is read as. Raises `UserError` when the captions have no word of it."""
+        return self.tokenize.read(prompt)
+
+    def __call__(self, prompts: list[str]) -> dict[str, Array]:
+        readings = [self.read(prompt) for prompt in prompts]
+        for said in dict.fromkeys(reading.said for reading in readings if reading.said):
+            warnings.warn(said, Reworded, stacklevel=2)
+        found = self.tokenize([reading.text for reading in readings])
+        return _encode(self.text, self.params, found["tokens"], found["mask"])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(text: nn.Module, params: PyTree, tokens: Array, mask: Array) -> dict[str, Array]:
+    return text.apply({"params": params}, tokens, mask)

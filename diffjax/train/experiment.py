@@ -28,12 +28,12 @@ from diffjax.diffusion.process import Discrete, Process
 from diffjax.diffusion.refine import Clip, Refine, Threshold
 from diffjax.models.model import Defaults, Model
 from diffjax.text import frozen
-from diffjax.text.learned import CaptionTokenizer
-from diffjax.text.reading import Reading, Reworded, Words
+from diffjax.text.learned import CaptionTokenizer, Prompts
+from diffjax.text.reading import Words
 from diffjax.train.checkpoint import load_run
 from diffjax.train.state import create
 from diffjax.train.step import Objective, make_step
-from diffjax.utils import files, image, seeds, struct
+from diffjax.utils import files, image, seeds
 from diffjax.utils.errors import UserError
 
 TOKENIZER = "tokenizer.json"
@@ -229,34 +229,6 @@ def panel(model: Model, seen: Seen, key: Key[Array, ""]) -> Preview:
         for row in quality
     ]
     return Preview(rows.reshape(-1, *model.shape), 4, list(itertools.chain.from_iterable(named)))
-
-
-@struct.dataclass
-class Prompts:
-    """`prompts(["a cat", ...]) -> cond` of a text encoder that was trained with its network.
-
-    Prompts are read as `reading` says, which warns of those that are read in other words.
-    """
-
-    params: PyTree
-    text: nn.Module = struct.field(pytree_node=False)
-    tokenize: Tokenize = struct.field(pytree_node=False)
-
-    def read(self, prompt: str) -> Reading:
-        """What a prompt is read as. Raises `UserError` when the captions have no word of it."""
-        return self.tokenize.read(prompt)
-
-    def __call__(self, prompts: list[str]) -> dict[str, Array]:
-        readings = [self.read(prompt) for prompt in prompts]
-        for said in dict.fromkeys(reading.said for reading in readings if reading.said):
-            warnings.warn(said, Reworded, stacklevel=2)
-        told = self.tokenize([reading.text for reading in readings])
-        return _encode(self.text, self.params, told["tokens"], told["mask"])
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _encode(text: nn.Module, params: PyTree, tokens: Array, mask: Array) -> dict[str, Array]:
-    return text.apply({"params": params}, tokens, mask)
 
 
 def check_conditions(config: ConfigDict) -> None:

@@ -17,9 +17,8 @@ from diffjax.parallel import devices
 from diffjax.sampling import batches, job
 from diffjax.sampling.folder import Background, Gallery, file_name, read_manifest, sheet_columns
 from diffjax.sampling.job import Request
-from diffjax.text.learned import CaptionTokenizer, TextTransformer
+from diffjax.text.learned import CaptionTokenizer, Prompts, TextTransformer
 from diffjax.text.reading import Reworded
-from diffjax.train import experiment as experiments
 from diffjax.utils import image
 from diffjax.utils.errors import UserError
 
@@ -462,7 +461,7 @@ def reader(models):
     tokenizer = CaptionTokenizer.train(["red heart", "pizza", "rocket"], 4)
     text = TextTransformer(tokenizer.size, width=8, heads=2, hidden=8)
     params = text.init(jax.random.key(0), **tokenizer(["pizza"]))["params"]
-    models["texts"] = models["texts"].replace(text=experiments.Prompts(params, text, tokenizer))
+    models["texts"] = models["texts"].replace(text=Prompts(params, text, tokenizer))
     return models["texts"]
 
 
