@@ -3,8 +3,8 @@
 `load(config.data)` gives a `Dataset`; its `batches` are endless, shuffled, sharded and restorable, and `Prefetch`
 places them on the devices ahead of time. Fields of the configuration (`default_config` has them all):
 
-    name         "openmoji", "captioned_folder", "class_folder", "captioned_table", "webdataset", or any TFDS name such
-                 as "cifar10"
+    name         "openmoji", "tinted_openmoji" (its objects in eight colours), "captioned_folder", "class_folder",
+                 "captioned_table", "webdataset", or any TFDS name such as "cifar10"
     path         captioned_folder: the folder; `diffjax.data.captions` lists the layouts that are read
                  class_folder: a folder with a subfolder of pictures for each class
                  captioned_table: a .csv, .tsv, .jsonl or .parquet file, a folder of them or a pattern such as "part-*";
@@ -12,9 +12,9 @@ places them on the devices ahead of time. Fields of the configuration (`default_
                  webdataset: a .tar file, a folder of them or a pattern such as "shards/*.tar"
     data_dir     where prepared data are looked for and put; "" is $TFDS_DATA_DIR, else the cache folder
     split        a TFDS split or slice: "train", "test", "train[:90%]"
-    held_out     the split that is kept for `diffjax evaluate` to enlarge, such as "train[90%:]"; leave it out
-                 of `split`
-    subset       openmoji: "all", "no_skin_tones", or so many, such as "200" (everyday things first)
+    held_out     the split that is kept for `diffjax evaluate`, such as "train[90%:]"; leave it out of `split`
+    subset       openmoji: "all", "no_skin_tones", or so many, such as "200" (everyday things first); of tinted_openmoji
+                 all have no skin tones
     size         pixels a side of the square pictures; the shorter side is resized to it
     channels     3, or 1 for grey; 0: 1 where all pictures are grey, else 3
     background   the CSS colour behind transparent pictures

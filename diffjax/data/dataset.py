@@ -140,11 +140,15 @@ class Dataset:
         return batches(self.pictures, self.config, batch_size, seed, tokenize, shard, identity)
 
 
-def _openmoji(config: ml_collections.ConfigDict, folder: Path) -> Any:
-    from diffjax.data import openmoji
+OPENMOJI = ("openmoji", "tinted_openmoji")
 
+
+def _openmoji(config: ml_collections.ConfigDict, folder: Path) -> Any:
+    from diffjax.data import openmoji, tinted_openmoji
+
+    kind = openmoji.Openmoji if config.name == "openmoji" else tinted_openmoji.TintedOpenmoji
     settings = openmoji.config(config.size, config.background, config.subset)
-    return prepared(lambda: openmoji.Openmoji(config=settings, data_dir=folder))
+    return prepared(lambda: kind(config=settings, data_dir=folder))
 
 
 def _captioned_pictures(config: ml_collections.ConfigDict, folder: Path) -> Any:
@@ -180,7 +184,7 @@ def _named(config: ml_collections.ConfigDict, folder: Path) -> Any:
 
 
 SOURCES = {"captioned_folder": Folder, "class_folder": Classes, "captioned_table": Table, "webdataset": Shards}
-BUILDERS = {"openmoji": _openmoji, **dict.fromkeys(SOURCES, _captioned_pictures)}
+BUILDERS = {**dict.fromkeys(OPENMOJI, _openmoji), **dict.fromkeys(SOURCES, _captioned_pictures)}
 
 
 def fetch(config: ml_collections.ConfigDict, retry: bool = False) -> None:
@@ -202,6 +206,10 @@ def captions(config: ml_collections.ConfigDict) -> list[tuple[str, ...]] | None:
         from diffjax.data import openmoji
 
         return [emoji.names for emoji in openmoji.select(config.subset)]
+    if config.name == "tinted_openmoji":
+        from diffjax.data import tinted_openmoji
+
+        return tinted_openmoji.captions(config.subset)
     return [picture.captions for picture in _source(config).pictures()] if config.name in SOURCES else None
 
 

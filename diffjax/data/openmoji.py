@@ -57,6 +57,11 @@ class Emoji:
     names: tuple[str, ...]
     file: Path
 
+    @property
+    def svg(self) -> str:
+        """What the file holds."""
+        return self.file.read_text(encoding="utf-8")
+
     def has_skin_tone(self) -> bool:
         return any(point in SKIN_TONES for point in self.codepoints)
 
@@ -72,7 +77,8 @@ def _words(shortcode: str) -> str:
     return shortcode.strip(":").replace("_", " ")
 
 
-def _key(name: str) -> str:
+def spelling(name: str) -> str:
+    """Its letters and digits in lower case, by which names are compared."""
     return "".join(letter for letter in name.casefold() if letter.isalnum())
 
 
@@ -81,10 +87,10 @@ def _names(entry: dict) -> tuple[str, ...]:
     name, *aliases = [_words(shortcode) for shortcode in (entry["en"], *entry.get("alias", []))]
     if aliases and aliases[0].startswith("flag for "):
         name, *aliases = [aliases[0], name, *aliases[1:]]
-    names = {_key(name): name}
+    names = {spelling(name): name}
     for alias in aliases:
         if len(alias) > 2 and not any(letter.isdigit() for letter in alias):
-            names.setdefault(_key(alias), alias)
+            names.setdefault(spelling(alias), alias)
     return tuple(names.values())
 
 
@@ -106,32 +112,41 @@ def emojis() -> list[Emoji]:
     return [Emoji(points, _names(named[points]), files[points]) for points in both]
 
 
-def _unambiguous(chosen: list[Emoji]) -> list[Emoji]:
+def unambiguous(chosen: list[Emoji]) -> list[Emoji]:
     """The same without the aliases that are another chosen emoji's name."""
-    taken = {_key(emoji.names[0]) for emoji in chosen}
-    names = [emoji.names[:1] + tuple(name for name in emoji.names[1:] if _key(name) not in taken) for emoji in chosen]
+    taken = {spelling(emoji.names[0]) for emoji in chosen}
+    names = [
+        emoji.names[:1] + tuple(name for name in emoji.names[1:] if spelling(name) not in taken) for emoji in chosen
+    ]
     return [dataclasses.replace(emoji, names=kept) for emoji, kept in zip(chosen, names, strict=True)]
 
 
 def select(subset: str) -> list[Emoji]:
-    """The pictures of a subset: `all`, `no_skin_tones`, or the first so many of an order without skin tones.
-
-    That order is `EVERYDAY`, then everything else shuffled once and for all, flags of countries last; so a smaller
-    subset is part of a larger one.
+    """The pictures of a subset: `all`, `no_skin_tones`, or the first so many of `everyday_first`; so a smaller subset
+    is part of a larger one.
     """
     every = emojis()
-    plain = [emoji for emoji in every if not emoji.has_skin_tone()]
     if subset in NAMED_SUBSETS:
-        return _unambiguous(every if subset == "all" else plain)
-    if not 0 < int(subset) <= len(plain):
-        raise UserError(f"data.subset={subset} is not from 1 to {len(plain)}")
+        return unambiguous(every if subset == "all" else [emoji for emoji in every if not emoji.has_skin_tone()])
+    return unambiguous(first(subset, everyday_first(every)))
+
+
+def first(subset: str, ordered: list[Emoji]) -> list[Emoji]:
+    """So many of them. Raises `UserError` when there are not so many."""
+    if not 0 < int(subset) <= len(ordered):
+        raise UserError(f"data.subset={subset} is not from 1 to {len(ordered)}")
+    return ordered[: int(subset)]
+
+
+def everyday_first(every: list[Emoji]) -> list[Emoji]:
+    """Those without a skin tone: `EVERYDAY`, then the others, shuffled once and for all, flags of countries last."""
+    plain = [emoji for emoji in every if not emoji.has_skin_tone()]
     everyday = {name.strip(): rank for rank, name in enumerate(EVERYDAY.replace("\n", " ").split(","))}
     random.Random(0).shuffle(plain)
-    plain.sort(key=lambda emoji: (everyday.get(emoji.names[0], len(everyday)), emoji.is_country()))
-    return _unambiguous(plain[: int(subset)])
+    return sorted(plain, key=lambda emoji: (everyday.get(emoji.names[0], len(everyday)), emoji.is_country()))
 
 
-def rasterise(file: Path, size: int, background: str) -> Image.Image:
+def rasterise(svg: str, size: int, background: str) -> Image.Image:
     """(size, size) RGB picture of an SVG drawn on a 72-unit canvas, 4 units of margin cut off each side.
 
     Drawn at `scale` times the size (at least twice, at least 128 pixels, and such that the margin is whole pixels),
@@ -144,7 +159,7 @@ def rasterise(file: Path, size: int, background: str) -> Image.Image:
     margin = size * scale * MARGIN // inside
     red, green, blue = colour(background)
     png = resvg_py.svg_to_bytes(
-        svg_path=str(file),
+        svg_string=svg,
         width=size * scale + 2 * margin,
         background=f"#{red:02x}{green:02x}{blue:02x}",
         skip_system_fonts=True,
@@ -206,7 +221,7 @@ class Openmoji(tfds.core.GeneratorBasedBuilder):
             yield (
                 codepoints,
                 {
-                    "image": rasterise(emoji.file, settings.size, settings.background),
+                    "image": rasterise(emoji.svg, settings.size, settings.background),
                     "captions": list(emoji.names),
                     "codepoints": codepoints,
                 },

@@ -39,8 +39,8 @@ def test_an_alias_is_dropped_where_it_is_another_emojis_name():
 def test_the_margin_is_cut_and_the_background_filled():
     heart = next(emoji for emoji in openmoji.emojis() if emoji.names[0] == "red heart")
     for size in (8, 20, 32, 128):
-        assert openmoji.rasterise(heart.file, size, "white").size == (size, size)
-    found = np.asarray(openmoji.rasterise(heart.file, 32, "#010203"))
+        assert openmoji.rasterise(heart.svg, size, "white").size == (size, size)
+    found = np.asarray(openmoji.rasterise(heart.svg, 32, "#010203"))
     np.testing.assert_array_equal(found[0, 0], (1, 2, 3))
     red, green, blue = found[16, 16]
     assert red > 180 and green < 80 and blue < 80
