@@ -9,6 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
@@ -168,11 +169,8 @@ class DiT(nn.Module):
         return rotary(np.pad(place, ((lead, 0), (0, 0))), self.width // self.heads)
 
     def _cut(self, x: Float[Array, "b h w c"]) -> Float[Array, "b t p*p*c"]:
-        (b, h, w, c), p = x.shape, self.patch
-        x = x.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5)
-        return x.reshape(b, -1, p * p * c)
+        return rearrange(x, "b (h p) (w q) c -> b (h w) (p q c)", p=self.patch, q=self.patch)
 
     def _join(self, y: Float[Array, "b t p*p*c"], shape: tuple[int, ...]) -> Float[Array, "b h w c"]:
-        (b, h, w, c), p = shape, self.patch
-        y = y.astype(jnp.float32).reshape(b, h // p, w // p, p, p, c).transpose(0, 1, 3, 2, 4, 5)
-        return y.reshape(shape)
+        rows, p = shape[1] // self.patch, self.patch
+        return rearrange(y.astype(jnp.float32), "b (h w) (p q c) -> b (h p) (w q) c", h=rows, p=p, q=p)

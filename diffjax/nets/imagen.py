@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+from einops import rearrange
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
@@ -54,16 +55,12 @@ TINY_SUPER = TINY_BASE | {"blocks": (1, 1), "attention": (False, False), "effici
 
 def fold(x: Float[Array, "b h w c"], patch: int) -> Float[Array, "b h/p w/p p*p*c"]:
     """Each square of `patch` x `patch` pixels as one."""
-    b, h, w, c = x.shape
-    x = x.reshape(b, h // patch, patch, w // patch, patch, c).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(b, h // patch, w // patch, patch**2 * c)
+    return rearrange(x, "b (h p) (w q) c -> b h w (p q c)", p=patch, q=patch)
 
 
 def unfold(x: Float[Array, "b h w p*p*c"], patch: int) -> Float[Array, "b h*p w*p c"]:
     """The inverse of `fold`."""
-    b, h, w, c = x.shape
-    x = x.reshape(b, h, w, patch, patch, c // patch**2).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(b, h * patch, w * patch, c // patch**2)
+    return rearrange(x, "b h w (p q c) -> b (h p) (w q) c", p=patch, q=patch)
 
 
 class Attention(nn.Module):

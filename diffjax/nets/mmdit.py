@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Bool, Float
@@ -224,8 +225,8 @@ class MMDiT(nn.Module):
             streams = self._run(*run, streams, emb)
         scale, shift = modulation(emb, 2, "norm_out_linear", **policy)
         y = Dense(p * p * self.out_channels, **policy, name="proj_out")(layer_norm(streams[0]) * (1 + scale) + shift)
-        y = y.reshape(b, h // p, w // p, p, p, self.out_channels).swapaxes(2, 3)
-        return y.reshape(b, h, w, self.out_channels).astype(self.out_dtype)
+        y = rearrange(y, "b (h w) (p q c) -> b (h p) (w q) c", h=h // p, p=p, q=p)
+        return y.astype(self.out_dtype)
 
     def _positions(self, h: int, w: int) -> Float[Array, "1 h/p w/p d"]:
         """The middle of the position table."""

@@ -1,9 +1,7 @@
 """What a workdir remembers of a run: its config, and how, where and with what it was started."""
 
 import contextlib
-import fcntl
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -141,14 +139,5 @@ def _alone(workdir: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"cannot write to {workdir}: {error.strerror}; choose another --workdir") from error
     with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            handle.seek(0)
-            raise UserError(
-                f"process {handle.read()} is training in {workdir}; wait for it or choose another --workdir"
-            ) from error
-        handle.truncate(0)
-        handle.write(str(os.getpid()))
-        handle.flush()
+        files.lock(handle, refusal=f"is training in {workdir}; wait for it or choose another --workdir")
         yield

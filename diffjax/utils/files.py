@@ -1,6 +1,7 @@
 """Where diffjax keeps things, and how it writes them so that nothing is ever half there."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -8,7 +9,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 from diffjax.utils.errors import UserError
 
@@ -70,6 +71,24 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"cannot read {path}: {error.strerror}; put it back from a copy") from error
     except ValueError as error:
         raise UserError(f"{path} is damaged: put it back from a copy") from error
+
+
+def lock(file: TextIO, refusal: str = "") -> None:
+    """Take the lock of a file that is open as "a+", and keep it until the file is closed or the process ends.
+
+    While another process has it, this one waits; with a `refusal`, it raises `UserError` instead: the number of that
+    process, then the refusal. A file system without locks goes without.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if refusal else 0))
+    except BlockingIOError as error:
+        file.seek(0)
+        raise UserError(f"process {file.read()} {refusal}") from error
+    except OSError:
+        return
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
 
 
 def plain(folder: Path) -> Path:

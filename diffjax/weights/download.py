@@ -5,7 +5,6 @@ as there once it is whole and its content is what its checksum says.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import re
@@ -17,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
+from diffjax.utils import files
 from diffjax.utils.errors import UserError
 
 AT_ONCE = 4
@@ -63,11 +63,10 @@ def download(repo: str, commit: str, names: Sequence[str], folder: Path) -> None
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """One process at a time; a file system without locks goes without."""
+    """One process at a time."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        with contextlib.suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with open(folder / "lock", "a+") as file:
+        files.lock(file)
         yield
 
 

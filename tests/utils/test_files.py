@@ -1,12 +1,14 @@
 import errno
+import fcntl
 import json
 import os
+import threading
 from pathlib import Path
 
 import pytest
 
 from diffjax.utils.errors import UserError, unknown
-from diffjax.utils.files import home, open_atomic, write_atomic, write_json
+from diffjax.utils.files import home, lock, open_atomic, write_atomic, write_json
 
 
 def test_home_follows_the_environment(monkeypatch):
@@ -66,3 +68,40 @@ def test_a_file_in_place_of_the_folder_is_said(tmp_path):
 def test_unknown_names_the_nearest_or_all():
     assert str(unknown("sampler", "dpm2m", ["ddim", "dpmpp_2m"])) == "unknown sampler dpm2m: did you mean dpmpp_2m?"
     assert str(unknown("sampler", "xyz", ["ddim", "heun"])) == "unknown sampler xyz: it can be ddim, heun"
+
+
+def test_a_lock_is_refused_by_the_number_of_its_holder_until_the_file_is_closed(tmp_path):
+    with open(tmp_path / "lock", "a+") as first, open(tmp_path / "lock", "a+") as second:
+        lock(first)
+        with pytest.raises(UserError, match=f"^process {os.getpid()} is at work here; wait for it$"):
+            lock(second, refusal="is at work here; wait for it")
+        first.close()
+        lock(second, refusal="is at work here; wait for it")
+    assert (tmp_path / "lock").read_text() == str(os.getpid())
+
+
+def test_a_lock_is_waited_for(tmp_path):
+    taken = threading.Event()
+
+    def wait():
+        with open(tmp_path / "lock", "a+") as second:
+            lock(second)
+            taken.set()
+
+    with open(tmp_path / "lock", "a+") as first:
+        lock(first)
+        other = threading.Thread(target=wait)
+        other.start()
+        assert not taken.wait(0.1)
+    assert taken.wait(60)
+    other.join()
+
+
+def test_a_file_system_without_locks_goes_without(tmp_path, monkeypatch):
+    def none(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with open(tmp_path / "lock", "a+") as file:
+        lock(file)
+        lock(file, refusal="is at work here")
