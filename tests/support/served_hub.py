@@ -165,7 +165,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send(path, self.hub.repositories[name].commits[sha][path], {})
 
     def send(self, path, content, told):
-        """A file, or the range of it that is asked for; cut off after as many bytes as `hub.cuts` says next."""
+        """A file, or the range of it that is asked for; a large one cut off after as many bytes as `hub.cuts` says next."""
         found = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
         begin, status = (int(found[1]), 206) if found else (0, 200)
         if path in self.hub.spoil:
@@ -182,7 +182,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        if path and self.hub.cuts:
+        if path and path.endswith(LARGE) and self.hub.cuts:
             body = body[: self.hub.cuts.pop(0)]
             self.close_connection = True
         self.wfile.write(body)
