@@ -20,7 +20,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from diffjax.nets.layers import RMSNorm, SelfAttention, SwiGLU, rotary, stacked
-from diffjax.text.reading import Reading, Reworded, Words
+from diffjax.text.reading import Reading, Reworded, Words, remarks
 from diffjax.utils import struct
 
 if TYPE_CHECKING:
@@ -199,7 +199,8 @@ class TextTransformer(nn.Module):
 class Prompts:
     """`prompts(["a cat", ...]) -> cond` of a text encoder that was trained with its network.
 
-    Prompts are read as `reading` says, which warns of those that are read in other words.
+    Prompts are read as `reading` says, which warns of those that are read in other words and of those that no caption
+    says.
     """
 
     params: PyTree
@@ -212,8 +213,8 @@ class Prompts:
 
     def __call__(self, prompts: list[str]) -> dict[str, Array]:
         readings = [self.read(prompt) for prompt in prompts]
-        for said in dict.fromkeys(reading.said for reading in readings if reading.said):
-            warnings.warn(said, Reworded, stacklevel=2)
+        for remark in remarks(readings):
+            warnings.warn(remark, Reworded, stacklevel=2)
         found = self.tokenize([reading.text for reading in readings])
         return _encode(self.text, self.params, found["tokens"], found["mask"])
 

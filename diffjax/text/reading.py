@@ -8,7 +8,8 @@ never spelled.
 import difflib
 import functools
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from diffjax.utils.errors import UserError
@@ -32,6 +33,24 @@ ANY_ORDER = 3
 SELDOM = 0.01
 """A filler that fewer captions have than this share is dropped where it does not belong to a caption."""
 
+SAME = tuple(
+    words.split()
+    for words in (
+        "red crimson scarlet ruby vermilion maroon burgundy",
+        "orange amber apricot tangerine",
+        "yellow golden gold",
+        "green emerald lime olive",
+        "blue azure navy cobalt sapphire indigo cyan turquoise teal",
+        "purple violet lilac lavender mauve",
+        "pink magenta fuchsia salmon rosy",
+        "gray grey silver slate",
+        "brown chestnut",
+        "black ebony",
+        "white ivory",
+    )
+)
+"""Names of nearly one colour, the plainest first: one that no caption has is read as another that they have."""
+
 IRREGULAR = {
     "man": "men", "woman": "women", "person": "people", "child": "children", "mouse": "mice", "goose": "geese",
     "foot": "feet", "tooth": "teeth", "ox": "oxen", "die": "dice", "cactus": "cacti",
@@ -43,7 +62,7 @@ NEAR = 3
 
 
 class Reworded(Warning):
-    """A prompt is read in other words than it was given in."""
+    """A prompt is read in other words than it was given in, or as what no caption says."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +70,7 @@ class Reading:
     """The `text` that a prompt is read as, and its words that the captions do not have.
 
     `spelled`: those words are read letter by letter, since the captions may have had them; else they are left out.
+    `composed`: it is a caption behind a word that other captions begin with, which no caption says.
     """
 
     prompt: str
@@ -58,6 +78,7 @@ class Reading:
     unknown: tuple[str, ...] = ()
     near: tuple[str, ...] = ()
     spelled: bool = False
+    composed: bool = False
 
     @property
     def said(self) -> str:
@@ -70,6 +91,16 @@ class Reading:
         if self.text == self.prompt:
             return ""
         return f'"{self.prompt}" is read as "{self.text}"' + (f": {lost}" if lost else "")
+
+
+def remarks(readings: Sequence[Reading]) -> list[str]:
+    """What to say of prompts: each that is read in other words, then in one line those that no caption says."""
+    said = [reading.said for reading in readings if reading.said]
+    composed = list(dict.fromkeys(f'"{reading.text}"' for reading in readings if reading.composed))
+    if composed:
+        more = f" and {len(composed) - NEAR} more" if len(composed) > NEAR else ""
+        said.append(f"composed, since no training picture is captioned so: {', '.join(composed[:NEAR])}{more}")
+    return list(dict.fromkeys(said))
 
 
 @dataclass(frozen=True)
@@ -97,26 +128,32 @@ class Words:
         pieces = self.split(self._named(prompt))
         if found := self._by_letters.get(_joined(pieces)):
             return Reading(prompt, found)
-        kept, unknown = self._known(pieces)
+        kept, unknown = self._known(self._respelled(pieces))
         ordered = not RELATIONS.isdisjoint(pieces)
-        text = self._caption(kept, ordered) or " ".join(self._usual(kept))
-        near = tuple(dict.fromkeys(word for lost in unknown if lost not in RELATIONS for word in self.near(lost)))[
-            :NEAR
-        ]
+        caption = self._caption(kept, ordered)
+        composed = None if caption else self._composed(kept, ordered)
+        text = caption or composed or " ".join(self._usual(kept))
+        near = tuple(dict.fromkeys(word for lost in unknown if lost not in RELATIONS for word in self.near(lost)))
+        near = near[:NEAR]
         if not self.complete:
             return Reading(prompt, prompt if unknown else text, unknown, near, spelled=True)
-        if not self._content(kept) and (unknown or all(map(_is_word, kept))):
-            raise UserError(
-                f'no caption has a word of "{prompt}"{_near(near)}: say what the captions of its training say; '
-                "`diffjax words --run RUN` lists their words"
-            )
-        return Reading(prompt, prompt if self._plain(text) == self._plain(prompt) else text, unknown, near)
+        self._check(prompt, kept, unknown, near)
+        text = prompt if self._plain(text) == self._plain(prompt) else text
+        return Reading(prompt, text, unknown, near, composed=bool(composed))
 
     def near(self, word: str) -> list[str]:
         """Known words that are spelled alike, the nearest first."""
-        return difflib.get_close_matches(
-            word, [known for known in self.counts if _is_word(known) and len(known) > 2], NEAR, 0.6
-        )
+        known = [known for known in self.counts if _is_word(known) and len(known) > 2]
+        return difflib.get_close_matches(word, known, NEAR, 0.6) or difflib.get_close_matches(word, known, NEAR, 0.5)
+
+    def _check(self, prompt: str, kept: list[str], unknown: tuple[str, ...], near: tuple[str, ...]) -> None:
+        """Raises `UserError` for a prompt of which nothing is known, or only what stands before a thing."""
+        content = self._content(kept)
+        hint = "say what the captions of its training say; `diffjax words --run RUN` lists their words"
+        if not content and (unknown or all(map(_is_word, kept))):
+            raise UserError(f'no caption has a word of "{prompt}"{_near(near)}: {hint}')
+        if unknown and self._leading.issuperset(content):
+            raise UserError(f'"{prompt}": no caption has {_listed(unknown)}{_near(near)}: {hint}')
 
     def _known(self, pieces: Iterable[str]) -> tuple[list[str], tuple[str, ...]]:
         """The pieces as the captions write them, and the words among them that they do not have."""
@@ -137,7 +174,8 @@ class Words:
         if piece in FILLERS:
             return None
         plain = _fold(piece)
-        return next((self._forms[form] for form in (plain, *plurals(plain)) if form in self._forms), None)
+        same = next((names for names in SAME if plain in names), ())
+        return next((self._forms[form] for form in (plain, *plurals(plain), *same) if form in self._forms), None)
 
     def _caption(self, words: list[str], ordered: bool) -> str | None:
         """The caption that says the same in the same words, or, unless they are `ordered`, in any order if it
@@ -145,6 +183,25 @@ class Words:
         """
         content = self._content(words)
         return self._by_words.get(content) or (None if ordered else self._by_bag.get(_bag(content)))
+
+    def _composed(self, words: list[str], ordered: bool) -> str | None:
+        """A leading word and the caption that says the others: "panda purple" becomes "purple panda"."""
+        leading, others = self._parted(words)
+        caption = self._caption(others, ordered) if leading else None
+        return f"{leading} {caption}" if caption else None
+
+    def _respelled(self, pieces: list[str]) -> list[str]:
+        """The pieces; those beside a leading word as a caption has them, if that is of the same letters."""
+        leading, others = self._parted(pieces)
+        caption = self._by_letters.get(_joined(others)) if leading else None
+        return [leading, *self.split(caption)] if caption else pieces
+
+    def _parted(self, pieces: list[str]) -> tuple[str | None, list[str]]:
+        """A leading word and the caption that says the others: `panda purple` becomes `purple panda`."""
+        leading = {self._form(piece) for piece in pieces} & self._leading
+        if len(leading) != 1:
+            return None, pieces
+        return next(iter(leading)), [piece for piece in pieces if self._form(piece) not in leading]
 
     def _usual(self, words: list[str]) -> list[str]:
         """The words without the fillers that the captions seldom have."""
@@ -193,6 +250,14 @@ class Words:
         """The captions, the most frequent first, with what they say."""
         ranked = sorted(self.captions, key=lambda caption: (-self.captions[caption], caption))
         return [(caption, self._content(self.split(caption))) for caption in ranked]
+
+    @functools.cached_property
+    def _leading(self) -> frozenset[str]:
+        """The words that begin every longer caption that has them, two at least: the colours of coloured things."""
+        longer = [content for _, content in self._ranked if len(content) > 1]
+        begun = Counter(content[0] for content in longer)
+        later = {word for content in longer for word in content[1:]}
+        return frozenset(word for word, captions in begun.items() if captions > 1 and word not in later)
 
     @functools.cached_property
     def _by_words(self) -> dict[tuple[str, ...], str]:

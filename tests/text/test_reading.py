@@ -106,6 +106,64 @@ def test_order_is_kept_where_it_says_something():
     assert of_four.read("dog red cat").text == "cat, dog, red"
 
 
+THINGS = ("panda", "snowman", "smiling face with sunglasses", "hot dog", "cat face", "cat")
+PAIRS = [f"{colour} {thing}" for colour in ("red", "blue", "gray") for thing in THINGS]
+COLOURED = words([*THINGS, *PAIRS, "purple cat", "purple hot dog"])
+COMPOSED = {
+    "purple panda": "purple panda",
+    "a purple panda": "purple panda",
+    "purple pandas": "purple panda",
+    "panda, purple": "purple panda",
+    "violet panda": "purple panda",
+    "a lilac 🐼!": "purple panda",
+    "a panda that is purple": "purple panda",
+    "the purple-coloured panda": "purple panda",
+    "purple snow man": "purple snowman",
+    "face with sunglasses, smiling purple": "face with sunglasses smiling purple",
+    "smiling face with sunglasses, purple": "purple smiling face with sunglasses",
+    "Purple Smiling Face With Sunglasses": "Purple Smiling Face With Sunglasses",
+}
+
+
+@pytest.mark.parametrize("prompt", COMPOSED)
+def test_a_leading_word_goes_before_a_caption_that_is_not_known_with_it(prompt):
+    if not prompt.isascii():
+        pytest.importorskip("emoji")
+    found = COLOURED.read(prompt)
+    assert found.text == COMPOSED[prompt]
+    assert found.composed == (
+        found.text.lower() in {"purple panda", "purple snowman", "purple smiling face with sunglasses"}
+    )
+
+
+def test_a_colour_is_read_as_the_nearest_that_captions_have():
+    read = {
+        "crimson cat": "red cat",
+        "grey panda": "gray panda",
+        "Azure pandas": "blue panda",
+        "cat, scarlet": "red cat",
+    }
+    assert {prompt: COLOURED.read(prompt).text for prompt in read} == read
+    assert words(["grey cat", "violet dog"]).read("gray cat").text == "grey cat"
+    assert words(["grey cat", "violet dog"]).read("purple dog").text == "violet dog"
+    assert words(["lemon", "gold ring", "yellow dog"]).read("gold").text == "gold"
+
+
+def test_a_leading_word_alone_is_nothing_to_draw():
+    with pytest.raises(UserError, match=r'"purple pandaa": no caption has "pandaa" \(near: panda\)'):
+        COLOURED.read("purple pandaa")
+    assert COLOURED.read("purple").text == "purple"
+    assert COLOURED.read("red and blue panda").text == "red blue panda"
+
+
+def test_what_is_composed_is_said_in_one_line():
+    readings = [COLOURED.read(prompt) for prompt in ("violet panda", "red panda", "purple panda", "purple snowman")]
+    assert reading.remarks(readings) == [
+        '"violet panda" is read as "purple panda"',
+        'composed, since no training picture is captioned so: "purple panda", "purple snowman"',
+    ]
+
+
 def test_scripts_without_spaces_are_read_by_their_letters():
     assert words(["日本の猫", "赤い花"]).read("日本の花").text == "日本の花"
 
