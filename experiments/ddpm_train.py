@@ -14,63 +14,14 @@ to draw with, and which guidance, was not measured.
 
 from ml_collections import ConfigDict
 
+from diffjax.config.kinds import ddpm
+
 
 def get_config() -> ConfigDict:
     """The experiment; any field can be overridden with --config.FIELD=VALUE."""
-    return ConfigDict(
-        {
-            "name": "ddpm",
-            "seed": 0,
-            "data": {"name": "cifar10", "path": "", "split": "train", "size": 32, "flip": True},
-            "classes": 0,
-            "text": None,
-            "process": {"name": "discrete", "betas": "linear", "steps": 1000, "zero_terminal_snr": False},
-            "prediction": {"name": "eps"},
-            "network": "unet",
-            "unet": {
-                "block_out_channels": (128, 256, 256, 256),
-                "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-                "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-                "layers_per_block": 2,
-                "norm_num_groups": 32,
-                "dtype": "float32",
-                "remat": False,
-            },
-            "loss": {
-                "weight": {"name": "plain"},
-                "times": {"name": "table"},
-                "uniforms": "independent",
-                "drop": 0.1,
-            },
-            "optimizer": {
-                "name": "adamw",
-                "learning_rate": 2e-4,
-                "weight_decay": 0.0,
-                "b2": 0.999,
-                "clip": 1.0,
-                "schedule": {"name": "linear", "warmup": 5000, "hold": 1.0, "final": 1.0},
-            },
-            "train": {
-                "steps": 800000,
-                "batch": 128,
-                "accumulate": 1,
-                "ema": 0.9999,
-                "parallel": "jit",
-                "log_every": 100,
-                "save_every": 5000,
-                "preview_every": 20000,
-                "keep_last": 2,
-                "keep_best": 1,
-            },
-            "log": {"tensorboard": True, "wandb": ""},
-            "sample": {
-                "sampler": "ddpm",
-                "grid": "leading",
-                "steps": 1000,
-                "clip": 1.0,
-                "guidance": 1.5,
-                "num": 16,
-                "prompts": (),
-            },
-        }
+    return ddpm(
+        name="ddpm",
+        data={"name": "cifar10", "size": 32, "flip": True},
+        train={"save_every": 5000, "preview_every": 20000},
+        sample={"guidance": 1.5},
     )

@@ -13,46 +13,20 @@ has not been run.
 
 from ml_collections import ConfigDict
 
+from diffjax.config.kinds import finetune
+
+
+KINDS = {
+    "lora": {"lora": {"rank": 16}, "optimizer": {"learning_rate": 1e-4, "weight_decay": 0.0}},
+    "full": {"optimizer": {"learning_rate": 1e-5}},
+}
+
 
 def get_config(kind: str = "lora") -> ConfigDict:
     """The experiment; any field can be overridden with --config.FIELD=VALUE."""
-    data = {"name": "captioned_folder", "path": "", "size": 1024, "enlarge": False, "templates": ("{}",)}
-    adapted = {"rank": 16, "alpha": 16.0, "targets": "/attn2?/"}
-    return ConfigDict(
-        {
-            "name": f"sd35_{kind}",
-            "seed": 0,
-            "model": "stabilityai/stable-diffusion-3.5-medium",
-            "dtype": "bfloat16",
-            "remat": True,
-            "lora": adapted if kind == "lora" else None,
-            "data": data,
-            "prior": {"weight": 0.0, "data": dict(data)},
-            "loss": {
-                "weight": {"name": "plain"},
-                "times": {"name": "logit_normal", "mean": 0.0, "std": 1.0},
-                "uniforms": "antithetic",
-            },
-            "optimizer": {
-                "name": "adamw",
-                "learning_rate": 1e-4 if kind == "lora" else 1e-5,
-                "weight_decay": 0.0 if kind == "lora" else 0.01,
-                "clip": 1.0,
-                "schedule": {"name": "cosine", "warmup": 50, "final": 0.1},
-            },
-            "train": {
-                "steps": 1000,
-                "batch": 4,
-                "accumulate": 1,
-                "ema": 0.99,
-                "parallel": "jit",
-                "log_every": 10,
-                "save_every": 200,
-                "preview_every": 200,
-                "keep_last": 2,
-                "keep_best": 1,
-            },
-            "log": {"tensorboard": True, "wandb": ""},
-            "sample": {"prompts": ("",)},
-        }
+    return finetune(
+        name=f"sd35_{kind}",
+        model="stabilityai/stable-diffusion-3.5-medium",
+        train={"steps": 1000, "batch": 4, "ema": 0.99, "log_every": 10, "save_every": 200, "preview_every": 200},
+        **KINDS[kind],
     )

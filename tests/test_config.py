@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from diffjax import build, config
+from diffjax.config import ConfigDict, base, completion, kinds
+from diffjax.config.fields import locate
 from diffjax.parallel import processor
 from diffjax.sampling import job
 from diffjax.utils.errors import UserError
@@ -35,13 +37,36 @@ def test_an_experiment_is_complete_and_stays_itself(file):
     loaded = config.load(str(file))
     whole = config.complete(loaded)
     found = dict(fields(whole))
-    assert found | dict(fields(loaded)) == found and len(found) > len(dict(fields(loaded)))
+    assert found == dict(fields(loaded))
     again = (
         config.complete(whole),
         config.parse(str(file), [])[0],
         config.complete(json.loads(whole.to_json_best_effort())),
     )
     assert all(other.to_dict() == whole.to_dict() for other in again)
+
+
+@pytest.mark.parametrize("spec", [*map(str, TRAINED), f"{FINETUNE}:full"], ids=lambda spec: Path(spec).stem)
+def test_an_experiment_says_only_what_differs_from_its_base(spec, monkeypatch):
+    said = []
+    monkeypatch.setattr(kinds, "_experiment", lambda base, own: said.append((base, own)) or ConfigDict())
+    config.load(spec)
+    ((base, own),) = said
+    whole = config.complete(kinds._over(base, own))
+    for path, _ in fields(own):
+        if path.split(".")[-1] not in ("name", "size") and not path.startswith("imagen"):
+            try:
+                found = config.complete(kinds._over(base, without(own, path)))
+            except UserError:  # it must be said
+                continue
+            assert found != whole, f"{path} is said for nothing"
+
+
+def without(table, path):
+    """The table without the field at a path, and without tables that had no other."""
+    name, _, inner = path.partition(".")
+    left = without(table[name], inner) if inner else {}
+    return {**table, name: left} if left else {other: value for other, value in table.items() if other != name}
 
 
 @pytest.mark.parametrize("file", TRAINED, ids=lambda file: file.stem)
@@ -77,7 +102,7 @@ def test_every_field_can_be_overridden(file):
 )  # fmt: skip
 def test_overrides_in_any_order(overrides, path, expected):
     for order in (overrides, overrides[::-1]):
-        found = config._at(parse(*order), path)
+        found = completion.at(parse(*order), path)
         assert (found.to_dict() if hasattr(found, "to_dict") else found) == expected
 
 
@@ -86,6 +111,26 @@ def test_another_optimizer_keeps_clip_and_schedule_alone():
     assert (found.b1, found.b2, found.learning_rate, found.weight_decay) == (0.8, 0.99, 1e-3, 0.01)
     assert found.clip == 1.0 and found.schedule.final == 0.02 and "adam_learning_rate" not in found
     build.optimizer(found, 10)
+
+
+def test_what_neither_an_experiment_nor_its_base_says_is_asked_for(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from diffjax.config.kinds import pixels\n"
+        "def get_config(): return pixels(name='mine', data={'name': 'openmoji'}, train={'batch': 8})"
+    )
+    with pytest.raises(UserError, match="the config has no train.steps: add it, a whole number"):
+        parse(spec=str(file))
+    assert parse("train.steps=3", spec=str(file)).train.steps == 3
+
+
+def test_a_table_without_a_name_is_of_the_default():
+    whole = config.load(EMOJI).to_dict()
+    found = config.complete(whole | {"text": {"tokens": 7}, "optimizer": {"name": "adamw", "schedule": {"warmup": 3}}})
+    assert (found.text.name, found.text.tokens, found.text.width) == ("words", 7, 256)
+    assert found.optimizer.schedule.to_dict() == {"name": "linear", "warmup": 3, "hold": 0.5, "final": 0.0}
+    with pytest.raises(UserError, match="config key optimizer is .*: it must be a table with a name"):
+        config.complete(whole | {"optimizer": {"learning_rate": 0.1}})
 
 
 def test_tables_that_can_be_none_come_and_go():
@@ -153,7 +198,7 @@ def test_a_mistake_in_any_field_of_a_file_is_told_by_its_name(file):
             for name in path.split(".")[:-1]:
                 table = table[name]
             table[path.rpartition(".")[2]] = wrong
-            if wrong is None and config._place(config.base(whole), path) not in (str, int, float):
+            if wrong is None and locate(base.table(whole), path) not in (str, int, float):
                 continue
             with pytest.raises(UserError, match=path.rpartition(".name")[0] or path):
                 config.complete(broken)
@@ -194,7 +239,7 @@ def test_the_page_names_every_field_and_its_commands_are_read():
     whole = config.complete(config.load(EMOJI))
     for path, _ in fields(whole):
         section, _, name = path.partition(".")
-        if section not in ("data", "dit") and config._place(config.base(whole), path) is not None:
+        if section not in ("data", "dit") and locate(base.table(whole), path) is not None:
             assert name.rpartition(".")[2] in page and section in page, path
     commands = [line.split() for line in page.splitlines() if line.startswith("    diffjax train")]
     overrides = [[word for word in words if word.startswith("--config.")] for words in commands]

@@ -12,64 +12,24 @@ a run of that length, and went on to 700. Result, by `diffjax evaluate`: PSNR 27
 
 from ml_collections import ConfigDict
 
+from diffjax.config.kinds import pixels
+
 
 def get_config() -> ConfigDict:
     """The experiment; any field can be overridden with --config.FIELD=VALUE."""
-    return ConfigDict(
-        {
-            "name": "emoji_super128",
-            "seed": 0,
-            "data": {
-                "name": "openmoji",
-                "path": "",
-                "subset": "1000",
-                "size": 128,
-                "background": "white",
-                "split": "train[:90%]",
-                "held_out": "train[90%:]",
-            },
-            "classes": 0,
-            "text": None,
-            "low_res": {"size": 32, "most": 0.3},
-            "process": {"name": "flow", "shift": 1.0},
-            "prediction": {"name": "x0"},
-            "network": "subpixel",
-            "subpixel": {"patch": 4, "width": 64, "depth": 6},
-            "loss": {
-                "weight": {"name": "velocity", "floor": 0.1},
-                "times": {"name": "logit_normal", "mean": 0.6, "std": 1.0},
-                "uniforms": "antithetic",
-                "drop": 0.0,
-            },
-            "optimizer": {
-                "name": "muon",
-                "learning_rate": 0.02,
-                "adam_learning_rate": 2e-3,
-                "weight_decay": 0.01,
-                "clip": 1.0,
-                "schedule": {"name": "linear", "warmup": 50, "hold": 0.5, "final": 0.02},
-            },
-            "train": {
-                "steps": 700,
-                "batch": 16,
-                "accumulate": 1,
-                "ema": 0.998,
-                "parallel": "jit",
-                "log_every": 20,
-                "save_every": 100,
-                "preview_every": 0,
-                "keep_last": 2,
-                "keep_best": 1,
-            },
-            "log": {"tensorboard": True, "wandb": ""},
-            "sample": {
-                "sampler": "dpmpp_2m",
-                "grid": "uniform",
-                "steps": 8,
-                "guidance": 1.0,
-                "level": 0.1,
-                "num": 16,
-                "prompts": (),
-            },
-        }
+    return pixels(
+        name="emoji_super128",
+        data={
+            "name": "openmoji",
+            "subset": "1000",
+            "size": 128,
+            "split": "train[:90%]",
+            "held_out": "train[90%:]",
+        },
+        low_res={"size": 32},
+        network="subpixel",
+        loss={"drop": 0.0},
+        optimizer={"schedule": {"warmup": 50, "final": 0.02}},
+        train={"steps": 700, "batch": 16, "ema": 0.998, "log_every": 20, "save_every": 100},
+        sample={"steps": 8, "level": 0.1},
     )

@@ -222,7 +222,7 @@ def test_parameters_are_those_of_the_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("sample.guide.name=abg",), "unknown guide abg: did you mean apg"),
+        (("sample.guide.name=abg",), "unknown sample.guide.name abg: did you mean apg"),
         (("sample.guidance=-3",), "guidance is -3.0: give a scale above 1"),
     ],
 )
