@@ -231,13 +231,18 @@ def scale(guidance: float | None) -> float | None:
     return None if guidance in (0, 1) else float(guidance)
 
 
+def rule(choice: str | Choice) -> dict[str, Any]:
+    """A rule of guidance as a table of its name and fields; without a name it is classifier-free."""
+    return {"name": choice} if isinstance(choice, str) else {"name": "cfg", **choice}
+
+
 def guide(choice: str | Choice) -> Callable[..., guides.Guide]:
     """`(denoiser, scale, weak) -> guide` by a name of `GUIDES`, or a table of its name and fields.
 
     Every guide can be limited to times `low` < t <= `high`, outside of which only the conditional branch is evaluated,
     and have its output rescaled by `rescale` (phi of `guide.Rescale`). All numbers are traced.
     """
-    arguments = {"name": choice} if isinstance(choice, str) else {"name": "cfg", **choice}
+    arguments = rule(choice)
     given = {name: arguments.pop(name) for name in AROUND if name in arguments}
     around = {name: within(f"{name} of the guide", value, 0.0, 1.0) for name, value in given.items()}
     low, high = around.pop("low", 0.0), around.pop("high", 1.0)

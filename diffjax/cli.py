@@ -2,16 +2,17 @@
 
 import argparse
 import contextlib
-import dataclasses
 import errno
 import os
 import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from diffjax.models import options
+from diffjax.models.options import Asked, Method, Request, one_of
 from diffjax.utils import interrupt
 from diffjax.utils.errors import UserError, unknown
 from diffjax.utils.progress import counted
@@ -59,21 +60,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if getattr(args, "config", None):
         from diffjax.config import parse as parse_config
 
-        args.config, rest = parse_config(args.config, rest, _request)
+        args.config, rest = parse_config(args.config, rest, lambda: options.defaults(Request))
     if rest:
         word, usage = rest[0].partition("=")[0], commands[args.command].format_help()
         if not word.startswith("-"):
             raise UserError(f"unexpected argument {word} (see `diffjax {args.command} --help`)")
         raise unknown("flag", word, dict.fromkeys(re.findall(r"(?<![\w-])--[a-z][\w-]*", usage)))
     return args
-
-
-def _request() -> dict[str, Any]:
-    """What can be asked of an experiment that only samples, with its defaults."""
-    from diffjax.sampling.job import Request
-
-    fields = dataclasses.fields(Request)
-    return {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -102,54 +95,6 @@ _EXAMPLES = """examples:
   diffjax words --run runs/emoji                   what words its prompts can have
   diffjax COMMAND --help                           what a command takes, with examples
 """
-
-
-def one_of(kind: str, *names: str) -> Callable[[str], str]:
-    """An argparse type: one of the names; the error for another one names the nearest."""
-
-    def convert(word: str) -> str:
-        if word not in names:
-            raise argparse.ArgumentTypeError(str(unknown(kind, word, names)))
-        return word
-
-    return convert
-
-
-def pixels(word: str) -> int | tuple[int, int]:
-    """An argparse type: a side, or (height, width) of WIDTHxHEIGHT."""
-    sides = word.lower().split("x")
-    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
-        raise argparse.ArgumentTypeError(f"{word!r} is no size: give 1024, or 1344x768 for width x height")
-    return int(word) if len(sides) == 1 else (int(sides[1]), int(sides[0]))
-
-
-GUIDANCE = "guidance scale: 0 or 1 is none (half the evaluations), 2 to 8 follow the prompt or class more closely"
-GUIDE = (
-    "how guidance combines its branches: cfg, cfg_zero [still=T], apg [momentum=M radius=R parallel=P], or autoguidance step=N (an earlier "
-    "checkpoint of the run); each with [low=T high=T] to act at these times only, and [rescale=PHI]"
-)
-
-
-def add_guide(parser: argparse.ArgumentParser) -> None:
-    """The flag `--guide NAME FIELD=VALUE ...`."""
-    parser.add_argument("--guide", nargs="+", action=Table, metavar=("NAME", "FIELD=VALUE"), help=GUIDE)
-
-
-class Table(argparse.Action):
-    """Words NAME FIELD=VALUE ... as a table such as `{"name": "apg", "momentum": -0.5}`."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        name, *fields = values
-        table = {"name": name}
-        for field in fields:
-            key, is_field, value = field.partition("=")
-            if not is_field:
-                parser.error(f"{option_string}: {field} is no FIELD=VALUE")
-            try:
-                table[key] = int(value) if key == "step" else float(value)
-            except ValueError:
-                parser.error(f"{option_string}: {key} is {value!r}: it must be a number")
-        setattr(namespace, self.dest, table)
 
 
 def _doctor(subparsers) -> None:
@@ -293,67 +238,7 @@ def _sample(subparsers) -> None:
         '  diffjax sample --cascade runs/base64 runs/super256 --prompt "a lighthouse" --out pictures\n'
         "  diffjax sample --replay pictures/manifest.json --out again\n",
     )
-    _add_subject(parser)
-    _add_method(parser)
-    parser.add_argument("--out", required=True, metavar="DIR", help="where the pictures go")
-    parser.add_argument("--overwrite", action="store_true", help="draw anew what is in DIR")
-    parser.add_argument(
-        "--preview", type=int, metavar="N", help="show pictures under way every N steps; 0 never (default: every 3 s)"
-    )
-
-    def run(args) -> int | None:
-        from diffjax.loading import run_folder
-        from diffjax.parallel import devices
-        from diffjax.sampling import job
-
-        if not any((args.replay, args.workdir, args.model, args.cascade, args.config)):
-            parser.error("one of the arguments --run --model --cascade --config --replay is required")
-        if args.replay:
-            _refuse_beside("--replay", "from the manifest", args, parser, "workdir", "model")
-            moved = run_folder(args.workdir) if args.workdir else args.model
-            devices.start()
-            return not job.replay(args.replay, args.out, moved, preview=args.preview, overwrite=args.overwrite)
-        if args.cascade:
-            from diffjax.sampling import cascade
-
-            devices.start()
-            return cascade.draw(args)
-        if args.config:
-            _refuse_beside("--config", "as --config.NAME=value", args, parser)
-        request = job.requested(args)
-        devices.start()
-        job.generate(job.preset(request), args.out, preview=args.preview, overwrite=args.overwrite)
-
-    parser.set_defaults(run=run)
-
-
-def _refuse_beside(
-    flag: str, whence: str, args: argparse.Namespace, parser: argparse.ArgumentParser, *but: str
-) -> None:
-    given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
-    if given := given - {"command", "debug", flag.lstrip("-"), "out", "preview", "overwrite", *but}:
-        raise UserError(f"{flag} takes {', '.join(sorted(given))} {whence}: leave them out")
-
-
-def _add_which(parser: argparse.ArgumentParser) -> None:
-    """Which of the forms in which a model is published."""
-    parser.add_argument(
-        "--revision", default="", help="the step of a run's checkpoint; a branch, tag or commit of the hub"
-    )
-    parser.add_argument(
-        "--variant",
-        metavar="NAME",
-        help="which of several forms of the weights: fp16, ema or the like, or a file's name",
-    )
-
-
-def _add_subject(parser: argparse.ArgumentParser) -> None:
-    """Which model, and what it is told."""
-    model = parser.add_mutually_exclusive_group()
-    model.add_argument("--run", dest="workdir", metavar="DIR", help="the --workdir of a training")
-    model.add_argument(
-        "--model", metavar="ID", help="a hub id, a folder in the layout of diffusers, or a single file of SD3.5"
-    )
+    model = _add_model(parser, "a hub id, a folder in the layout of diffusers, or a single file of SD3.5")
     model.add_argument(
         "--cascade", nargs="+", metavar="DIR", help="trainings whose pictures each enlarges those before"
     )
@@ -365,69 +250,63 @@ def _add_subject(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="the manifest.json of an earlier job: the same again (with --run or --model: moved there)",
     )
-    _add_which(parser)
-    parser.add_argument("--dtype", type=one_of("dtype", "float32", "bfloat16"), help="what to compute in")
-    parser.add_argument(
-        "--quantize", type=one_of("kind", "int8", "int4"), help="keep large weights in fewer bits (SD3.5)"
-    )
-    parser.add_argument(
-        "--shard", type=one_of("way", "fsdp", "tensor", "both"), help="split the weights over all devices (SD3.5)"
-    )
-    parser.add_argument(
-        "--lora",
-        action="append",
-        metavar="FILE[:STRENGTH]",
-        help="add the low-rank adapters of a file, folder or hub id, times STRENGTH (SD3.5); can be repeated",
-    )
-    parser.add_argument("--prompt", action="append", dest="prompts", default=[], metavar="TEXT", help="can be repeated")
+    num = {"default": 4, "help": "pictures of each prompt or label (default 4)"}
+    options.add_flags(parser, Request, options.added(Request, Asked))
     parser.add_argument("--prompt-file", metavar="FILE", help="more prompts, one on a line")
-    parser.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from")
-    parser.add_argument("--label", action="append", dest="labels", default=[], help="a class by name or number")
-    parser.add_argument(
-        "--size", type=pixels, help="pixels a side, or WIDTHxHEIGHT (default: what the model was trained on)"
-    )
-    parser.add_argument("--image", metavar="FILE", help="start from this picture")
-    parser.add_argument(
-        "--strength", type=float, help="how much of --image may change, above 0 to 1 (default 0.6, with a mask 1)"
-    )
-    parser.add_argument(
-        "--mask",
-        metavar="FILE",
-        help="draw --image anew where this picture is white; where it is black its pixels stay",
-    )
-    parser.add_argument(
-        "--feather",
-        type=int,
-        metavar="N",
-        help="pixels around the white over which the drawn passes into the kept (default 0)",
-    )
-    parser.add_argument("--low-res", metavar="PATH", help="a picture to enlarge, or the folder of an earlier job")
-    parser.add_argument("--level", type=float, help="noise in what is enlarged, from 0 to below 1")
-
-
-def _add_method(parser: argparse.ArgumentParser) -> None:
-    """How to draw; what is left out is the model's own choice."""
-    parser.add_argument("--num", type=int, default=4, help="pictures of each prompt or label (default 4)")
-    parser.add_argument("--seed", type=int, default=0, help="picture i of a seed is always the same (default 0)")
+    options.add_flags(parser, Asked, options.added(Asked, Method), num=num)
     parser.add_argument(
         "--quality",
         type=one_of("quality", "draft", "good", "reference"),
         metavar="NAME",
         help="draft: 10 steps of the best solver, good: 25, reference: 1000 ancestral ones; what is given beside it wins",
     )
-    parser.add_argument("--steps", type=int, help="steps of the sampler")
-    parser.add_argument("--sampler", help="ddpm, ddim, euler, heun, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, unipc or ipndm")
-    parser.add_argument("--grid", help="the times: uniform, logsnr, karras, leading, linspace, trailing or fitted")
-    parser.add_argument("--guidance", type=float, metavar="W", help=GUIDANCE)
-    add_guide(parser)
-    parser.add_argument("--two-passes", action="store_true", help="guidance's two branches in turn: less memory")
+    options.add_flags(parser, Method)
+    parser.add_argument("--out", required=True, metavar="DIR", help="where the pictures go")
+    parser.add_argument("--overwrite", action="store_true", help="draw anew what is in DIR")
     parser.add_argument(
-        "--skip-layers",
-        action="store_true",
-        help="guide away from the network without layers 7 to 9 too (SD3.5 medium)",
+        "--preview", type=int, metavar="N", help="show pictures under way every N steps; 0 never (default: every 3 s)"
     )
-    parser.add_argument("--eta", type=float, help="fresh noise in each step, from 0 to 1")
-    parser.add_argument("--batch", type=int, help="pictures at once on each device; another number rounds otherwise")
+    parser.set_defaults(run=lambda args: _draw(args, parser))
+
+
+def _draw(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int | None:
+    from diffjax.loading import run_folder
+    from diffjax.parallel import devices
+    from diffjax.sampling import job
+
+    if not any((args.replay, args.workdir, args.model, args.cascade, args.config)):
+        parser.error("one of the arguments --run --model --cascade --config --replay is required")
+    if args.replay:
+        _refuse_beside("--replay", "from the manifest", args, parser, "workdir", "model")
+        moved = run_folder(args.workdir) if args.workdir else args.model
+        devices.start()
+        return not job.replay(args.replay, args.out, moved, preview=args.preview, overwrite=args.overwrite)
+    if args.cascade:
+        from diffjax.sampling import cascade
+
+        devices.start()
+        return cascade.draw(args)
+    if args.config:
+        _refuse_beside("--config", "as --config.NAME=value", args, parser)
+    request = job.requested(args)
+    devices.start()
+    job.generate(job.preset(request), args.out, preview=args.preview, overwrite=args.overwrite)
+
+
+def _refuse_beside(
+    flag: str, whence: str, args: argparse.Namespace, parser: argparse.ArgumentParser, *but: str
+) -> None:
+    given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+    if given := given - {"command", "debug", flag.lstrip("-"), "out", "preview", "overwrite", *but}:
+        raise UserError(f"{flag} takes {', '.join(sorted(given))} {whence}: leave them out")
+
+
+def _add_model(parser: argparse.ArgumentParser, kinds: str, required: bool = False) -> Any:
+    """The flags of a run or a published model, of which one is given, and of which of its forms."""
+    group = parser.add_mutually_exclusive_group(required=required)
+    group.add_argument("--run", dest="workdir", metavar="DIR", help="the --workdir of a training")
+    group.add_argument("--model", metavar="ID", help=kinds)
+    return group
 
 
 def _words(subparsers) -> None:
@@ -455,18 +334,15 @@ def _evaluate(subparsers) -> None:
         help="measure how well a text-to-image run draws its training prompts, or a stage of a cascade enlarges",
         description="Draw training prompts and compare with the training pictures: retrieval top-1 and PSNR. Of a stage that\n"
         "enlarges: PSNR on the pictures of config.data.held_out, against bicubic interpolation.\n"
-        "The result goes to evaluation.json and evaluation.png in the run's folder.",
+        "It draws as the run's config says, but for what is given. The result goes to evaluation.json and evaluation.png\n"
+        "in the run's folder.",
         epilog="examples:\n"
         "  diffjax evaluate --run runs/emoji\n"
         "  diffjax evaluate --run runs/emoji --num 16 --guidance 3\n",
     )
     parser.add_argument("--run", dest="workdir", required=True, metavar="DIR", help="the --workdir of a training")
     parser.add_argument("--num", type=int, default=64, help="prompts or pictures (default 64)")
-    parser.add_argument("--steps", type=int, help="steps of the sampler (default, as for the next four: the run's own)")
-    parser.add_argument("--guidance", type=float, metavar="W", help=GUIDANCE)
-    add_guide(parser)
-    parser.add_argument("--sampler", help="ddpm, ddim, euler, heun, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, unipc or ipndm")
-    parser.add_argument("--grid", help="the times: uniform, logsnr, karras, leading, linspace, trailing or fitted")
+    options.add_flags(parser, Method)
     parser.add_argument("--seed", type=int, default=0, help="which prompts, and the noise (default 0)")
     parser.add_argument("--step", type=int, help="the checkpoint of this step (default: the newest)")
 
@@ -477,9 +353,7 @@ def _evaluate(subparsers) -> None:
 
         workdir = run_folder(args.workdir)
         devices.start()
-        evaluate(
-            workdir, args.num, args.steps, args.guidance, args.sampler, args.grid, args.seed, args.step, args.guide
-        )
+        evaluate(workdir, args.num, seed=args.seed, step=args.step, **options.given(Method, args))
 
     parser.set_defaults(run=run)
 
@@ -497,24 +371,11 @@ def _plan(subparsers) -> None:
         "  diffjax plan --run runs/emoji --sampler heun\n"
         "  diffjax plan --config experiments/emoji64.py --device h100 --config.train.batch=512\n",
     )
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--run", dest="workdir", metavar="DIR", help="the --workdir of a training")
-    what.add_argument("--model", metavar="ID", help="a hub id, or a folder in the layout of diffusers")
+    what = _add_model(parser, "a hub id, or a folder in the layout of diffusers", required=True)
     what.add_argument("--config", metavar="FILE", help="an experiment; any field can be overridden: --config.a.b=value")
-    _add_which(parser)
-    for name, meaning in (
-        ("steps", "of sampling"),
-        ("num", "pictures in all"),
-        ("batch", "pictures at once"),
-        ("size", "pixels"),
-    ):
-        parser.add_argument(f"--{name}", type=int, metavar="N", help=meaning, default=1 if name == "num" else None)
-    parser.add_argument("--sampler", metavar="NAME", help="the solver (heun calls the network twice a step)")
-    parser.add_argument("--guidance", type=float, metavar="W", help=GUIDANCE)
-    add_guide(parser)
-    parser.add_argument(
-        "--dtype", metavar="TYPE", help="float32 or bfloat16 (default: float32, of latent models bfloat16)"
-    )
+    options.add_flags(parser, Request, ("revision", "variant"))
+    dtype = {"type": str, "help": "float32 or bfloat16 (default: float32, of latent models bfloat16)"}
+    options.add_flags(parser, Asked, num={"help": "pictures in all (default 1)"}, dtype=dtype)
     parser.add_argument(
         "--device", metavar="NAME", help="h100, h200, a100, t4, v5e or cpu; default: the one found here"
     )
@@ -526,8 +387,7 @@ def _plan(subparsers) -> None:
         from diffjax.parallel import devices
 
         devices.find()
-        names = ("steps", "num", "batch", "size", "guidance", "guide", "sampler", "dtype")
-        asked = plan.Asked(**{name: getattr(args, name) for name in names})
+        asked = Asked(**options.given(Asked, args))
         if args.model:
             jobs = plan.model(args.model, asked, args.revision or None, args.variant)
         elif args.revision or args.variant:
@@ -559,14 +419,11 @@ def _fit_grid(subparsers) -> None:
         "  diffjax fit-grid --model google/ddpm-cifar10-32 --steps 10\n"
         "  diffjax fit-grid --run runs/emoji --steps 8 --sampler dpmpp_2m --prompt pizza --prompt rocket\n",
     )
-    model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--run", dest="workdir", metavar="DIR", help="the --workdir of a training")
-    model.add_argument("--model", metavar="ID", help="a hub id, or a folder in the layout of diffusers")
-    _add_which(parser)
-    parser.add_argument("--steps", type=int, required=True, metavar="N", help="steps of the grid")
-    parser.add_argument("--sampler", default="unipc", metavar="NAME", help="a sampler without noise (default unipc)")
-    parser.add_argument("--guidance", type=float, metavar="W", help=f"{GUIDANCE} (default: the model's own)")
-    add_guide(parser)
+    _add_model(parser, "a hub id, or a folder in the layout of diffusers", required=True)
+    options.add_flags(parser, Request, ("revision", "variant"))
+    steps = {"required": True, "help": "steps of the grid"}
+    sampler = {"default": "unipc", "help": "a sampler without noise (default unipc)"}
+    options.add_flags(parser, Method, ("steps", "sampler", "guidance", "guide"), steps=steps, sampler=sampler)
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="can be repeated: the images take turns")
     parser.add_argument("--seeds", type=int, default=8, metavar="N", help="images to fit to (default 8)")
     parser.add_argument("--iterations", type=int, default=60, metavar="N", help="of the descent (default 60)")
@@ -579,9 +436,12 @@ def _fit_grid(subparsers) -> None:
 
         name = run_folder(args.workdir) if args.workdir else args.model
         devices.start()
-        told = {name: getattr(args, name) for name in ("guidance", "guide", "prompt", "seeds", "iterations")}
-        loaded = load(name, revision=args.revision or None, variant=args.variant)
-        found = fit_grid.fit(loaded, args.steps, args.sampler, shown=fit_grid.progress, **told)
+        loaded, method = (
+            load(name, revision=args.revision or None, variant=args.variant),
+            Method(**options.given(Method, args)),
+        )
+        how = {"prompt": args.prompt, "seeds": args.seeds, "iterations": args.iterations}
+        found = fit_grid.fit(loaded, method, shown=fit_grid.progress, **how)
         print(fit_grid.report(found))
         print(f"kept in {fit_grid.keep(loaded.name, args.sampler, found)}: sample with")
         print(f"  --steps {args.steps} --sampler {args.sampler} --grid fitted{fitted.flags(found.to)}")
@@ -600,7 +460,7 @@ def _convert(subparsers) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help="a run's folder, one in the layout of diffusers, or a hub id")
     parser.add_argument("out", metavar="OUT", help="the folder to write")
-    _add_which(parser)
+    options.add_flags(parser, Request, ("revision", "variant"))
     parser.add_argument(
         "--to", type=one_of("format", "diffusers", "orbax"), default="diffusers", help="diffusers or orbax"
     )

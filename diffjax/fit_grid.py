@@ -6,7 +6,7 @@ this error).
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from diffjax import build
 from diffjax.diffusion.process import Process
 from diffjax.models import fitted
 from diffjax.models.model import Inputs, Model, Recipe
+from diffjax.models.options import Method
 from diffjax.utils import files, struct
 from diffjax.utils.errors import UserError
 
@@ -85,41 +86,40 @@ def between(process: Process) -> Times:
 
 def fit(
     model: Model,
-    steps: int,
-    sampler: str,
+    method: Method,
     *,
     seeds: int = 8,
     iterations: int = 60,
     shown: Callable[..., Any] = iter,
-    **told: Any,
+    **subject: Sequence[Any] | None,
 ) -> Fit:
-    """Fit a grid of `steps` steps on `seeds` images, and measure it on as many others; Adam makes `iterations` steps.
+    """Fit a grid to a method on `seeds` images, and measure it on as many others; Adam makes `iterations` steps.
 
-    `told` is what `Model.sample` takes (guidance, guide, prompt, label); `shown` may show the progress of an iterable.
-    Raises `UserError` for a sampler that adds noise.
+    The images take turns with the prompts or labels of `subject`, `prompt` or `label`; `shown` may show the progress of
+    an iterable. Raises `UserError` for a sampler that adds noise.
     """
-    if steps < 2:
+    how = model.chosen(method)
+    if how.steps < 2:
         raise UserError("a grid of one step has no time to fit: take 2 steps or more")
-    guidance, rule = told.pop("guidance", None), told.pop("guide", None)
-    model = model.against(rule)
-    recipe = functools.partial(model.recipe, sampler=sampler, guidance=guidance, guide=rule)
+    model = model.against(method.guide)
+    recipe = functools.partial(model.recipe, method)
     if recipe().sampler.eta:
         raise UserError(
-            f"sampler {sampler} adds noise, so it has no fine solution: take unipc, dpmpp_2m, ipndm or another one"
+            f"sampler {how.sampler} adds noise, so it has no fine solution: take unipc, dpmpp_2m, ipndm or another one"
         )
-    batches = functools.partial(_batches, model, recipe(), told)
-    fine = recipe(steps=max(FINE, 10 * steps), grid="logsnr")
+    batches = functools.partial(_batches, model, recipe(), subject)
+    fine = recipe(steps=max(FINE, 10 * how.steps), grid="logsnr")
     solved = lambda numbers: [(inputs, fine.advance(inputs, fine.begin(inputs)).x) for inputs in batches(numbers)]
-    known = {name: recipe(steps=steps, grid=name) for name in NAMED}
+    known = {name: recipe(grid=name) for name in NAMED}
     if callable(model.defaults.grid):
-        known["published"] = recipe(steps=steps)
+        known["published"] = recipe()
     examples = solved(np.arange(seeds))
     best = min(known.values(), key=lambda one: error(one, examples))
     times = between(model.denoiser.process).replace(first=build.start(model.denoiser))
     grid = np.asarray(times.grid(descend(best, times, times.theta(best.grid), examples, shown(range(iterations)))))
     known[fitted.FITTED] = best.replace(grid=grid)
     others = solved(np.arange(seeds, 2 * seeds))
-    return Fit(grid, {name: error(one, others) for name, one in known.items()}, fitted.fitted_to(model, guidance, rule))
+    return Fit(grid, {name: error(one, others) for name, one in known.items()}, fitted.fitted_to(model, method))
 
 
 def descend(
@@ -155,10 +155,14 @@ def error(recipe: Recipe, examples: list) -> float:
     return (total / sum(solution.size for _, solution in examples)) ** 0.5
 
 
-def _batches(model: Model, recipe: Recipe, told: dict[str, Any], numbers: np.ndarray) -> Iterator[Inputs]:
+def _batches(
+    model: Model, recipe: Recipe, subject: Mapping[str, Sequence[Any] | None], numbers: np.ndarray
+) -> Iterator[Inputs]:
     """What the images of these numbers have of their own, in batches that divide them."""
     batch = next(size for size in range(min(model.defaults.batch, len(numbers)), 0, -1) if len(numbers) % size == 0)
-    cycled = {name: [values[i % len(values)] for i in range(len(numbers))] for name, values in told.items() if values}
+    cycled = {
+        name: [values[i % len(values)] for i in range(len(numbers))] for name, values in subject.items() if values
+    }
     if model.classes and "label" not in cycled:
         cycled["label"] = [i % len(model.classes) for i in range(len(numbers))]
     return model.inputs(jax.random.key(0), numbers, reads=recipe.reads, **cycled).parts(batch)

@@ -60,7 +60,7 @@ def cases(model: Model, counts: list[int]) -> Iterator[tuple[str, str, int]]:
     """Sampler, grid and evaluations; fitted grids where one was made for the model."""
     for sampler, grid, count in itertools.product(SAMPLERS, GRIDS, COUNTS):
         if grid != fitted.FITTED or (
-            count in counts and fitted.path(model.name, sampler, count, fitted.fitted_to(model, None, None)).exists()
+            count in counts and fitted.path(model.name, sampler, count, fitted.fitted_to(model)).exists()
         ):
             yield sampler, grid, count
 

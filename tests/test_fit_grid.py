@@ -12,6 +12,7 @@ from diffjax import build, cli, fit_grid
 from diffjax.diffusion import analytic, grid, process
 from diffjax.models import fitted
 from diffjax.models.model import Defaults, Model
+from diffjax.models.options import Method
 from diffjax.utils import files
 from diffjax.utils.errors import UserError
 
@@ -32,7 +33,7 @@ def mixture():
 
 @pytest.fixture(scope="module")
 def found(mixture):
-    return fit_grid.fit(mixture, STEPS, "dpmpp_2m", seeds=256, iterations=60)
+    return fit_grid.fit(mixture, Method(steps=STEPS, sampler="dpmpp_2m"), seeds=256, iterations=60)
 
 
 @pytest.mark.parametrize(
@@ -73,15 +74,15 @@ def test_the_error_is_that_of_other_seeds(mixture, found):
 def test_kept_and_found_again(mixture, found, tmp_path):
     for name in (str(tmp_path), "some/model"):
         model = mixture.replace(name=name)
-        place = fit_grid.keep(name, "dpmpp_2m", dataclasses.replace(found, to=fitted.fitted_to(model, None, None)))
-        assert np.allclose(fitted.stored(model, "dpmpp_2m", STEPS), found.grid, atol=1e-7)
+        place = fit_grid.keep(name, "dpmpp_2m", dataclasses.replace(found, to=fitted.fitted_to(model)))
+        assert np.allclose(fitted.stored(model, Method(steps=STEPS, sampler="dpmpp_2m")), found.grid, atol=1e-7)
     assert place == files.home() / "grids" / "some__model" / f"dpmpp_2m-{STEPS}.json"
     assert (tmp_path / "grids" / place.name).exists()
 
 
 def test_a_model_samples_on_its_fitted_grid(found, tmp_path):
     model = toys.model().replace(name=str(tmp_path))
-    fit_grid.keep(model.name, "dpmpp_2m", dataclasses.replace(found, to=fitted.fitted_to(model, None, None)))
+    fit_grid.keep(model.name, "dpmpp_2m", dataclasses.replace(found, to=fitted.fitted_to(model)))
     key = jax.random.key(1)
     named = model.sample(key, num=1, steps=STEPS, sampler="dpmpp_2m", grid="fitted")
     assert np.array_equal(named, model.sample(key, num=1, steps=STEPS, sampler="dpmpp_2m", grid=found.grid))
@@ -107,7 +108,7 @@ def test_a_model_samples_on_its_fitted_grid(found, tmp_path):
 )
 def test_a_grid_is_not_used_for_another_model_or_guidance(found, tmp_path, change, how, said):
     model = toys.model(text=True).replace(name=str(tmp_path), revision="7")
-    fit_grid.keep(model.name, "dpmpp_2m", dataclasses.replace(found, to=fitted.fitted_to(model, None, None)))
+    fit_grid.keep(model.name, "dpmpp_2m", dataclasses.replace(found, to=fitted.fitted_to(model)))
     given = {"steps": STEPS, "sampler": "dpmpp_2m", "grid": "fitted"}
     model.recipe(**given)
     in_bfloat16 = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model.denoiser.params)
@@ -125,9 +126,9 @@ def test_a_grid_that_was_kept_without_what_it_belongs_to_is_made_anew(found, tmp
 
 def test_what_cannot_be_fitted(mixture):
     with pytest.raises(UserError, match="adds noise"):
-        fit_grid.fit(mixture, 4, "ddpm")
+        fit_grid.fit(mixture, Method(steps=4, sampler="ddpm"))
     with pytest.raises(UserError, match="one step"):
-        fit_grid.fit(mixture, 1, "unipc")
+        fit_grid.fit(mixture, Method(steps=1, sampler="unipc"))
 
 
 def test_the_command_fits_a_guided_network(monkeypatch, capsys, tmp_path):
@@ -155,4 +156,5 @@ def test_the_command_fits_a_guided_network(monkeypatch, capsys, tmp_path):
     )
     assert "--grid fitted --guidance 2 --guide apg momentum=-0.5" in said
     model = toys.model(text=True).replace(name=str(tmp_path))
-    assert fitted.stored(model, "dpmpp_2m", 3, 2.0, {"name": "apg", "momentum": -0.5}).shape == (3, 2)
+    method = Method(steps=3, sampler="dpmpp_2m", guidance=2.0, guide={"name": "apg", "momentum": -0.5})
+    assert fitted.stored(model, method).shape == (3, 2)

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -21,7 +21,8 @@ import diffjax.data
 from diffjax import config as configs
 from diffjax.diffusion import cascade
 from diffjax.loading import load
-from diffjax.models.model import Model, Recipe, Rule
+from diffjax.models.model import Model, Recipe
+from diffjax.models.options import Keywords, Method, changed
 from diffjax.sampling.batches import Drawing, Picture, shown
 from diffjax.utils import files, image, seeds
 from diffjax.utils.errors import UserError
@@ -44,36 +45,28 @@ class Nearest:
 
 
 def evaluate(
-    run: str | Path,
-    num: int = 64,
-    steps: int | None = None,
-    guidance: float | None = None,
-    sampler: str | None = None,
-    grid: str | None = None,
-    seed: int = 0,
-    step: int | None = None,
-    guide: Rule | None = None,
+    run: str | Path, num: int = 64, *, seed: int = 0, step: int | None = None, **given: Unpack[Keywords]
 ) -> dict[str, Any]:
     """Draw `num` pictures, measure, print a table; `evaluation.json` and `.png` in the run's folder keep it.
 
     Of a run with text its training prompts, of one that enlarges the pictures that it was not trained on
-    (`enlargements`). Without `steps`, `guidance`, `sampler` or `grid` it draws as the run's config says.
+    (`enlargements`). It draws as the run's config says, but for what is `given` of a method (`options.Method`).
 
     Raises `UserError` for a run without either, and for what `load` cannot read.
     """
     if num < 1:
         raise UserError(f"--num is {num}: it must be at least 1")
     run = Path(run)
-    model = load(run.absolute(), revision=None if step is None else str(step)).against(guide)
+    method = changed(Method(), given, evaluate)
+    model = load(run.absolute(), revision=None if step is None else str(step)).against(method.guide)
     if model.text is None and not model.low_res:
         raise UserError(f"{run} was trained without text: only pictures of prompts can be measured, or enlarged ones")
     config = configs.read(run).data
-    recipe = model.recipe(steps=steps, guidance=guidance, guide=guide, sampler=sampler, grid=grid)
+    how, recipe = model.chosen(method), model.recipe(method)
     measure = enlargements if model.low_res else recall
     found, sheet = measure(model, recipe, config, num, seed)
-    asked = {"sampler": sampler, "grid": grid, "guidance": guidance}
-    sampling = {name: getattr(model.defaults, name) if value is None else value for name, value in asked.items()}
-    sampling |= {"steps": len(recipe.grid), "seed": seed} | ({"guide": dict(model.rule(guide))} if recipe.reads else {})
+    guide = {"guide": dict(model.rule(how.guide))} if recipe.reads else {}
+    sampling = how.said() | {"steps": len(recipe.grid), "seed": seed} | guide
     result = {"run": run.resolve().name, "step": int(model.revision), **found, "sampling": sampling}
     files.write_json(run / "evaluation.json", result)
     image.write_png(run / "evaluation.png", sheet)

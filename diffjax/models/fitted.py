@@ -15,6 +15,7 @@ from jaxtyping import Float
 
 from diffjax import build
 from diffjax.diffusion import grid as grids
+from diffjax.models.options import Method
 from diffjax.utils import files
 from diffjax.utils.errors import UserError
 from diffjax.utils.provenance import checksum, differences
@@ -22,15 +23,15 @@ from diffjax.utils.provenance import checksum, differences
 FITTED = "fitted"
 
 
-def fitted_to(model: Any, guidance: float | None, guide: str | Mapping[str, Any] | None) -> dict[str, Any]:
+def fitted_to(model: Any, method: Method = Method()) -> dict[str, Any]:
     """What a fitted grid belongs to, in JSON types: the model's parameters, its size, and its guidance.
 
     Parameters are known by a run's step or a hub's commit, those of a folder by the checksum of their bfloat16 too,
     which is the same in whatever dtype they were loaded. Raises `UserError` for a guide of one's own, which has
     no name.
     """
-    guidance = model.defaults.guidance if guidance is None else guidance
-    if callable(guidance):
+    how = model.chosen(method)
+    if callable(how.guidance):
         raise UserError("a fitted grid belongs to guidance by a scale: give a scale, or a grid of another name")
     short = lambda leaf: np.asarray(leaf, jnp.bfloat16) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) else leaf
     local = Path(model.name).is_dir()
@@ -38,8 +39,8 @@ def fitted_to(model: Any, guidance: float | None, guide: str | Mapping[str, Any]
         "revision": model.revision,
         "checksum": checksum(jax.tree.map(short, model.denoiser)) if local else None,
         "shape": list(model.shape),
-        "guidance": (scale := build.scale(guidance)),
-        "guide": None if scale is None else dict(model.rule(guide)),
+        "guidance": (scale := build.scale(how.guidance)),
+        "guide": None if scale is None else dict(model.rule(how.guide)),
     }
 
 
@@ -55,15 +56,14 @@ def path(name: str, sampler: str, steps: int, to: Mapping[str, Any] = MappingPro
     return folder / inner / f"{sampler}-{steps}{guided and f'-{zlib.crc32(guided.encode()):08x}'}.json"
 
 
-def stored(
-    model: Any, sampler: str, steps: int, guidance: float | None = None, guide: str | Mapping[str, Any] | None = None
-) -> Float[np.ndarray, "steps 2"]:
-    """The grid that was fitted to this model, sampler, number of steps and guidance.
+def stored(model: Any, method: Method) -> Float[np.ndarray, "steps 2"]:
+    """The grid that was fitted to this model, and to the sampler, number of steps and guidance of a method.
 
     Raises `UserError` when none was, and when the model's parameters have changed since.
     """
-    to = fitted_to(model, guidance, guide)
-    place = path(model.name, sampler, steps, to)
+    how, to = model.chosen(method), fitted_to(model, method)
+    steps, sampler = how.steps, how.sampler
+    place = path(model.name, str(sampler), steps, to)
     again = f"diffjax fit-grid --steps {steps} --sampler {sampler}{flags(to)} makes one"
     if not place.exists():
         raise UserError(f"no grid of {steps} steps was fitted to {model.name} for {sampler}{flags(to)}: {again}")

@@ -1,8 +1,8 @@
 """The facade: a model is a denoiser with what its publisher meant for it, and `sample` draws from it."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +16,9 @@ from diffjax.diffusion.predict import Estimate
 from diffjax.diffusion.process import Process, perturb
 from diffjax.diffusion.refine import Chain, Clip, Clock, Extrapolate, Refine, Threshold, inpainted
 from diffjax.models import fitted
+from diffjax.models.options import Guide, Keywords, Method, Rule, Size, changed, sides
 from diffjax.utils import struct
 from diffjax.utils.errors import UserError
-
-Guide = float | Callable[[Denoiser], guides.Denoise]
-"""The scale of guidance (0 and 1 are none), or a guide of one's own."""
-
-Rule = str | Mapping[str, Any]
-"""How guidance combines the branches: a name of `build.GUIDES`, or a table of its name and fields."""
 
 FIRST = 0xFFFFFFFF
 """The number folded into an image's key for the noise it starts from; steps fold in 0, 1, 2, ..."""
@@ -36,20 +31,19 @@ LOW_RES = 0xFFFFFFFE
 
 
 @dataclass(frozen=True)
-class Defaults:
-    """What `sample` takes when nothing is said: the publisher's choice.
+class Defaults(Method):
+    """How a model draws where nothing is said: its publisher's method, and what belongs to it.
 
-    `grid` is a name or a function of the number of steps; `bound` clips or thresholds x0; `unit_start` starts from unit
-    variance instead of sigma(t0); `deviation` is the variance of ancestral steps; `batch` is the compiled batch shape;
-    `level` is the noise in low-res pictures. `clock` is that of the multistep samplers, when named (None:
-    log(alpha / sigma)). `null_prompt` is what guidance leads away from without a negative prompt (None: no text at
-    all), `guide` how.
+    `bound` clips or thresholds x0; `unit_start` starts from unit variance instead of sigma(t0); `deviation` is the
+    variance of ancestral steps; `batch` is the compiled batch shape; `level` is the noise in low-res pictures. `clock`
+    is that of the multistep samplers, when named (None: log(alpha / sigma)). `null_prompt` is what guidance leads away
+    from without a negative prompt (None: no text at all).
     """
 
     steps: int = 30
-    sampler: str = "dpmpp_2m"
-    grid: str | Callable[[int], np.ndarray] = "logsnr"
-    guidance: float | None = None
+    sampler: str | Refine | sample.Sampler = "dpmpp_2m"
+    grid: str | Float[np.ndarray, "steps 2"] | Callable[[int], np.ndarray] = "logsnr"
+    guidance: Guide | None = None
     bound: Refine | None = None
     unit_start: bool = False
     deviation: sample.Deviation = sample.small
@@ -139,77 +133,81 @@ class Model:
     earlier: Callable[[int], "Model"] | None = struct.field(pytree_node=False, default=None)
     weak: "Model | None" = None
 
+    def chosen(self, method: Method) -> Defaults:
+        """The model's defaults but for what the method says; its own guide only where there is guidance."""
+        how = replace(self.defaults, **method.said())
+        is_guided = not callable(how.guidance) and build.scale(how.guidance) is not None
+        return how if is_guided else replace(how, guide=method.guide)
+
     def recipe(
         self,
+        method: Method = Method(),
         *,
-        steps: int | None = None,
-        sampler: str | Refine | sample.Sampler | None = None,
-        grid: str | Float[np.ndarray, "steps 2"] | None = None,
-        guidance: Guide | None = None,
-        guide: Rule | None = None,
-        eta: float | None = None,
-        strength: float = 1.0,
-        size: int | tuple[int, int] | None = None,
+        size: Size | None = None,
+        strength: float | None = None,
+        **given: Unpack[Keywords],
     ) -> Recipe:
-        """How to draw; None is the model's default. Raises `UserError` for what does not exist."""
-        steps = self.defaults.steps if steps is None else steps
-        if steps < 1:
-            raise UserError(f"steps is {steps}: sampling needs at least 1 step")
+        """How to draw pictures of `size` by a method, but for what is `given` of it; None is the model's own choice.
+
+        `strength` is how much of a picture to start from may change, above 0 to 1, which is also None. Raises
+        `UserError` for what does not exist.
+        """
+        how = self.chosen(changed(method, given, self.recipe))
+        times = self._times(how, 1.0 if strength is None else strength)
+        sampler, denoise = self._sampler(how), self._guided(how)
+        shape = self.shape if size is None else self.state_shape(size)
+        reads = () if denoise is self.denoiser else getattr(denoise, "reads", guides.Guide.reads)
+        return Recipe(denoise, self.denoiser.process, sampler, times, shape, how.unit_start, reads)
+
+    def _times(self, how: Defaults, strength: float) -> Float[np.ndarray, "steps 2"]:
+        """The grid, of which the last part of length `strength` is left.
+
+        Raises `UserError` for times that are no grid, or that begin where the prediction says nothing of the picture.
+        """
+        if how.steps < 1:
+            raise UserError(f"steps is {how.steps}: sampling needs at least 1 step")
         if not 0 < strength <= 1:
             raise UserError(f"strength is {strength}: it must be above 0 (keep the picture) and at most 1 (forget it)")
-        process = self.denoiser.process
-        sampler = self.defaults.sampler if sampler is None else sampler
-        chosen = self._sampler(sampler, eta)
-        grid = self.defaults.grid if grid is None else grid
+        process, grid = self.denoiser.process, how.grid
         if isinstance(grid, str) and grid == fitted.FITTED:
-            grid = fitted.stored(self, str(sampler), steps, guidance, guide)
-        times = grid(steps) if callable(grid) else build.grid(grid, process, steps, build.start(self.denoiser))
+            grid = fitted.stored(self, how)
+        times = grid(how.steps) if callable(grid) else build.grid(grid, process, how.steps, build.start(self.denoiser))
         times = np.asarray(grids.after(times, strength) if strength < 1 else times, np.float32)
         if not len(times):
-            raise UserError(f"strength is {strength}: it leaves none of {steps} steps, so the picture as it is")
-        self._check(times)
-        shape = self.shape if size is None else self.state_shape(size)
-        denoise = self._guided(guidance, guide)
-        reads = () if denoise is self.denoiser else getattr(denoise, "reads", guides.Guide.reads)
-        return Recipe(denoise, process, chosen, times, shape, self.defaults.unit_start, reads)
-
-    def _check(self, times: Float[np.ndarray, "steps 2"]) -> None:
-        """Raises `UserError` for times that are no grid, or that begin where the prediction says nothing of
-        the picture.
-        """
-        grids.check(times, self.denoiser.process)
+            raise UserError(f"strength is {strength}: it leaves none of {how.steps} steps, so the picture as it is")
+        grids.check(times, process)
         if build.is_blind(self.denoiser, times[0, 0]):
             raise UserError(
                 f"this grid begins at t = {times[0, 0]:g}, pure noise, of which {type(self.denoiser.prediction).__name__} prediction "
                 f"makes no picture: take the grid logsnr, karras or uniform, which begin at {build.start(self.denoiser):.4g}"
             )
+        return times
 
-    def _sampler(self, choice: str | Refine | sample.Sampler, eta: float | None) -> sample.Sampler:
+    def _sampler(self, how: Defaults) -> sample.Sampler:
         """The sampler with the publisher's bound and clock, and in ancestral steps its variance."""
-        default, chosen = self.defaults, build.sampler(choice, eta)
+        chosen = build.sampler(how.sampler, how.eta)
         if chosen.deviation is sample.small and sample.is_ancestral(chosen):
-            chosen = chosen.replace(deviation=default.deviation)
-        if default.clock is not None and isinstance(choice, str) and isinstance(chosen.refine, Extrapolate):
-            chosen = chosen.replace(refine=chosen.refine.replace(clock=default.clock))
-        if (bound := default.bound) is None:
+            chosen = chosen.replace(deviation=how.deviation)
+        if how.clock is not None and isinstance(how.sampler, str) and isinstance(chosen.refine, Extrapolate):
+            chosen = chosen.replace(refine=chosen.refine.replace(clock=how.clock))
+        if (bound := how.bound) is None:
             return chosen
         if isinstance(bound, (Clip, Threshold)) and chosen.law is sample.ddim_law:
             bound = bound.replace(keep_eps=True)
         return chosen.replace(refine=Chain((bound, chosen.refine)))
 
-    def _guided(self, guidance: Guide | None, rule: Rule | None) -> Callable:
+    def _guided(self, how: Defaults) -> Callable:
         """The guide over the denoiser, or that alone without guidance."""
-        guidance = self.defaults.guidance if guidance is None else guidance
-        if callable(guidance):
-            if rule is not None:
+        if callable(how.guidance):
+            if how.guide is not None:
                 raise UserError("guidance is a guide of your own: leave the other guide out, or give a scale")
-            return guidance(self.denoiser)
-        scale, chosen = build.scale(guidance), self.rule(rule)
-        make = build.guide(chosen)
+            return how.guidance(self.denoiser)
+        scale, rule = build.scale(how.guidance), self.rule(how.guide)
+        make = build.guide(rule)
         if scale is None:
-            if rule is not None:
+            if how.guide is not None:
                 raise UserError(
-                    f"the guide {chosen['name']} acts through guidance: give a scale above 1 too, or leave it out"
+                    f"the guide {rule['name']} acts through guidance: give a scale above 1 too, or leave it out"
                 )
             return self.denoiser
         made = make(self.denoiser, scale, self.weak and self.weak.denoiser)
@@ -221,8 +219,8 @@ class Model:
 
     def rule(self, rule: Rule | None = None) -> Mapping[str, Any]:
         """How guidance is made, as a table: as given, or the model's own way, or classifier-free."""
-        chosen = rule if rule is not None else self.defaults.guide if self.defaults.guide is not None else "cfg"
-        return {"name": chosen} if isinstance(chosen, str) else {"name": "cfg", **chosen}
+        own = "cfg" if self.defaults.guide is None else self.defaults.guide
+        return build.rule(own if rule is None else rule)
 
     def against(self, rule: Rule | None = None) -> "Model":
         """The model with the weaker one that autoguidance leads away from, an earlier checkpoint of the same run;
@@ -250,7 +248,7 @@ class Model:
         label: int | str | list[int | str] | None = None,
         reads: tuple[str, ...] = (),
     ) -> dict[str, Any]:
-        """What the denoiser is told about each of `num` images; as the branches of a guide where it `reads` any."""
+        """The conditioning of each of `num` images; as the branches of a guide where it `reads` any."""
         cond: dict[str, Array] = {}
         if self.text is not None:
             if prompt is None and not self.has_null:
@@ -346,14 +344,14 @@ class Model:
         """What each of the images has of its own; image number i has the key `fold_in(key, i)`. `reads` is that of
         the recipe.
 
-        A model that enlarges is told `low_res`, with noise of `level` (see `cascade.condition`).
+        `low_res`, with noise of `level`, is what a super-resolution model draws from (see `cascade.condition`).
         """
         num, keys = len(numbers), _keys(key, np.asarray(numbers, np.uint32))
         cond = self.condition(num, prompt, negative_prompt, label, reads)
         repeat = lambda value: None if value is None else jnp.broadcast_to(value, (num, *value.shape[1:]))
         if self.low_res:
-            told = self._enlarged(repeat(low_res), self.defaults.level if level is None else level, keys)
-            cond = {branch: of | told for branch, of in cond.items()} if reads else cond | told
+            small = self._enlarged(repeat(low_res), self.defaults.level if level is None else level, keys)
+            cond = {branch: of | small for branch, of in cond.items()} if reads else cond | small
         elif low_res is not None or level is not None:
             raise UserError(f"{self._called} enlarges nothing: leave low_res and level out")
         known = None if image is None else self.known(image)
@@ -374,15 +372,13 @@ class Model:
     def _is_state(self, image: Float[Array, "b h w c"]) -> bool:
         return self.encode is None or image.shape[-1] == self.shape[-1]
 
-    def _size_of(
-        self, image: Float[Array, "b h w c"] | None, size: int | tuple[int, int] | None
-    ) -> int | tuple[int, int] | None:
+    def _size_of(self, image: Float[Array, "b h w c"] | None, size: Size | None) -> Size | None:
         """The size to draw, which is that of the image where there is one."""
         if image is None or np.ndim(image) != 4:
             return size
         factor = self.factor if self._is_state(image) else 1
         own = image.shape[1] * factor, image.shape[2] * factor
-        if size is not None and own != ((size, size) if isinstance(size, int) else tuple(size)):
+        if size is not None and own != tuple(sides(size)):
             raise UserError(
                 f"the image is {own[1]} pixels wide and {own[0]} high, and size is {size}: leave size out, or resize the image"
             )
@@ -426,12 +422,12 @@ class Model:
             )
         return _condition(small, self.shape[0], jnp.float32(level), _folded(keys))
 
-    def state_shape(self, size: int | tuple[int, int]) -> tuple[int, ...]:
+    def state_shape(self, size: Size) -> tuple[int, ...]:
         """The shape of one state for pictures of `size` pixels, a number or (height, width).
 
         Raises `UserError` for a size that the model has not.
         """
-        height, width = (size, size) if isinstance(size, int) else size
+        height, width = sides(size)
         if self.low_res and (height, width) != self.shape[:2]:
             raise UserError(
                 f"{self._called} enlarges to {self.shape[1]} x {self.shape[0]} pixels and to no other size: leave the size out"
@@ -452,51 +448,60 @@ class Model:
         key: Key[Array, ""],
         *,
         num: int = 1,
-        steps: int | None = None,
-        sampler: str | Refine | sample.Sampler | None = None,
-        grid: str | Float[np.ndarray, "steps 2"] | None = None,
-        guidance: Guide | None = None,
-        guide: Rule | None = None,
-        eta: float | None = None,
-        strength: float = 1.0,
-        size: int | tuple[int, int] | None = None,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        label: int | str | list[int | str] | None = None,
+        size: Size | None = None,
         image: Float[Array, "#num h w c"] | None = None,
         mask: Float[Array, "#num h w 1"] | None = None,
         feather: int | None = None,
+        strength: float = 1.0,
+        low_res: Float[Array, "#num h w c"] | None = None,
+        level: float | None = None,
         init: Float[Array, "num ..."] | None = None,
         noise: Float[Array, "steps num ..."] | None = None,
         max_sequence_length: int | None = None,
-        **conditions: Any,
+        **given: Unpack[Keywords],
     ) -> Float[Array, "num h w c"]:
         """`num` images, float NHWC (pixel models: the sampler's last state, not clamped; latent models: in [-1, 1]).
 
-        `conditions` are those of `inputs`: prompt, negative_prompt, label, low_res, level. Image i has the key
+        `given` says how: steps, sampler, grid, guidance, guide, eta (`options.Method`). Image i has the key
         `fold_in(key, i)` and is computed in a batch of the model's own fixed shape, so it depends neither on `num` nor
         on its neighbours. `image` with `strength` < 1 starts from a noised picture. Where `mask` is 1 the image is
         drawn anew, where it is 0 its very pixels stay, by pixels or a state's cells; so many pixels around what is
-        drawn, `feather`, pass over into them. `guidance` is a scale (0 and 1: none) or a guide of one's own, `guide`
-        how a scale combines the branches: "cfg", "cfg_zero", "apg", "autoguidance", or a table of such a name and its
-        fields (`build.guide`). `init` is the state at the grid's first time, `noise` that of each step: with them
-        another run is replayed, in one batch. `max_sequence_length` is how many tokens T5 reads (SD3: 256 by default).
+        drawn, `feather`, pass over into them. `low_res` is the small picture of a super-resolution model, `level` the
+        noise in it. `init` is the state at the grid's first time, `noise` that of each step: with them another run is
+        replayed, in one batch. `max_sequence_length` is how many tokens T5 reads (SD3: 256 by default).
         """
         if num < 1:
             raise UserError(f"num is {num}: draw at least 1 image")
-        if max_sequence_length is not None:
-            self = self.reading(max_sequence_length)
-        self = self if callable(guidance) else self.against(guide)
-        how = {"steps": steps, "sampler": sampler, "grid": grid, "guidance": guidance, "guide": guide, "eta": eta}
-        recipe = self.recipe(**how, strength=strength, size=self._size_of(image, size))
+        method = changed(Method(), given, self.sample)
+        self = self if max_sequence_length is None else self.reading(max_sequence_length)
+        self = self if callable(method.guidance) else self.against(method.guide)
+        recipe = self.recipe(method, size=self._size_of(image, size), strength=strength)
         if image is None and init is None and strength != 1:
             raise UserError("strength says how much of a picture may change: give the `image` too")
         paste = self.paste(image, mask, feather)
-        inputs = self.inputs(key, np.arange(num), reads=recipe.reads, image=image, mask=mask, **conditions)
+        subject = {"prompt": prompt, "negative_prompt": negative_prompt, "label": label}
+        known = {"image": image, "mask": mask, "low_res": low_res, "level": level}
+        inputs = self.inputs(key, np.arange(num), reads=recipe.reads, **subject, **known)
+        images = self._drawn(recipe, inputs, init, noise)
+        return images if paste is None else paste(images)
+
+    def _drawn(
+        self,
+        recipe: Recipe,
+        inputs: "Inputs",
+        init: Float[Array, "num ..."] | None,
+        noise: Float[Array, "steps num ..."] | None,
+    ) -> Float[Array, "num h w c"]:
+        """The images: in batches of the model's own shape, or in one batch those of a start or a noise that is given."""
         if init is not None or noise is not None:
             state = recipe.begin(inputs) if init is None else recipe.start(inputs, jnp.asarray(init))
-            images = self.images(recipe.advance(inputs, state, noise).x)
-        else:
-            parts = inputs.parts(self.defaults.batch)
-            images = jnp.concatenate([self.images(recipe.advance(part, recipe.begin(part)).x) for part in parts])[:num]
-        return images if paste is None else paste(images)
+            return self.images(recipe.advance(inputs, state, noise).x)
+        parts = inputs.parts(self.defaults.batch)
+        drawn = [self.images(recipe.advance(part, recipe.begin(part)).x) for part in parts]
+        return jnp.concatenate(drawn)[: len(inputs.keys)]
 
 
 @struct.dataclass

@@ -25,7 +25,8 @@ from diffjax.diffusion.process import Flow, Shift
 from diffjax.diffusion.refine import minus_log_sigma
 from diffjax.models import prompt_cache
 from diffjax.models.autoencoder import Decode, Encode, Preview
-from diffjax.models.model import Defaults, Model, Rule
+from diffjax.models.model import Defaults, Model
+from diffjax.models.options import Rule
 from diffjax.models.prompt_cache import remembered
 from diffjax.nets import lora, tiles
 from diffjax.nets.mmdit import MMDiT

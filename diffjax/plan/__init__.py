@@ -10,12 +10,32 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from diffjax.loading import is_run
+from diffjax.models.options import Asked
 from diffjax.plan import latent
 from diffjax.plan.cost import Part, compiled_bytes, estimate, live_bytes, tree_bytes, tree_size
-from diffjax.plan.programs import Asked, Job, experiment, published, run
+from diffjax.plan.programs import Job, experiment, published, run
 from diffjax.plan.report import duration, peak, report
 from diffjax.utils.errors import UserError
 from diffjax.weights import hub
+
+__all__ = [
+    "Asked",
+    "Job",
+    "Part",
+    "compiled_bytes",
+    "config",
+    "duration",
+    "estimate",
+    "experiment",
+    "live_bytes",
+    "model",
+    "peak",
+    "published",
+    "report",
+    "run",
+    "tree_bytes",
+    "tree_size",
+]
 
 
 def model(name: str, asked: Asked, revision: str | None = None, variant: str | None = None) -> list[Job]:

@@ -15,9 +15,10 @@ from jaxtyping import PyTree
 from diffjax import build, weights
 from diffjax.diffusion.process import Flow, Shift
 from diffjax.models import sd3
+from diffjax.models.options import Asked, sides
 from diffjax.nets.quantize import SCHEMES, quantize
 from diffjax.plan.cost import Part, tree_size
-from diffjax.plan.programs import Asked, Job, Way, apply, calls, completed, guided_share, titled
+from diffjax.plan.programs import Job, Way, apply, calls, completed, guided_share, titled
 from diffjax.weights.scheduler import FlowScheduler
 
 TEXTS = dict.fromkeys(sd3.CLIPS, sd3.CLIP_TOKENS) | {sd3.T5: sd3.T5_TOKENS}
@@ -34,8 +35,8 @@ def drawing(folder: Path, asked: Asked, name: str) -> Job:
     scheduler = FlowScheduler(shift=sd3.SHIFT)
     defaults = sd3.defaults(scheduler, sd3.kind(name, network))
     asked = replace(completed(asked, defaults), size=asked.size or network.sample_size * vae.factor)
-    parts = components(modules, asked, guided_share(asked, defaults.grid, Shift(Flow(), scheduler.shift)))
-    title = titled(name, (asked.size, asked.size), asked)
+    parts = components(modules, asked, guided_share(asked, Shift(Flow(), scheduler.shift)))
+    title = titled(name, sides(asked.size), asked)
     return Job(title, tuple(parts.values()), "transformer", asked.steps, asked.num, ways=ways(parts))
 
 
@@ -52,17 +53,17 @@ def components(modules: Mapping[str, nn.Module], asked: Asked, share: float) -> 
     """
     branches = 2 if share else 1
     rows, network, vae = asked.batch * branches, modules["transformer"], modules["vae"]
-    side = asked.size // vae.factor
+    cells = [side // vae.factor for side in sides(asked.size)]
     shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)
     context = shape(rows, TEXTS["text_encoder"] + TEXTS[sd3.T5], network.joint_attention_dim)
     latents = (
-        shape(rows, side, side, network.in_channels),
+        shape(rows, *cells, network.in_channels),
         shape(rows),
         context,
         shape(rows, network.pooled_projection_dim),
     )
     given = {name: (jax.ShapeDtypeStruct((branches, length), jnp.int32),) for name, length in TEXTS.items()}
-    given |= {"transformer": latents, "vae": (shape(asked.batch, side, side, vae.latent_channels),)}
+    given |= {"transformer": latents, "vae": (shape(asked.batch, *cells, vae.latent_channels),)}
     often = dict.fromkeys(TEXTS, 1) | {"transformer": calls(asked, share), "vae": math.ceil(asked.num / asked.batch)}
     return {name: _part(name, module, given[name], often[name]) for name, module in modules.items()}
 

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ from diffjax import build, weights
 from diffjax.data import dataset
 from diffjax.diffusion.process import Process, discrete
 from diffjax.diffusion.refine import Heun
-from diffjax.models import ddpm
+from diffjax.models import ddpm, fitted
+from diffjax.models.model import Defaults
+from diffjax.models.options import Asked, Size, sides
 from diffjax.nets.unet import UNet
 from diffjax.plan.cost import Part, tree_size
 from diffjax.text import frozen
@@ -32,20 +34,6 @@ from diffjax.weights.folder import component
 from diffjax.weights.scheduler import read_scheduler
 
 AT_MOST = f"counted with {experiments.VOCABULARY} words: the captions are not here yet"
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What is to be drawn; None is the model's own choice, as in `Model.sample`."""
-
-    steps: int | None = None
-    num: int = 1
-    batch: int | None = None
-    size: int | None = None
-    guidance: float | None = None
-    guide: Mapping[str, Any] | None = None
-    sampler: str | None = None
-    dtype: str | None = None
 
 
 @dataclass(frozen=True)
@@ -136,8 +124,8 @@ def drawing(plan: experiments.Plan, asked: Asked, name: str) -> Job:
     batch = asked.batch or defaults.batch
     encoders = []
     if plan.text:
-        told = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, plan.tokenize([""] * batch)))
-        encoders = [_network("text", plan.text, (told["tokens"], told["mask"]), {}, 1)]
+        read = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, plan.tokenize([""] * batch)))
+        encoders = [_network("text", plan.text, (read["tokens"], read["mask"]), {}, 1)]
         cond = jax.eval_shape(encoders[0].call, encoders[0].held, *encoders[0].given)
     else:
         cond = jax.eval_shape(lambda: plan.encode({}, jax.tree.map(jnp.asarray, plan.blank())))
@@ -151,8 +139,8 @@ def training(plan: experiments.Plan) -> Job:
     key = jax.random.key(0)
     state = jax.eval_shape(lambda: create(plan.init(key), optimizer, key))
     batch = {"image": jax.ShapeDtypeStruct((config.train.batch, *plan.shape), jnp.uint8)}
-    told = plan.blank()
-    batch |= {k: jax.ShapeDtypeStruct((config.train.batch, *v.shape[1:]), v.dtype) for k, v in told.items()}
+    cond = plan.blank()
+    batch |= {k: jax.ShapeDtypeStruct((config.train.batch, *v.shape[1:]), v.dtype) for k, v in cond.items()}
     step = make_step(plan.objective(), optimizer, config.train.ema, config.train.accumulate)
     part = Part("training", step, state, (batch,), tree_size(state.params), config.train.steps, replaces=True)
     title = f"training {config.name}: {counted(config.train.steps, 'step')} of {counted(config.train.batch, 'image')}"
@@ -162,7 +150,7 @@ def training(plan: experiments.Plan) -> Job:
 def _drawing(
     name: str,
     shape: tuple[int, ...],
-    defaults: Any,
+    defaults: Defaults,
     asked: Asked,
     module: nn.Module,
     process: Process,
@@ -170,7 +158,7 @@ def _drawing(
     encoders: Sequence[Part],
 ) -> Job:
     asked = completed(asked, defaults)
-    share, weaker = guided_share(asked, defaults.grid, process), is_weaker(asked)
+    share, weaker = guided_share(asked, process), is_weaker(asked)
     rows = asked.batch * (2 if share and not weaker else 1)
     cond = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype), cond)
     inputs = jax.ShapeDtypeStruct((rows, *shape), jnp.float32), jax.ShapeDtypeStruct((rows,), jnp.float32)
@@ -180,13 +168,10 @@ def _drawing(
     return Job(titled(name, shape, asked), (*encoders, *networks), "network", asked.steps, asked.num)
 
 
-def completed(asked: Asked, defaults: Any) -> Asked:
+def completed(asked: Asked, defaults: Defaults) -> Asked:
     """What is asked for, with the model's choices filled in."""
-    given = {name: value for name, value in vars(asked).items() if value is not None}
-    own = {name: getattr(defaults, name) for name in ("steps", "batch", "sampler", "guidance", "guide")}
-    asked = Asked(**own | given)
-    build.guide(asked.guide or "cfg")
-    return asked
+    asked = replace(asked, **defaults.said() | asked.said(), batch=asked.batch or defaults.batch)
+    return replace(asked, guide=asked.guide and build.rule(asked.guide))
 
 
 def is_weaker(asked: Asked) -> bool:
@@ -194,21 +179,25 @@ def is_weaker(asked: Asked) -> bool:
     return (asked.guide or {}).get("name") == "autoguidance" and build.scale(asked.guidance) is not None
 
 
-def guided_share(asked: Asked, grid: str | Callable[[int], np.ndarray], process: Process) -> float:
+def guided_share(asked: Asked, process: Process) -> float:
     """The share of the network's evaluations in which guidance evaluates its second branch: those in the guide's
     interval.
+
+    Raises `UserError` for a grid that the process has not, and for an interval on a fitted grid, which is not read.
     """
-    if build.scale(asked.guidance) is None:
-        return 0.0
-    rule = asked.guide or {}
-    rows = grid(asked.steps) if callable(grid) else build.grid(grid, process, asked.steps)
+    rule, grid = asked.guide or {}, asked.grid
+    low, high = rule.get("low", 0.0), rule.get("high", 1.0)
+    is_fitted = isinstance(grid, str) and grid == fitted.FITTED
+    if is_fitted and (low, high) != (0.0, 1.0):
+        raise UserError("a plan does not read fitted grids: leave low and high of the guide out, or take another grid")
+    rows = grid(asked.steps) if callable(grid) else build.grid("uniform" if is_fitted else grid, process, asked.steps)
     times = np.concatenate([rows[:, 0], rows[:-1, 1]]) if evaluations(asked) == 2 else rows[:, 0]
-    return float(np.mean((times > rule.get("low", 0.0)) & (times <= rule.get("high", 1.0))))
+    return 0.0 if build.scale(asked.guidance) is None else float(np.mean((times > low) & (times <= high)))
 
 
 def evaluations(asked: Asked) -> int:
     """How often a step calls the denoiser."""
-    return 2 if isinstance(build.sampler(asked.sampler).refine, Heun) else 1
+    return 2 if isinstance(build.sampler(asked.sampler, asked.eta).refine, Heun) else 1
 
 
 def calls(asked: Asked, share: float) -> float:
@@ -241,5 +230,5 @@ def apply(module: nn.Module, variables: PyTree, *given: Any) -> PyTree:
     return module.apply(variables, *inputs, **named)
 
 
-def _sized(shape: tuple[int, ...], size: int | None) -> tuple[int, ...]:
-    return shape if size is None else (size, size, shape[-1])
+def _sized(shape: tuple[int, ...], size: Size | None) -> tuple[int, ...]:
+    return shape if size is None else (*sides(size), shape[-1])

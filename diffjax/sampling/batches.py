@@ -81,7 +81,7 @@ class Stage:
 @dataclass(frozen=True)
 class Drawing:
     """How a job draws; `conditions` (negative_prompt, image, mask, low_res, level) are common to all its pictures, or a
-    function of them; `paste` puts the kept pixels of a masked picture back. A model that enlarges is not told the
+    function of them; `paste` puts the kept pixels of a masked picture back. A super-resolution model is not given the
     prompts and labels that it does not read.
     """
 
@@ -111,13 +111,13 @@ class Drawing:
     def inputs(self, part: Part) -> Inputs:
         """What the rows of a part have of their own; the rows that are left have what the last picture has."""
         rows = [part.pictures[min(i, len(part.pictures) - 1)] for i in range(self.batch)]
-        told = {
+        subject = {
             name: [getattr(row, name) for row in rows]
             for name, read in (("prompt", self.model.text is not None), ("label", bool(self.model.classes)))
             if getattr(rows[0], name) is not None and (read or not self.model.low_res)
         }
         common = {name: value(rows) if callable(value) else value for name, value in self.conditions.items()}
-        return self.model.inputs(self.key, [row.number for row in rows], reads=self.recipe.reads, **told, **common)
+        return self.model.inputs(self.key, [row.number for row in rows], reads=self.recipe.reads, **subject, **common)
 
     def blank(self, part: Part) -> sample.State:
         """The shapes of a part's state; nothing is computed."""

@@ -24,6 +24,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree, UInt8
 
+from diffjax.models.options import FILES, Method, Request, defaults, names
 from diffjax.parallel import devices
 from diffjax.sampling.batches import Part, Picture
 from diffjax.utils import files, image
@@ -33,24 +34,7 @@ from diffjax.utils.provenance import description, differences
 log = logging.getLogger(__name__)
 
 ON_SHEET = 400
-IN_METADATA = (
-    "negative_prompt",
-    "seed",
-    "steps",
-    "sampler",
-    "grid",
-    "guidance",
-    "guide",
-    "eta",
-    "strength",
-    "batch",
-    "dtype",
-    "revision",
-    "checksum",
-)
-
-FILES = ("image", "mask", "low_res", "lora")
-"""What of a recipe names a file, or a folder of an earlier job; adapters, several with their strengths."""
+IN_METADATA = ("negative_prompt", "seed", *names(Method), "strength", "batch", "dtype", "revision", "checksum")
 
 Recipe = dict[str, Any]
 Subject = tuple[str | None, str | None]
@@ -169,10 +153,10 @@ class Gallery:
             shutil.rmtree(self.folder / name, ignore_errors=True)
 
     def _metadata(self, picture: Picture) -> dict[str, str]:
-        told = {"prompt": picture.prompt, "label": picture.label, "number": picture.number}
-        told |= {"read": self.recipe.get("read", {}).get(picture.prompt)}
-        told |= {"model": Path(self.recipe["model"]).name} | {name: self.recipe[name] for name in IN_METADATA}
-        return {name: str(value) for name, value in told.items() if value not in (None, "")}
+        about = {"prompt": picture.prompt, "label": picture.label, "number": picture.number}
+        about |= {"read": self.recipe.get("read", {}).get(picture.prompt)}
+        about |= {"model": Path(self.recipe["model"]).name} | {name: self.recipe[name] for name in IN_METADATA}
+        return {name: str(value) for name, value in about.items() if value not in (None, "")}
 
     def _write_manifest(self, checksums: bool = False) -> None:
         images = [{"file": name, **picture._asdict()} for picture, name in self.names.items()]
@@ -251,10 +235,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def unlike(there: Recipe, here: Recipe) -> list[str]:
-    """In what two recipes differ, in words; a place says nothing where a checksum says what is there."""
-    return differences(
-        *({name: value for name, value in recipe.items() if name not in _places(recipe)} for recipe in (there, here))
-    )
+    """In what two recipes differ, in words; a place says nothing where a checksum says what is there, and an option
+    that is newer than a recipe has its default in it.
+    """
+    plain = json.loads(json.dumps(defaults(Request)))
+    known = lambda recipe: {name: value for name, value in (plain | recipe).items() if name not in _places(recipe)}
+    return differences(known(there), known(here))
 
 
 def with_places(recipe: Recipe, folder: Path, path: Callable[[str, Path], str]) -> Recipe:

@@ -4,13 +4,11 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 import time
 import warnings
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +23,10 @@ from diffjax import build
 from diffjax.data import images
 from diffjax.loading import load, run_folder
 from diffjax.models.model import Encoded, Model
+from diffjax.models.options import FILES, Method, Request, given, names
 from diffjax.models.sd3 import SkipLayers
 from diffjax.sampling.batches import Drawing, Part, Picture, Stage, shown
 from diffjax.sampling.folder import (
-    FILES,
     Background,
     Gallery,
     file_name,
@@ -51,85 +49,14 @@ PREVIEW_SECONDS = 3.0
 KEPT_STRENGTH = 0.6
 
 
-@dataclass(frozen=True)
-class Request:
-    """What is asked for; None is the model's own choice. `num` images of each prompt (or label, or pair of both).
-
-    `size` is a number of pixels, or (height, width). `image` is where to start from, `strength` how much of it may
-    change; `mask` is white where it is drawn anew, and `feather` how many pixels around that pass over into the kept
-    ones. `guidance` is the scale of the `guide` (a table, see `build.guide`), 0 and 1 none. A model that enlarges does
-    so with the picture `low_res`, or with those of an earlier job in that folder, `level` the noise in them.
-    `two_passes` evaluates the branches of guidance one after the other, in less memory. `skip_layers` is SD3.5's
-    skip-layer guidance, `quantize`, `shard`, `lora` and `variant` are those of `diffjax.load`.
-    """
-
-    model: str
-    revision: str = ""
-    variant: str | None = None
-    dtype: str | None = None
-    prompts: tuple[str, ...] = ()
-    labels: tuple[str, ...] = ()
-    negative_prompt: str | None = None
-    num: int = 1
-    steps: int | None = None
-    sampler: str | None = None
-    grid: str | None = None
-    guidance: float | None = None
-    guide: dict[str, Any] | None = None
-    eta: float | None = None
-    seed: int = 0
-    batch: int | None = None
-    size: int | tuple[int, int] | None = None
-    image: str | None = None
-    mask: str | None = None
-    feather: int | None = None
-    strength: float | None = None
-    low_res: str | None = None
-    level: float | None = None
-    two_passes: bool = False
-    skip_layers: bool = False
-    quantize: str | None = None
-    shard: str | None = None
-    lora: tuple[str, ...] | None = None
-
-    def __post_init__(self):
-        for name, least in (("num", 1), ("steps", 1), ("batch", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"--{name} is {value}: it must be at least {least}")
-        if any(not prompt.strip() for prompt in self.prompts):
-            raise UserError("a prompt is empty: say what to draw, or leave --prompt out to draw without a text")
-        if self.image is None and (self.mask is not None or self.strength not in (None, 1.0)):
-            raise UserError("--mask and --strength say what may change of a picture: give the picture with --image")
-        if self.mask is None and self.feather:
-            raise UserError("--feather softens the edge of a mask: give the mask with --mask")
-        for name, value in (("eta", self.eta), ("strength", self.strength)):
-            if value is not None:
-                build.within(f"--{name}", value, 0.0, 1.0)
-        build.scale(self.guidance)
-        build.guide(self.guide or "cfg")
-
-    @property
-    def texts(self) -> list[str]:
-        """All that a text encoder reads."""
-        return [*self.prompts, *([] if self.negative_prompt is None else [self.negative_prompt])]
-
-    @property
-    def subjects(self) -> list[tuple[str | None, str | None]]:
-        """Every prompt with every label."""
-        prompts, labels = dict.fromkeys(self.prompts or [None]), dict.fromkeys(self.labels or [None])
-        return list(itertools.product(prompts, labels))
-
-
 def configured(config: ConfigDict) -> Request:
     """The request of a sampling experiment: a config of fields of `Request`. Raises `UserError` for any
     other config.
     """
     if "model" not in config:
         raise UserError("this experiment names no published model: `diffjax train` it, then sample with --run")
-    names = [field.name for field in dataclasses.fields(Request)]
-    if wrong := next((name for name in config if name not in names), None):
-        raise unknown("field of a sampling experiment", wrong, names)
+    if wrong := next((name for name in config if name not in names(Request)), None):
+        raise unknown("field of a sampling experiment", wrong, names(Request))
     return Request(**whole_paths(config.to_dict()))
 
 
@@ -150,12 +77,12 @@ def requested(args: Namespace) -> Request:
         return configured(args.config)
     if args.preview is not None and args.preview < 0:
         raise UserError(f"--preview is {args.preview}: give a number of steps, or 0 for none")
-    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Request)}
-    given["model"] = run_folder(args.workdir) if args.workdir else args.model
+    asked = given(Request, args)
     chosen = build.QUALITIES[args.quality] if args.quality else {}
-    given |= {name: value for name, value in chosen.items() if given[name] is None}
     read = read_prompts(args.prompt_file) if args.prompt_file else []
-    return Request(**whole_paths(given) | {"prompts": (*args.prompts, *read), "labels": tuple(args.labels)})
+    prompts = {"prompts": (*asked.get("prompts", ()), *read)}
+    model = {"model": run_folder(args.workdir)} if args.workdir else {}
+    return Request(**whole_paths(chosen | asked | prompts | model))
 
 
 def read_prompts(path: str | Path) -> list[str]:
@@ -231,9 +158,8 @@ def replay(
     manifest.
     """
     listed = read_manifest(Path(manifest))
-    names = {field.name for field in dataclasses.fields(Request)}
     recipe = with_places(listed["recipe"], Path(manifest).parent, whole)
-    asked = {name: value for name, value in recipe.items() if name in names} | ({"model": model} if model else {})
+    asked = {name: recipe[name] for name in names(Request) if name in recipe} | ({"model": model} if model else {})
     if recipe["checksum"] is not None and not Path(asked["model"]).exists():
         raise UserError(f"{asked['model']} is not there: say with --run or --model where it is now")
     request = Request(**{name: tuple(value) if isinstance(value, list) else value for name, value in asked.items()})
@@ -247,30 +173,25 @@ def replay(
 
 def completed(request: Request, model: Model) -> Request:
     """The request with the model's choices filled in, so that it means the same whatever the defaults become."""
-    default = model.defaults
-    first = lambda *values: next((value for value in values if value is not None), None)
-    guidance = first(request.guidance, SkipLayers.guidance if request.skip_layers else default.guidance)
-    usual = None if default.guide is None or build.scale(guidance) is None else dict(model.rule())
-    request = dataclasses.replace(request, guidance=guidance, guide=first(request.guide, usual))
-    how = {name: getattr(request, name) for name in ("steps", "sampler", "grid", "eta")}
-    recipe = model.recipe(**how, **guided(request))
+    if request.skip_layers and request.guidance is None:
+        request = dataclasses.replace(request, guidance=SkipLayers.guidance)
+    chosen = model.chosen(request)
+    request = dataclasses.replace(request, **chosen.said())
+    if request.strength is None:
+        request = dataclasses.replace(request, strength=KEPT_STRENGTH if request.image and not request.mask else 1.0)
     return dataclasses.replace(
         request,
         model=model.name,
         revision=model.revision,
-        steps=first(request.steps, default.steps),
-        sampler=first(request.sampler, default.sampler),
-        grid=first(request.grid, default.grid if isinstance(default.grid, str) else None),
-        eta=float(recipe.sampler.eta),
-        batch=first(request.batch, default.batch),
-        strength=first(request.strength, KEPT_STRENGTH if request.image and not request.mask else 1.0),
+        grid=request.grid if isinstance(request.grid, str) else None,
+        eta=float(model.recipe(method(request)).sampler.eta),
+        batch=request.batch or chosen.batch,
     )
 
 
 def prepared(request: Request, model: Model) -> Drawing:
-    """How to draw a completed request, prompts encoded. Raises `UserError` for what the model cannot be told."""
-    how = ("steps", "sampler", "grid", "eta", "strength", "size")
-    recipe = model.recipe(**{name: getattr(request, name) for name in how}, **guided(request))
+    """How to draw a completed request, prompts encoded. Raises `UserError` for conditioning that the model lacks."""
+    recipe = model.recipe(method(request), size=request.size, strength=request.strength)
     model = encoded(model, request.texts)
     height, width, channels = recipe.shape
     picture, mask = masked(
@@ -279,25 +200,28 @@ def prepared(request: Request, model: Model) -> Drawing:
     common = conditions(request, model) | ({} if picture is None else {"image": model.known(picture)})
     common |= {} if mask is None else {"mask": mask}
     paste = model.paste(picture, mask, request.feather)
-    drawing = Drawing(model, recipe, seeds.key(request.seed), request.batch, common, paste)
+    batch = request.batch or model.defaults.batch
+    drawing = Drawing(model, recipe, seeds.key(request.seed), batch, common, paste)
     for subject in request.subjects:
         drawing.inputs(Part((Picture(0, *subject),)))
     return drawing
 
 
-def guided(request: Request) -> dict[str, Any]:
-    """The arguments of `Model.recipe` that say how to guide. Raises `UserError` for what is about guidance,
-    without any.
+def method(request: Request) -> Method:
+    """The method of a request, its guide in two passes or without layers where it asks for that.
+
+    Raises `UserError` for what is about guidance, without any.
     """
-    about, rule = {}, request.guide
-    if request.two_passes:
-        about, rule = {"--two-passes": True}, {**(rule or {}), "two_passes": True}
-    if request.skip_layers:
-        return {"guidance": SkipLayers(request.guidance, guide=rule or "cfg")}
-    if build.scale(request.guidance) is None and (about or rule):
-        flag = next(iter(about), "--guide")
+    asked = Method(**request.said())
+    if build.scale(request.guidance) is None and not request.skip_layers and (request.two_passes or request.guide):
+        flag = "--two-passes" if request.two_passes else "--guide"
         raise UserError(f"{flag} is about guidance, and this draws without: give --guidance above 1, or leave it out")
-    return {"guidance": request.guidance, "guide": rule}
+    if request.two_passes:
+        asked = dataclasses.replace(asked, guide={**build.rule(request.guide or "cfg"), "two_passes": True})
+    if request.skip_layers:
+        skip = SkipLayers(request.guidance, guide=asked.guide or "cfg")
+        asked = dataclasses.replace(asked, guidance=skip, guide=None)
+    return asked
 
 
 def encoded(model: Model, prompts: Sequence[str]) -> Model:
@@ -331,7 +255,7 @@ def masked(request: Request, size: tuple[int, int], channels: int) -> tuple[Arra
 
 
 def conditions(request: Request, model: Model) -> dict[str, Any]:
-    """What all pictures of a request are told in common."""
+    """The conditioning that all pictures of a request have in common."""
     common: dict[str, Any] = {}
     if request.negative_prompt is not None:
         common["negative_prompt"] = request.negative_prompt
