@@ -80,7 +80,7 @@ class _Parser(argparse.ArgumentParser):
 def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     parser = _Parser(prog="diffjax", description="Diffusion models in JAX.", epilog=_EXAMPLES)
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for add in (_doctor, _init, _prepare, _train, _sample, _words, _evaluate, _plan, _fit_grid, _convert):
+    for add in (_doctor, _init, _prepare, _train, _sample, _explain, _words, _evaluate, _plan, _fit_grid, _convert):
         add(subparsers)
     for command in (parser, *subparsers.choices.values()):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -309,6 +309,48 @@ def _add_model(parser: argparse.ArgumentParser, kinds: str, required: bool = Fal
     return group
 
 
+def _explain(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "explain",
+        help="write a page that shows how a picture was made, step by step",
+        description="Draw a picture once more and write one page about it: from noise to the picture with the numbers of\n"
+        "every step, what each word and guidance did, where it comes from, what it cost, how the run was trained. The page\n"
+        "needs nothing beside it; its pictures are in DIR/pictures, its numbers in DIR/numbers.json.",
+        epilog="examples:\n"
+        '  diffjax explain --run runs/emoji --prompt "red heart" --seed 0 --out page\n'
+        "  diffjax explain --model google/ddpm-cat-256 --steps 25 --sampler dpmpp_2m --out page\n"
+        "  diffjax explain --config experiments/ddpm_cat256.py --out page\n",
+    )
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--run", dest="workdir", metavar="DIR", help="the --workdir of a training")
+    model.add_argument("--model", metavar="ID", help="a hub id, or a folder in the layout of diffusers")
+    model.add_argument("--config", metavar="FILE", help="a sampling experiment; --config.NAME=value overrides a field")
+    _add_which(parser)
+    parser.add_argument("--dtype", type=one_of("dtype", "float32", "bfloat16"), help="what to compute in")
+    parser.add_argument("--prompt", metavar="TEXT", help="what is drawn")
+    parser.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from")
+    parser.add_argument("--label", metavar="CLASS", help="a class by name or number")
+    parser.add_argument("--size", type=pixels, help="pixels a side, or WIDTHxHEIGHT")
+    parser.add_argument("--seed", type=int, default=0, help="which noise: picture 0 of `diffjax sample` (default 0)")
+    parser.add_argument("--steps", type=int, help="steps of the sampler (default, as for the next: the model's own)")
+    parser.add_argument("--sampler", help="ddpm, ddim, euler, heun, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, unipc or ipndm")
+    parser.add_argument("--grid", help="the times: uniform, logsnr, karras, leading, linspace, trailing or fitted")
+    parser.add_argument("--guidance", type=float, metavar="W", help=GUIDANCE)
+    add_guide(parser)
+    parser.add_argument("--eta", type=float, help="fresh noise in each step, from 0 to 1")
+    parser.add_argument("--out", required=True, metavar="DIR", help="where index.html goes")
+
+    def run(args) -> None:
+        from diffjax import explain
+        from diffjax.parallel import devices
+
+        request = explain.requested(args)
+        devices.start()
+        print(f"open {explain.write(request, args.out)} in a browser")
+
+    parser.set_defaults(run=run)
+
+
 def _words(subparsers) -> None:
     parser = subparsers.add_parser(
         "words",
@@ -481,7 +523,7 @@ def _one_line(message: Warning | str, *place: object) -> str:
 
 
 def _report(error: BaseException) -> int:
-    status, line = _explain(error)
+    status, line = _said(error)
     if isinstance(error, BrokenPipeError):  # nobody reads stdout any more: let the interpreter's last flush succeed
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     else:
@@ -490,7 +532,7 @@ def _report(error: BaseException) -> int:
     return status
 
 
-def _explain(error: BaseException) -> tuple[int, str]:
+def _said(error: BaseException) -> tuple[int, str]:
     if isinstance(error, UserError):
         return 2, str(error)
     if isinstance(error, interrupt.Terminated):

@@ -9,6 +9,7 @@ ROOT = Path(diffjax.__file__).parent
 
 ORDER = (
     ("__main__", "cli"),
+    ("explain",),
     ("evaluate",),
     ("sampling",),
     ("plan",),

@@ -1,0 +1,113 @@
+"""One page that shows what happened when a model drew a picture, for a person who has never heard of diffusion.
+
+    write(request, out)   `out/index.html`, which needs nothing beside it, its pictures as PNG, its numbers as JSON
+
+The modules, from what is shown to how:
+
+    subject      what the page is about: a model, a request, the data it was trained on
+    walk         from noise to the picture, step by step, with the numbers of the move
+    words        what each word did: attention, and the picture without it
+    guidance     what the text adds at each step, and what more of it would do
+    frequencies  large shapes first: when each octave of frequencies was settled
+    nearest      where the picture comes from: the nearest training pictures, and a verdict
+    cost         evaluations, operations, bytes and seconds
+    training     the run's losses, whether it learned and listens, its data
+    section      what a page is made of
+    chart        line charts as SVG
+    formula      formulas as HTML
+    pictures     arrays as pictures
+    page         all of it as one HTML file
+"""
+
+import dataclasses
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from diffjax.explain import cost, frequencies, guidance, nearest, page, subject, training, walk, words
+from diffjax.explain.section import Section, Shown
+from diffjax.explain.subject import Subject
+from diffjax.explain.walk import Step
+from diffjax.loading import run_folder
+from diffjax.models.model import Inputs, Recipe
+from diffjax.sampling.job import Request, configured, preset
+from diffjax.utils import image
+from diffjax.utils.errors import UserError
+
+LEAD = (
+    "This picture was made out of noise by a network that has learned what pictures look like. The page shows, step by "
+    "step and with the very numbers, how that happened; under every figure stand its formula and the file of diffjax "
+    "in which it is computed."
+)
+
+
+def write(request: Request, out: str | Path) -> Path:
+    """Draw what is asked for once more and write the page about it; its path.
+
+    Raises `UserError` for what cannot be drawn, for a request of several pictures, and where jinja2 is not installed.
+    """
+    page.check_installed()
+    about = subject.find(preset(request))
+    recipe = about.recipe()
+    inputs = about.inputs(recipe)
+    steps = walk.walk(recipe, inputs)
+    picture = walk.look(about, steps[-1].after)
+    called = about.prompt or about.label or "a picture"
+    result = Shown("result", picture, "", f"the picture that was drawn: {called}")
+    return page.write(out, title(about), LEAD, footer(about), result, sections(about, recipe, inputs, steps))
+
+
+def requested(args: Namespace) -> Request:
+    """The request of the command line's arguments: one picture.
+
+    Raises `UserError` for numbers that cannot be, for a run that is not there, and beside a config for what it says.
+    """
+    if args.config:
+        given = vars(args).keys() & {field.name for field in dataclasses.fields(Request)}
+        if given := [name for name in sorted(given) if getattr(args, name) not in (None, "", 0)]:
+            raise UserError(f"--config takes {', '.join(given)} as --config.NAME=value: leave them out")
+        return dataclasses.replace(configured(args.config), num=1)
+    names = ("revision", "variant", "dtype", "negative_prompt", "size", "seed", "steps", "sampler", "grid", "guidance")
+    given = {name: getattr(args, name) for name in (*names, "guide", "eta")}
+    given |= {name: (value,) for name, value in (("prompts", args.prompt), ("labels", args.label)) if value is not None}
+    return Request(model=run_folder(args.workdir) if args.workdir else args.model, **given)
+
+
+def sections(about: Subject, recipe: Recipe, inputs: Inputs, steps: Sequence[Step]) -> list[Section]:
+    """All sections, in the order in which the page is read."""
+    picture = walk.look(about, steps[-1].after)
+    bill = cost.section(about, recipe, inputs)
+    known = nearest.target(about)
+    target = None if known is None else image.from_uint8(known)[None]
+    many = about.recipe(steps=max(frequencies.STEPS, about.request.steps))
+    fine = walk.walk(many, inputs, frequencies.STEPS)
+    times = jnp.asarray([step.t for step in fine])
+    levels = np.asarray(recipe.process.alpha(times)), np.asarray(recipe.process.sigma(times))
+    return [
+        walk.section(about, recipe, inputs, steps),
+        words.section(about, recipe, inputs, steps),
+        guidance.section(about, steps, target, bill.numbers["seconds"] / bill.numbers["evaluations"]),
+        frequencies.section(about, fine, *levels),
+        nearest.section(about, picture),
+        bill,
+        training.section(about),
+    ]
+
+
+def title(about: Subject) -> str:
+    """What was drawn, and by what."""
+    name = about.model.name if about.folder is None else about.folder.name
+    called = " ".join(filter(None, (about.prompt, about.label)))
+    return f"How {name} drew " + (
+        f"\N{LEFT DOUBLE QUOTATION MARK}{called}\N{RIGHT DOUBLE QUOTATION MARK}" if called else "a picture"
+    )
+
+
+def footer(about: Subject) -> str:
+    """How to draw the same picture."""
+    request = about.request
+    how = f"{request.sampler}, {request.steps} steps, guidance {request.guidance or 1:g}, seed {request.seed}"
+    return f"Written by diffjax explain: {about.model.name}, checkpoint {about.model.revision or 'none'}; {how}."

@@ -1,0 +1,138 @@
+"""What guidance did: the difference that the text or class makes at each step, and what more of it would do.
+
+Classifier-free guidance draws with `u + w (c - u)`, c the estimate with the text or class and u the one without
+(`diffusion/guide.py`).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+from diffjax import build
+from diffjax.diffusion.predict import Estimate
+from diffjax.explain import pictures
+from diffjax.explain.chart import Chart, Line
+from diffjax.explain.cost import PATIENCE
+from diffjax.explain.section import Figure, Section, Shown, Strip, Text
+from diffjax.explain.subject import Subject
+from diffjax.explain.walk import Step, look
+
+SCALES = (1.0, 1.5, 2.0, 3.0, 5.0, 8.0)
+USUAL = 3.0
+"""A scale at which a run that draws without guidance is asked for both branches."""
+
+MOMENTS = 6
+"""Steps at which the difference is shown at most."""
+
+MANY = 25
+"""The number of steps beside the request's own."""
+
+
+def section(
+    subject: Subject, steps: Sequence[Step], target: Float[np.ndarray, "1 h w c"] | None, each: float
+) -> Section:
+    """Size and place of `w (c - u)` at each step, and what other scales lead to.
+
+    `target` is the training picture of the prompt, where there is one; `each` the seconds of an evaluation.
+    """
+    name, title = "guidance", "What guidance did"
+    if not subject.is_conditional:
+        return Section(
+            name,
+            title,
+            left_out="This model was not trained with and without a text or class, so there is nothing to guide by.",
+        )
+    own = build.scale(subject.request.guidance) or 1.0
+    numbers: dict[str, Any] = {"scale": own}
+    figures = [_difference(subject, steps, own, numbers)]
+    if each * (steps[-1].index + 1 + MANY) * 2 * len(SCALES) < PATIENCE:
+        figures.append(_scales(subject, target, own, numbers))
+    return Section(name, title, tuple(figures), numbers)
+
+
+@jax.jit
+def _evaluated(denoise: Any, x: Array, t: Array, cond: Any) -> tuple[Estimate, ...]:
+    return denoise(x, t, cond).branches[:2]
+
+
+def pairs(subject: Subject, steps: Sequence[Step]) -> list[Float[np.ndarray, "2 b ..."]]:
+    """x0 with and without the text or class at every step: those that the run's guidance had, or else evaluated now."""
+    if steps[0].seen.est.branches:
+        return [np.stack([branch.x0 for branch in step.seen.est.branches[:2]]) for step in steps]
+    recipe = subject.recipe(guidance=USUAL)
+    cond, state = subject.inputs(recipe).cond, recipe.begin(subject.inputs(recipe))
+    told = cond | ({"past": state.past} if jax.tree.leaves(state.past) else {})
+    found = [_evaluated(recipe.denoise, step.seen.x, np.float32(step.t), told) for step in steps]
+    return [np.stack([np.asarray(branch.x0) for branch in branches]) for branches in found]
+
+
+def _difference(subject: Subject, steps: Sequence[Step], own: float, numbers: dict[str, Any]) -> Figure:
+    """Maps and sizes of w (c - u)."""
+    cause, found = subject.cause, [own * (c - u)[0] for c, u in pairs(subject, steps)]
+    size = np.array([np.sqrt(np.mean(of**2)) for of in found])
+    at = np.array([step.t for step in steps])
+    numbers["difference"] = {"t": at.tolist(), "rms": size.tolist()}
+    chosen = np.unique(np.linspace(0, len(steps) - 1, min(MOMENTS, len(steps))).round().astype(int))
+    maps = [np.abs(found[k]).mean(axis=-1) for k in chosen]
+    most, shape = max(map(np.max, maps)), look(subject, steps[-1].after).shape[:2]
+    shown = tuple(
+        Shown(
+            f"guidance-{steps[k].index + 1:04d}",
+            pictures.heat(of, shape, most),
+            f"step {steps[k].index + 1}",
+            f"where the {cause} makes a difference at step {steps[k].index + 1}",
+        )
+        for k, of in zip(chosen, maps)
+    )
+    says = f"How much the {cause} changes the guessed picture, at each time of the walk."
+    chart = Chart(
+        says, "time t", "w (c - u), rms", (Line(f"how much the {cause} changes the guess", at, size, 0),), falling=True
+    )
+    plain = (
+        f"At every step the network can be asked twice, with the {cause} and without; the difference is what that "
+        "wants changed there and then, and guidance adds it w times. Bright is where that is much."
+    )
+    said = f"This picture was drawn with w = {own:g}" + (f": with the {cause}, and nothing added." if own == 1 else ".")
+    blocks = (Strip(shown, len(shown), min(len(shown), 3)), chart, Text(said))
+    return Figure(f"What the {cause} adds", plain, "x0 = u + w (c - u)", "diffjax/diffusion/guide.py", blocks)
+
+
+def _scales(
+    subject: Subject, target: Float[np.ndarray, "1 h w c"] | None, own: float, numbers: dict[str, Any]
+) -> Figure:
+    """Pictures of other scales, and their distance to the training picture, or to that without guidance."""
+    usual = subject.request.steps
+    drawn = {
+        steps: [np.asarray(subject.draw(subject.recipe(guidance=scale, steps=steps))) for scale in SCALES]
+        for steps in sorted({usual, MANY})
+    }
+    known = target is not None
+    error = {
+        steps: [float(np.sqrt(np.mean((x - (target if known else of[0])) ** 2))) for x in of]
+        for steps, of in drawn.items()
+    }
+    numbers["scales"] = {"w": SCALES, "error": error, "against": "training picture" if known else "w = 1"}
+    lines = [Line(f"{steps} steps", np.array(SCALES), np.array(of), i) for i, (steps, of) in enumerate(error.items())]
+    shown = tuple(
+        Shown(f"guidance-scale-{scale:g}", look(subject, x), f"w = {scale:g}", f"the picture drawn with w = {scale:g}")
+        for scale, x in zip(SCALES, drawn[usual])
+    )
+    to = f"the training picture of this {subject.cause}" if known else "the picture without guidance"
+    says = f"The distance to {to} against the scale of guidance."
+    chart = Chart(says, "scale w", "distance (rms)", tuple(lines))
+    best = SCALES[int(np.argmin(error[usual]))]
+    answer = f"Nearest to the training picture is w = {best:g} here; more than that hurts."
+    plain = (
+        f"Too little guidance and the {subject.cause} counts for little; too much and colours burn. This is the same "
+        f"noise with more and more of it, and how far each is from {to}."
+    )
+    blocks = (
+        Strip(shown, len(SCALES), 3),
+        chart,
+        *([Text(answer, strong=True)] if known and best < SCALES[-1] else []),
+    )
+    exact = "x0 = u + w (c - u); distance: sqrt(mean (x - x_known)^2)"
+    return Figure("More and less of it", plain, exact, "diffjax/diffusion/guide.py", blocks)

@@ -1,0 +1,135 @@
+"""What a page is about: one picture of one model, asked for as of `diffjax sample`, and the model's training data."""
+
+import warnings
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+from ml_collections import ConfigDict
+
+import diffjax.data
+from diffjax import build, config as configs
+from diffjax.diffusion import sample
+from diffjax.loading import is_run, load
+from diffjax.models.model import Inputs, Model, Recipe
+from diffjax.sampling import job
+from diffjax.sampling.job import Request
+from diffjax.text.learned import Prompts
+from diffjax.utils import seeds
+from diffjax.utils.errors import UserError
+
+ROWS = 32
+"""Steps that one program makes at most; a run of more calls it again."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, a completed request of one picture, and the `prompt` as the model reads it.
+
+    Of a run, `folder` and `config` are its own.
+    """
+
+    model: Model
+    request: Request
+    prompt: str | None = None
+    folder: Path | None = None
+    config: ConfigDict | None = None
+
+    @property
+    def label(self) -> str | None:
+        """The class that is drawn."""
+        return self.request.labels[0] if self.request.labels else None
+
+    @property
+    def cause(self) -> str:
+        """What the picture is drawn of: "text", or "class"."""
+        return "class" if self.model.classes else "text"
+
+    @property
+    def is_conditional(self) -> bool:
+        """Whether the model can draw with its text or class, and without."""
+        return bool(self.model.text is not None or self.model.classes) and self.model.has_null
+
+    def recipe(self, **how: Any) -> Recipe:
+        """How the picture is drawn, but for what is given otherwise."""
+        asked = {name: getattr(self.request, name) for name in ("steps", "sampler", "grid", "eta", "size")}
+        if "guidance" in how and build.scale(how["guidance"]) is not None:
+            asked |= {"guide": self.request.guide}
+        elif "guidance" not in how:
+            asked |= job.guided(self.request)
+        return self.model.recipe(**asked | how)
+
+    def inputs(self, recipe: Recipe, prompt: str | None = None) -> Inputs:
+        """What the picture has of its own, always from the same noise; with another prompt, "" for no text or class."""
+        given: dict[str, Any] = {}
+        if self.model.text is not None or self.prompt is not None:
+            given["prompt"] = self.prompt if prompt is None else prompt
+        if self.model.classes or self.label is not None:
+            given["label"] = None if prompt == "" else self.label
+        if self.request.negative_prompt is not None and "null" in recipe.reads:
+            given["negative_prompt"] = self.request.negative_prompt
+        return self.model.inputs(seeds.key(self.request.seed), np.arange(1), reads=recipe.reads, **given)
+
+    def draw(self, recipe: Recipe, prompt: str | None = None) -> Float[Array, "b ..."]:
+        """The last state of the picture."""
+        inputs = self.inputs(recipe, prompt)
+        return advance(recipe, inputs, recipe.begin(inputs), recipe.grid).x
+
+    def images(self, x: Float[Array, "b ..."]) -> Float[np.ndarray, "b h w c"]:
+        """Pictures of states, in [-1, 1]."""
+        return np.clip(np.asarray(self.model.images(x)), -1, 1)
+
+    @cached_property
+    def data(self) -> diffjax.data.Dataset | None:
+        """The training pictures of a run; None without, or where they are no longer there."""
+        if self.config is None:
+            return None
+        try:
+            return diffjax.data.load(self.config.data)
+        except UserError as error:
+            warnings.warn(f"the page goes without the training pictures: {error}", stacklevel=2)
+            return None
+
+
+def advance(recipe: Recipe, inputs: Inputs, state: sample.State, rows: Float[np.ndarray, "n 2"]) -> sample.State:
+    """The state after these steps, by one program for any number of them."""
+    for first in range(0, len(rows), ROWS):
+        part = np.asarray(rows[first : first + ROWS], np.float32)
+        filled = np.concatenate([part, np.zeros((ROWS - len(part), 2), np.float32)])
+        state = recipe.replace(grid=filled).advance_part(inputs, state)
+    return jax.block_until_ready(state)
+
+
+def find(request: Request) -> Subject:
+    """The subject of a request. Raises `UserError` for several pictures, and for a model that begins with a picture."""
+    if len(request.subjects) != 1:
+        raise UserError("a page is about one picture: give one prompt, and one label")
+    texts = [*request.texts, *(without for _, without in knocked_out(request.prompts[0]))] if request.prompts else []
+    kept = request.quantize, request.shard, request.lora, request.variant
+    model = load(request.model, request.dtype, request.revision or None, texts, *kept).against(request.guide)
+    if model.low_res:
+        raise UserError(f"{model.name} is super-resolution, drawn from a picture: explain the base of its cascade")
+    request = job.completed(request, model)
+    folder = Path(model.name) if is_run(Path(model.name)) else None
+    prompt = read(model, request.prompts[0]) if request.prompts else None
+    return Subject(model, request, prompt, folder, configs.read(folder) if folder else None)
+
+
+def read(model: Model, prompt: str) -> str:
+    """A prompt in the words in which the model reads it. Raises `UserError` where it can read none of them."""
+    if not isinstance(model.text, Prompts):
+        return prompt
+    reading = model.text.read(prompt)
+    if reading.said:
+        warnings.warn(reading.said, stacklevel=2)
+    return reading.text
+
+
+def knocked_out(prompt: str) -> list[tuple[str, str]]:
+    """Each word of a prompt, with the prompt that is left without it."""
+    words = prompt.split()
+    return [(word, " ".join(words[:i] + words[i + 1 :])) for i, word in enumerate(words)]

@@ -1,0 +1,228 @@
+"""What each word did: where the network looked at it, and the picture without it.
+
+Attention is read off the network itself (`nets/layers.py`, `attention_weights`) at every state of the walk: of the
+image's token u to the text's token j, the mean over the heads and, for a word, the sum over its tokens. It says where a
+word was looked at, not what came of it; that is what the picture without the word says, drawn from the same noise.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+from diffjax.diffusion.denoise import Denoiser
+from diffjax.explain import pictures
+from diffjax.explain.section import Block, Figure, Section, Shown, Strip, Text
+from diffjax.explain.subject import Subject, knocked_out
+from diffjax.explain.walk import Step, look
+from diffjax.models import sd3
+from diffjax.models.model import Encoded, Inputs, Model, Recipe
+from diffjax.text import tokenizers
+from diffjax.text.frozen import Frozen
+from diffjax.text.learned import Prompts
+from diffjax.utils.errors import UserError
+from diffjax.weights import hub
+
+if TYPE_CHECKING:
+    import tokenizers as rules
+
+WORDS = 8
+"""Words that are shown at most."""
+
+MOMENTS = 6
+"""Steps at which attention is shown at most."""
+
+ALIKE = 0.02
+"""The distance (rms, in [-1, 1]) below which two pictures are called the same."""
+
+
+@dataclass(frozen=True)
+class Watching:
+    """`module.apply` that returns what attention kept beside the network's output."""
+
+    module: Any
+
+    def __call__(self, params: Any, x: Array, t: Array, **cond: Array) -> tuple[Array, Any]:
+        y, kept = self.module.apply({"params": params}, x, t, **cond, mutable=["intermediates"])
+        return y, jax.tree.leaves(kept)
+
+
+@jax.jit
+def _attention(denoiser: Denoiser, x: Array, t: Array, cond: dict[str, Array]) -> list[Array]:
+    return denoiser.network(x, t, cond)[1]
+
+
+def attention(
+    denoiser: Denoiser, steps: Sequence[Step], cond: dict[str, Array]
+) -> Float[np.ndarray, "steps layers image text"] | None:
+    """How much every token of the image attends to every token of the text; None of a network that does not say it."""
+    watching = denoiser.replace(apply=Watching(denoiser.apply.module))
+    found = [_attention(watching, step.seen.x, np.float32(step.t), cond) for step in steps]
+    if not found[0]:
+        return None
+    return np.stack([np.concatenate([np.asarray(layers)[:, 0] for layers in kept]) for kept in found])
+
+
+def tokenized(model: Model) -> list[tuple["rules.Tokenizer", int, int]]:
+    """The tokenizers of a model's text encoders, each with the place of its first token in what the network reads and
+    the number of its tokens; none where they are not known.
+    """
+    text = model.text
+    if isinstance(text, Prompts):
+        return [(text.tokenize.rules, 0, text.tokenize.length)]
+    if isinstance(text, Frozen):
+        return [(text.rules.rules, 0, text.length)]
+    if isinstance(text, Encoded) and isinstance(model.denoiser.apply.module, sd3.MMDiT):
+        folder = _folder(model)
+        places = [("tokenizer", 0, sd3.CLIP_TOKENS), (sd3.T5_RULES, sd3.CLIP_TOKENS, sd3.T5_TOKENS)]
+        return [
+            (tokenizers.load(folder / name).rules, start, length)
+            for name, start, length in places
+            if (folder / name).is_dir()
+        ]
+    return []
+
+
+def _folder(model: Model) -> Path:
+    """Where a published model lies."""
+    path = Path(model.name)
+    return path if path.is_dir() else path.parent if path.is_file() else hub.fetch(model.name, model.revision).folder
+
+
+def places(prompt: str, readers: Sequence[tuple["rules.Tokenizer", int, int]]) -> list[tuple[str, list[int]]]:
+    """Each word of a prompt with the places of its tokens."""
+    found, end = [], 0
+    for word in prompt.split():
+        begin = prompt.index(word, end)
+        end = begin + len(word)
+        inside = []
+        for rules, start, length in readers:
+            offsets = rules.encode(prompt).offsets[:length]
+            inside += [start + i for i, (a, b) in enumerate(offsets) if a < end and b > begin and a < b]
+        found.append((word, inside))
+    return found
+
+
+def section(subject: Subject, recipe: Recipe, inputs: Inputs, steps: Sequence[Step]) -> Section:
+    """Heat maps of attention, and the pictures without each word."""
+    name, title = "words", "What each word did"
+    if not subject.prompt:
+        return Section(name, title, left_out="This picture was drawn without words.")
+    final = steps[-1].after
+    numbers: dict[str, Any] = {"prompt": subject.prompt}
+    figures = [_looked_at(subject, recipe, inputs, steps, numbers), _without(subject, recipe, final, numbers)]
+    return Section(name, title, tuple(filter(None, figures)), numbers)
+
+
+def _looked_at(
+    subject: Subject, recipe: Recipe, inputs: Inputs, steps: Sequence[Step], numbers: dict[str, Any]
+) -> Figure | None:
+    """Heat maps of each word: of all steps, and of some of them."""
+    words = [(word, at) for word, at in places(subject.prompt, tokenized(subject.model)) if at][:WORDS]
+    cond = inputs.cond["cond"] if recipe.reads else inputs.cond
+    weights = attention(subject.model.denoiser, steps, cond) if words else None
+    if weights is None:
+        return None
+    shape = steps[0].after.shape[1:3]
+    maps = np.stack([weights[..., at].sum(axis=-1).mean(axis=1) for _, at in words], axis=1)
+    maps = maps.reshape(len(steps), len(words), *grid(maps.shape[-1], shape))
+    share = maps.mean(axis=(0, 2, 3))
+    every = [{"word": word, "tokens": at, "share": float(part)} for (word, at), part in zip(words, share)]
+    numbers["attention"] = {"words": every, "text": float(weights.sum(-1).mean()), "maps": maps.round(6).tolist()}
+    picture = look(subject, steps[-1].after)
+    blocks: list[Block] = [_summed(words, maps, picture)]
+    blocks += [_by_step(words, maps, steps, picture)] if len(steps) > 1 else []
+    plain = (
+        "While it works, the network looks back at the words: bright is where it looked at this word most, dark where "
+        "it did not. A word that is looked at everywhere alike says something of the whole picture."
+    )
+    exact = "A_(uj) = softmax(q_u k_j / sqrt(h)), the mean over heads, layers and steps, summed over a word's tokens j"
+    return Figure("Where the network looked", plain, exact, "diffjax/nets/layers.py", tuple(blocks))
+
+
+def grid(tokens: int, shape: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of so many patches of a state of that height and width."""
+    side = round((shape[0] * shape[1] / tokens) ** 0.5)
+    return shape[0] // side, shape[1] // side
+
+
+def _summed(words: Sequence[tuple[str, Any]], maps: Float[np.ndarray, "k n r c"], picture: np.ndarray) -> Strip:
+    mean = maps.mean(axis=0)
+    shown = [
+        Shown(
+            f"words-{i:02d}-attention",
+            pictures.veiled(picture, pictures.heat(of, picture.shape[:2], mean.max())),
+            f"{word}: {of.mean():.1%} of all attention",
+            f"where the network looked at {word}",
+        )
+        for i, ((word, _), of) in enumerate(zip(words, mean))
+    ]
+    return Strip(tuple(shown), columns=4)
+
+
+def _by_step(
+    words: Sequence[tuple[str, Any]], maps: Float[np.ndarray, "k n r c"], steps: Sequence[Step], picture: np.ndarray
+) -> Strip:
+    chosen = np.unique(np.linspace(0, len(steps) - 1, min(MOMENTS, len(steps))).round().astype(int))
+    shown = [
+        Shown(
+            f"words-{i:02d}-step-{steps[k].index + 1:04d}",
+            pictures.heat(maps[k, i], picture.shape[:2], maps.max()),
+            f"{word}, step {steps[k].index + 1}",
+            f"where the network looked at {word} at step {steps[k].index + 1}",
+        )
+        for i, (word, _) in enumerate(words)
+        for k in chosen
+    ]
+    return Strip(tuple(shown), len(chosen), len(chosen) if len(chosen) < 5 else 3)
+
+
+def _without(subject: Subject, recipe: Recipe, final: Float[np.ndarray, "b ..."], numbers: dict[str, Any]) -> Figure:
+    """The picture without each word, and where it differs."""
+    picture, shown, found = look(subject, final), [], []
+    for i, (word, prompt, x) in enumerate(_drawn_without(subject, recipe)):
+        other, distance = look(subject, x), float(np.sqrt(np.mean((x - final) ** 2)))
+        change = np.abs(other.astype(np.float32) - picture).mean(axis=-1) / 255
+        map_ = pictures.heat(change, picture.shape[:2], 0.5)
+        left = f"\N{LEFT DOUBLE QUOTATION MARK}{prompt}\N{RIGHT DOUBLE QUOTATION MARK}" if prompt else "no words"
+        shown += [
+            Shown(f"words-{i:02d}-without", other, f"without {word}: {left}", f"the picture drawn with {left}"),
+            Shown(
+                f"words-{i:02d}-change", map_, f"what {word} changed: {distance:.2f}", f"where {word} made a difference"
+            ),
+        ]
+        found.append({"word": word, "prompt": prompt, "distance": distance})
+    numbers["without"] = found
+    plain = (
+        "The only sure way to know what a word did is to leave it out: this is the picture from the very same noise, "
+        "without the word, and beside it, bright, where the two differ."
+    )
+    exact = "|x(c) - x(c without j)| from the same noise, and its root mean square"
+    blocks = (Strip(tuple(shown), columns=4), Text(_verdict(found), strong=True))
+    return Figure("The picture without it", plain, exact, "diffjax/explain/words.py", blocks)
+
+
+def _drawn_without(subject: Subject, recipe: Recipe) -> Iterator[tuple[str, str, np.ndarray]]:
+    """Each word, the prompt without it, and the state drawn with that; with "" where none of the rest can be read."""
+    for word, prompt in knocked_out(subject.prompt)[:WORDS]:
+        try:
+            yield word, prompt, np.asarray(subject.draw(recipe, prompt))
+        except UserError:
+            if subject.model.has_null:
+                yield word, "", np.asarray(subject.draw(recipe, ""))
+
+
+def _verdict(found: Sequence[dict[str, Any]]) -> str:
+    """Which word did most, in words."""
+    if not found:
+        return "No word of this prompt can be left out."
+    idle = [of["word"] for of in found if of["distance"] < ALIKE]
+    most = max(found, key=lambda of: of["distance"])
+    if len(idle) == len(found):
+        return "No single word changes this picture: the others say the same."
+    said = f"The word {most['word']} did most" if len(found) > 1 else f"The word {most['word']} makes the picture"
+    return said + (f"; without {' or '.join(idle)} the picture is the same." if idle else ".")
