@@ -80,7 +80,21 @@ class _Parser(argparse.ArgumentParser):
 def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     parser = _Parser(prog="diffjax", description="Diffusion models in JAX.", epilog=_EXAMPLES)
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for add in (_doctor, _init, _prepare, _train, _sample, _explain, _words, _evaluate, _plan, _fit_grid, _convert):
+    adders = (
+        _doctor,
+        _init,
+        _config,
+        _prepare,
+        _train,
+        _sample,
+        _explain,
+        _words,
+        _evaluate,
+        _plan,
+        _fit_grid,
+        _convert,
+    )
+    for add in adders:
         add(subparsers)
     for command in (parser, *subparsers.choices.values()):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -90,6 +104,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
 _EXAMPLES = """examples:
   diffjax doctor                                   what jax finds on this machine, and what is wrong with it
   diffjax init my_project                          the experiments that come with diffjax, to be changed
+  diffjax config --config experiments/emoji.py     every field of an experiment, with its meaning
   diffjax train --config experiments/emoji.py --workdir runs/emoji
   diffjax sample --run runs/emoji --prompt "a red heart" --out pictures
   diffjax words --run runs/emoji                   what words its prompts can have
@@ -131,6 +146,30 @@ def _init(subparsers) -> None:
         from diffjax import project
 
         print(project.create(args.folder))
+
+    parser.set_defaults(run=run)
+
+
+def _config(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "config",
+        help="print every field of an experiment or a run, with its meaning",
+        description="Print the whole config, a field a line: its value, what it means and what it can be. A * marks what\n"
+        "differs from the default.",
+        epilog="examples:\n"
+        "  diffjax config --config experiments/emoji.py\n"
+        "  diffjax config --config experiments/emoji.py --config.optimizer.name=adamw\n"
+        "  diffjax config --run runs/emoji\n",
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--config", metavar="FILE", help="an experiment; any field can be overridden: --config.a.b=value")
+    what.add_argument("--run", dest="workdir", metavar="DIR", help="the --workdir of a training")
+
+    def run(args) -> None:
+        from diffjax.config import listing, read
+
+        for line in listing.lines(args.config or read(args.workdir), Request):
+            print(line)
 
     parser.set_defaults(run=run)
 
