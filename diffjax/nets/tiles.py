@@ -28,7 +28,7 @@ Moments = dict[str, tuple[Float[Array, "b g"], Float[Array, "b g"]]]
 
 
 @functools.partial(jax.jit, static_argnames=("module", "method"))
-def whole(module: nn.Module, method: str, params: Any, x: Array) -> Any:
+def whole(module: nn.Module, method: str, params: Any, x: Array | np.ndarray) -> Any:
     """`module.apply` of one method, compiled."""
     return module.apply({"params": params}, x, method=method)
 
@@ -37,7 +37,7 @@ def run(
     module: nn.Module,
     method: str,
     params: Any,
-    x: Float[Array, "b h w c"],
+    x: Float[Array | np.ndarray, "b h w c"],
     tile: int,
     reach: int,
     scales: tuple[int, int],

@@ -206,7 +206,7 @@ def tiled_decode(
 
 
 def tiled_encode(
-    module: AutoencoderKL, params: Any, x: Float[Array, "b h w c"], tile: int = 64
+    module: AutoencoderKL, params: Any, x: Float[Array | np.ndarray, "b h w c"], tile: int = 64
 ) -> tuple[Float[np.ndarray, "b h/f w/f l"], Float[np.ndarray, "b h/f w/f l"]]:
     """`encode` of images of any size in tiles of `tile` x `tile` latent cells; as `tiled_decode`."""
     if max(x.shape[1:3]) <= tile * module.factor:
