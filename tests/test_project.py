@@ -1,15 +1,18 @@
 """Installed outside of a checkout: what travels with the package, and what is said of what does not."""
 
+import os
 import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 
+import diffjax
 from diffjax import cli, config, project
 from diffjax.utils import install
 from diffjax.utils.errors import UserError
@@ -61,27 +64,67 @@ def test_what_an_extra_needs_is_named_as_pip_finds_it(monkeypatch):
     assert install.to_install("emoji") == f"bash {shlex.quote(str(ROOT / 'scripts' / 'setup.sh'))} emoji"
 
 
-def test_the_wheel_has_all_of_the_package_and_the_experiments(tmp_path):
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The package, built from a copy of its sources."""
     pytest.importorskip("setuptools", "77")
-    source = tmp_path / "source"
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
     for name in ("diffjax", "experiments"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "setup.py", "LICENSE"):
         shutil.copy(ROOT / name, source)
     build = "from setuptools.build_meta import build_wheel; build_wheel('..')"
     subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def test_the_wheel_has_all_of_the_package_and_the_experiments(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     for folder in ("diffjax", "experiments"):
         files = [file for file in (ROOT / folder).rglob("*") if file.is_file() and "__pycache__" not in file.parts]
         inside = {str(file.relative_to(ROOT)) for file in files}
         assert {name if folder == "diffjax" else f"diffjax/{name}" for name in inside} <= names
-    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
-    run = lambda *words: subprocess.run(
-        [sys.executable, "-m", "diffjax", *words],
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(tmp_path / "installed")},
-        check=True,
+    assert "diffjax/py.typed" in names
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """The programs of an environment of its own with the wheel installed; what it needs is that of the tests."""
+    venv = tmp_path_factory.mktemp("installed")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
+    (site,) = venv.glob("lib/python*/site-packages")
+    (site / "needed.pth").write_text(f"{sysconfig.get_path('purelib')}\n{sysconfig.get_path('platlib')}\n")
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        venv / "bin" / "python",
+        "install",
+        "--no-deps",
+        "--no-index",
+        wheel,
+    ]
+    subprocess.run(pip, check=True, capture_output=True)
+    return venv / "bin"
+
+
+def test_installed_it_runs_where_there_is_no_checkout(installed, tmp_path):
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    run = lambda program, *words, folder=tmp_path: (
+        subprocess.run(
+            [installed / program, *words], cwd=folder, env=env, check=True, capture_output=True, text=True
+        ).stdout
     )
-    run("init", "work")
+    where = run("python", "-c", "import diffjax; assert diffjax.load; print(diffjax.__version__, diffjax.__file__)")
+    assert where.split() == [
+        diffjax.__version__,
+        str(next(installed.parent.glob("lib/python*/site-packages/diffjax/__init__.py"))),
+    ]
+    assert "train the experiment of a config file" in run("diffjax", "--help")
+    run("diffjax", "init", "work")
     assert (tmp_path / "work" / "experiments" / "minimagen" / "base64.py").is_file()
+    told = run("diffjax", "plan", "--config", "experiments/emoji.py", "--device", "h100", folder=tmp_path / "work")
+    assert "488 steps of 64 images" in told
