@@ -49,7 +49,7 @@ PREDICTIONS = {
     "edm": predict.EDM,
 }
 WEIGHTS = {
-    "plain": lambda: loss.plain,
+    "plain": loss.plain,
     "x0": loss.x0_weight,
     "velocity": loss.velocity,
     "min_snr": loss.min_snr,
@@ -58,8 +58,8 @@ WEIGHTS = {
     "p2": loss.p2,
 }
 TIMES = {
-    "uniform": lambda: loss.uniform,
-    "table": lambda: loss.table,
+    "uniform": loss.uniform,
+    "table": loss.table,
     "logit_normal": loss.logit_normal,
     "lognormal_sigma": loss.lognormal_sigma,
 }
@@ -92,9 +92,9 @@ GRIDS = {
     "karras": lambda process, steps, first: _within(
         process, steps, first, lambda n: grids.karras(process, n, *_sigmas(process))
     ),
-    "leading": lambda process, steps, first: grids.spaced("leading", steps, _table(process)),
-    "linspace": lambda process, steps, first: grids.spaced("linspace", steps, _table(process)),
-    "trailing": lambda process, steps, first: grids.spaced("trailing", steps, _table(process)),
+    "leading": lambda process, steps, first: grids.leading(steps, _table(process)),
+    "linspace": lambda process, steps, first: grids.linspace(steps, _table(process)),
+    "trailing": lambda process, steps, first: grids.trailing(steps, _table(process)),
 }
 """Grids of a process by their names, from the time `first`; those of a table stand where its entries do."""
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -219,7 +219,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) or getattr(value, "ndim", None) == 0
 
 
-def scale(guidance: Any) -> float | None:
+def scale(guidance: float | None) -> float | None:
     """A scale of guidance; None, 0 and 1 are no guidance, which evaluates the conditional branch alone.
 
     Raises `UserError` for a negative one, NaN and infinity.
@@ -262,9 +262,7 @@ def _guided(
 ) -> guides.Guide:
     found = rule(denoiser, jnp.float32(scale), weak)
     found = guides.Interval(found, *map(jnp.float32, interval)) if interval else found
-    return (
-        found if rescale is None else guides.Rescale(found, denoiser.prediction, denoiser.process, jnp.float32(rescale))
-    )
+    return found if rescale is None else guides.Rescale(found, denoiser.prediction, jnp.float32(rescale))
 
 
 def _cfg(two_passes: bool = False) -> Callable[..., guides.Guide]:
@@ -273,9 +271,7 @@ def _cfg(two_passes: bool = False) -> Callable[..., guides.Guide]:
 
 def _cfg_zero(still: float = 1.0, two_passes: bool = False) -> Callable[..., guides.Guide]:
     still = within("still of the guide", still, 0.0, 1.0)
-    return lambda denoiser, scale, weak: guides.CFGZero(
-        denoiser, denoiser.process, scale, jnp.float32(still), not two_passes
-    )
+    return lambda denoiser, scale, weak: guides.CFGZero(denoiser, scale, jnp.float32(still), not two_passes)
 
 
 def _apg(
@@ -283,9 +279,7 @@ def _apg(
 ) -> Callable[..., guides.Guide]:
     ranges = {"momentum": (momentum, -1.0, 1.0), "radius": (radius, 0.0, math.inf), "parallel": (parallel, 0.0, 1.0)}
     given = [within(f"{name} of the guide", *values) for name, values in ranges.items()]
-    return lambda denoiser, scale, weak: guides.APG(
-        denoiser, denoiser.process, scale, *map(jnp.float32, given), not two_passes
-    )
+    return lambda denoiser, scale, weak: guides.APG(denoiser, scale, *map(jnp.float32, given), not two_passes)
 
 
 def _autoguidance(step: int = -1) -> Callable[..., guides.Guide]:

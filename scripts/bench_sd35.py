@@ -70,16 +70,17 @@ def jax_stages(tiny):
     cond = {
         name: {"context": context[i : i + 1], "pooled": pooled[i : i + 1]} for i, name in enumerate(("cond", "null"))
     }
-    apply, sampler = denoise.Apply(network), sample.Sampler()
+    apply = denoise.Apply(network)
     denoiser = denoise.Denoiser(time, predict.Straight(), params["transformer"], apply, denoise.thousand_sigma)
-    state = sample.start(sampler, draw(1, side, side, network.in_channels))
-    steps = state, grid.uniform(STEPS), None, guide.Guidance(denoiser, jnp.float32(GUIDANCE)), time, sampler, cond
+    guided, run_keys = guide.Guidance(denoiser, jnp.float32(GUIDANCE)), jax.random.split(next(keys), 1)
+    steps = sample.Run(guided, time, sample.Sampler(), run_keys, cond)
+    state = sample.start(steps, draw(1, side, side, network.in_channels))
     tokens = {name: jnp.asarray(np.random.default_rng(0).integers(0, 999, (2, n))) for name, n in TOKENS.items()}
     texts = lambda params: [modules[name].apply({"params": params[name]}, tokens[name]) for name in TOKENS]
     decode = lambda params, z: modules["vae"].apply({"params": params}, z, method="decode")
     programs = {
         "text": (texts, ({name: params[name] for name in TOKENS},)),
-        "transformer": (sample.advance, (*steps, jax.random.split(next(keys), 1))),
+        "transformer": (sample.advance, (state, grid.uniform(STEPS), steps)),
         "decoder": (decode, (params["vae"], draw(1, side, side, network.in_channels))),
     }
     flops = {name: program_cost(jax.make_jaxpr(call)(*given).jaxpr).flops for name, (call, given) in programs.items()}

@@ -123,19 +123,20 @@ def start(mixture: Mixture, solver: Solver, xs: np.ndarray, rows: np.ndarray, le
     """The state before step len(xs) - 1 as it would be had every earlier step been exact: x and all that the solver
     remembers.
     """
-    sampler = sample.Sampler(solver.refine)
-    state = sample.start(sampler, jnp.asarray(xs[0]))
+    run = run_of(mixture, solver)
+    state = sample.start(run, jnp.asarray(xs[0]))
     for x, x_next, row in zip(xs[:-1], xs[1:], rows):
-        state = advance(state.replace(x=jnp.asarray(x)), _pad(row[None], length), mixture, sampler)
+        state = sample.advance_part(state.replace(x=jnp.asarray(x)), _pad(row[None], length), run)
         if isinstance(state.memory, refine.Trail):
             state = state.replace(memory=state.memory.replace(x=jnp.asarray(x)))
         state = state.replace(x=jnp.asarray(x_next))
     return state
 
 
-def advance(state: sample.State, rows: np.ndarray, mixture: Mixture, sampler: sample.Sampler) -> sample.State:
+def run_of(mixture: Mixture, solver: Solver) -> sample.Run:
+    """The solver on the mixture; its keys are not used."""
     keys = jax.random.split(jax.random.key(0), len(NOISE))
-    return sample.run_part(state, rows, mixture, mixture.process, sampler, {}, keys)
+    return sample.Run(mixture, mixture.process, sample.Sampler(solver.refine), keys)
 
 
 def ends(mixture: Mixture, solver: Solver, steps: int, begin: float) -> np.ndarray:
@@ -143,10 +144,10 @@ def ends(mixture: Mixture, solver: Solver, steps: int, begin: float) -> np.ndarr
     ts, length = times(mixture.process, solver.clock, steps, begin), max(solver.steps)
     scale = np.sqrt(np.asarray(mixture.process.alpha(begin) ** 2 + mixture.process.sigma(begin) ** 2))
     xs = exact(mixture, scale * NOISE, np.append(ts[: solver.history + 1], STOP))
-    rows, sampler = grid.pairs(ts), sample.Sampler(solver.refine)
+    rows, run = grid.pairs(ts), run_of(mixture, solver)
     seeded = start(mixture, solver, xs[:-1], rows, length)
-    with_history = advance(seeded, _pad(rows[solver.history :], length), mixture, sampler).x
-    own = advance(sample.start(sampler, jnp.asarray(xs[0])), _pad(rows, length), mixture, sampler).x
+    with_history = sample.advance_part(seeded, _pad(rows[solver.history :], length), run).x
+    own = sample.advance_part(sample.start(run, jnp.asarray(xs[0])), _pad(rows, length), run).x
     return np.stack([with_history, own, xs[-1]])
 
 

@@ -62,11 +62,11 @@ def pictures(num, size):
 
 def test_shrinking_is_the_mean_and_undoes_whole_enlargement():
     x = pictures(2, 8)
-    np.testing.assert_allclose(cascade.shrink(x, 2)[1, 0, 1], x[1, :4, 4:].mean((0, 1)), atol=1e-6)
+    np.testing.assert_allclose(cascade.downsample(x, 2)[1, 0, 1], x[1, :4, 4:].mean((0, 1)), atol=1e-6)
     flat = jnp.full((1, 4, 4, 3), 0.3)
-    np.testing.assert_allclose(cascade.enlarge(flat, 16), 0.3, atol=1e-6)
+    np.testing.assert_allclose(cascade.upsample(flat, 16), 0.3, atol=1e-6)
     ramp = jnp.broadcast_to(jnp.linspace(-1, 1, 8)[:, None, None], (1, 8, 8, 3))
-    inner = cascade.shrink(cascade.enlarge(ramp, 32), 8)[:, 2:-2]
+    inner = cascade.downsample(cascade.upsample(ramp, 32), 8)[:, 2:-2]
     np.testing.assert_allclose(inner, ramp[:, 2:-2], atol=1e-6)
 
 
@@ -95,27 +95,29 @@ def test_training_pictures_at_random_levels():
     again = LowRes(8, 0.4)(pictures(64, 16)[5:9], keys(64)[5:9])
     np.testing.assert_array_equal(again["low_res"], made["low_res"][5:9])
     clean = LowRes(8, 0.0)(pictures(64, 16), keys(64))
-    np.testing.assert_allclose(clean["low_res"], cascade.enlarge(cascade.shrink(pictures(64, 16), 8), 16), atol=1e-6)
+    np.testing.assert_allclose(
+        clean["low_res"], cascade.upsample(cascade.downsample(pictures(64, 16), 8), 16), atol=1e-6
+    )
 
 
 def test_the_objective_tells_the_network_of_them():
     """The loss of a network that returns its low-res picture is the loss of enlarging by interpolation."""
     bytes_ = jax.random.randint(KEY, (4, 16, 16, 3), 0, 256).astype(jnp.uint8)
     objective = Objective(
-        Flow(), X0(), Apply(ECHO), lambda params, cond: cond, loss.x0_weight(), loss.uniform, loss.independent,
+        Flow(), X0(), Apply(ECHO), lambda params, cond: cond, loss.x0_weight(), loss.uniform(), loss.independent,
         low_res=LowRes(4, 0.0),
     )  # fmt: skip
     params = {"network": jnp.zeros(())}
     t = jnp.array([0.1, 0.4, 0.7, 1.0])
     x0 = bytes_.astype(jnp.float32) / 127.5 - 1
-    trivial = jnp.mean((cascade.enlarge(cascade.shrink(x0, 4), 16) - x0) ** 2, axis=(1, 2, 3))
+    trivial = jnp.mean((cascade.upsample(cascade.downsample(x0, 4), 16) - x0) ** 2, axis=(1, 2, 3))
     np.testing.assert_allclose(objective.losses(params, {"image": bytes_}, t, keys(4)), trivial, rtol=1e-4)
 
 
 def test_a_stage_draws_what_it_is_told_of():
     small = pictures(3, 8)
     drawn = enlarging().sample(KEY, num=3, low_res=small)
-    np.testing.assert_allclose(drawn, cascade.enlarge(small, 16), atol=1e-5)
+    np.testing.assert_allclose(drawn, cascade.upsample(small, 16), atol=1e-5)
     np.testing.assert_allclose(enlarging().sample(KEY, num=1, low_res=small[:1], level=0.2), drawn[:1], atol=1.5)
     assert np.abs(enlarging().sample(KEY, num=1, low_res=small[:1], level=0.2) - drawn[:1]).max() > 0.1
 
@@ -132,19 +134,19 @@ def test_three_stages():
     drawn = whole.sample(KEY, num=2, prompt="bee", each=({"steps": 3}, {"level": 0.1}, {"sampler": "ddpm"}))
     assert [images.shape[1] for images in drawn] == [8, 16, 64]
     np.testing.assert_array_equal(drawn[0], first.sample(jax.random.fold_in(KEY, 0), num=2, prompt="bee", steps=3))
-    np.testing.assert_allclose(drawn[2], cascade.enlarge(jnp.clip(drawn[1], -1, 1), 64), atol=1e-4)
+    np.testing.assert_allclose(drawn[2], cascade.upsample(jnp.clip(drawn[1], -1, 1), 64), atol=1e-4)
 
 
 def test_starting_at_a_later_stage_from_a_picture():
     small = pictures(1, 8)
     drawn = Cascade((enlarging(16, 8), enlarging(32, 16))).sample(KEY, num=2, low_res=small)
-    np.testing.assert_allclose(drawn[0], jnp.repeat(cascade.enlarge(small, 16), 2, axis=0), atol=1e-5)
+    np.testing.assert_allclose(drawn[0], jnp.repeat(cascade.upsample(small, 16), 2, axis=0), atol=1e-5)
 
 
 def test_inpainting_keeps_what_is_known_at_every_stage():
     image, mask = pictures(1, 16), jnp.ones((1, 16, 16, 1)).at[:, :, :8].set(0)
     drawn = Cascade((toys.model(size=8), enlarging())).sample(KEY, num=2, image=image, mask=mask)
-    np.testing.assert_allclose(drawn[0][:, :, :4], jnp.repeat(cascade.shrink(image, 8)[:, :, :4], 2, 0), atol=1e-5)
+    np.testing.assert_allclose(drawn[0][:, :, :4], jnp.repeat(cascade.downsample(image, 8)[:, :, :4], 2, 0), atol=1e-5)
     np.testing.assert_allclose(drawn[1][:, :, :8], jnp.repeat(image[:, :, :8], 2, 0), atol=1e-5)
     assert np.abs(drawn[1][:, :, 8:] - image[:, :, 8:]).max() > 0.1
 
@@ -152,17 +154,17 @@ def test_inpainting_keeps_what_is_known_at_every_stage():
 def test_image_to_image_starts_the_first_stage():
     image = pictures(1, 16)
     drawn = Cascade((toys.model(size=8), enlarging())).sample(KEY, num=1, image=image, strength=0.5)
-    alone = toys.model(size=8).sample(jax.random.fold_in(KEY, 0), image=cascade.shrink(image, 8), strength=0.5)
+    alone = toys.model(size=8).sample(jax.random.fold_in(KEY, 0), image=cascade.downsample(image, 8), strength=0.5)
     np.testing.assert_array_equal(drawn[0], alone)
-    np.testing.assert_allclose(drawn[1], cascade.enlarge(jnp.clip(alone, -1, 1), 16), atol=1e-4)
+    np.testing.assert_allclose(drawn[1], cascade.upsample(jnp.clip(alone, -1, 1), 16), atol=1e-4)
 
 
 @pytest.mark.parametrize(
     "wrong, said",
     [
-        (lambda: cascade.shrink(pictures(1, 8), 3), "8 x 8 pixels cannot be shrunk to 3"),
+        (lambda: cascade.downsample(pictures(1, 8), 3), "8 x 8 pixels cannot be reduced to 3"),
         (lambda: LowRes(8, 1.0), "most 1.0"),
-        (lambda: Cascade((toys.model(), toys.model())), "stage 2 .toy. enlarges nothing"),
+        (lambda: Cascade((toys.model(), toys.model())), "stage 2 .toy. reads no pictures"),
         (
             lambda: Cascade((toys.model(size=4), enlarging())),
             "reads 8 pixels of 3 channels and stage 1 .toy. draws 4 of 3",
@@ -245,7 +247,7 @@ def test_one_stage_enlarges_a_picture(runs):
 @pytest.mark.parametrize(
     "order, said",
     [
-        (("emoji_tiny_super64", "emoji_tiny_base32"), "stage 2 .*emoji_tiny_base32. enlarges nothing"),
+        (("emoji_tiny_super64", "emoji_tiny_base32"), "stage 2 .*emoji_tiny_base32. reads no pictures"),
         (("emoji_tiny_super64",), "or give --low-res"),
     ],
 )
@@ -262,14 +264,14 @@ def test_previews_show_what_is_given_interpolation_the_model_and_the_truth(runs)
     assert preview.columns == 4 and preview.captions[3] == "truth" and preview.captions[1].startswith("bicubic ")
     truth = np.stack([np.asarray(Image.open(runs / "pictures" / f"{i}.png")) for i in range(8)]) / 127.5 - 1
     assert all(np.abs(truth - row[3]).max(axis=(1, 2, 3)).min() < 1e-5 for row in shown)
-    np.testing.assert_allclose(shown[:, 1], cascade.enlarge(cascade.shrink(shown[:, 3], 8), 16), atol=1e-5)
+    np.testing.assert_allclose(shown[:, 1], cascade.upsample(cascade.downsample(shown[:, 3], 8), 16), atol=1e-5)
 
 
 def test_a_stage_that_enlarges_is_measured_on_pictures_it_was_not_shown(runs):
     settings = config.load(str(EXPERIMENTS / "emoji_tiny_super64.py")).data
     settings.update(name="captioned_folder", path=str(runs / "pictures"), size=16, held_out="train[6:]")
     kept = data.load(ConfigDict(settings.to_dict() | {"split": "train[6:]"})).examples([0, 1])["image"]
-    interpolated = image.to_uint8(cascade.enlarge(cascade.shrink(image.from_uint8(kept), 8), 16))
+    interpolated = image.to_uint8(cascade.upsample(cascade.downsample(image.from_uint8(kept), 8), 16))
     model = loading.load(runs / "emoji_tiny_super64")
     found, _ = evaluation.enlargements(model, model.recipe(), settings, 64, 0)
     assert (found["num"], found["held_out"]) == (2, True)

@@ -74,7 +74,7 @@ def _above(path: str) -> list[str]:
 
 
 def _is_open(place: Place | None) -> bool:
-    return isinstance(found := present(place), Table) and found.others is not None
+    return isinstance(found := present(place), Table) and found.open
 
 
 def _shapes(path: str, of: Table) -> bool:

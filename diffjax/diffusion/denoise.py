@@ -1,7 +1,7 @@
 """Denoisers: `(x, t, cond) -> Estimate(x0, eps)`, and how a network becomes one.
 
-Adapting a network is naming three things: what it predicts, its clock (the number it was trained to read at time t) and
-the scale of its input.
+To adapt a network is to name three things: what it predicts; its *network time*, the number that it reads at time t;
+and the scale of its input. `cond` is the conditioning, what it is given beside x and t: its further arguments, by name.
 """
 
 from collections.abc import Callable
@@ -12,34 +12,42 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from diffjax.diffusion.predict import Estimate, Prediction, estimate
-from diffjax.diffusion.process import Discrete, Process, Time, expand
+from diffjax.diffusion.process import Discrete, Images, Process, Time, expand
 from diffjax.utils import struct
 
-Cond = dict[str, Array]
+Cond = dict[str, Array] | None
+"""The conditioning of each image; None where there is none."""
+
+OfTime = Callable[[Process, Time], Time]
+
+
+def plain_t(process: Process, t: Time) -> Time:
+    """t itself, from 0 (image) to 1 (noise)."""
+    return jnp.asarray(t)
 
 
 def thousand_t(process: Process, t: Time) -> Time:
-    """1000 t: the clock of networks trained on continuous times."""
+    """1000 t, so that a timestep embedding made for a table of 1000 steps serves continuous times too."""
     return 1000 * jnp.asarray(t)
 
 
 def thousand_sigma(process: Process, t: Time) -> Time:
-    """1000 sigma(t): the clock of SD3."""
+    """1000 sigma(t): what the network of SD3 reads."""
     return 1000 * process.sigma(t)
 
 
 def table_step(process: Process, t: Time) -> Time:
-    """k = T t - 1: the clock of networks trained on a `Discrete` table."""
+    """k = T t - 1: what networks read that were trained on a `Discrete` table of T steps."""
     return process.step(t)
 
 
-def own_clock(process: Process, t: Time) -> Time:
-    """The clock of the networks trained here: `table_step` of a table, `thousand_t` of anything else."""
+def standard_time(process: Process, t: Time) -> Time:
+    """What the networks of this package are trained to read: `table_step` of a table, `thousand_t` of anything else."""
     return table_step(process, t) if isinstance(process, Discrete) else thousand_t(process, t)
 
 
 def quarter_log_sigma(process: Process, t: Time) -> Time:
-    """log(sigma / alpha) / 4: the clock of EDM (Karras et al. 2022, table 1, c_noise)."""
+    """log(sigma / alpha) / 4: what the networks of EDM read (Karras et al. 2022, table 1, c_noise)."""
     return -process.logsnr(t) / 8
 
 
@@ -55,26 +63,29 @@ def edm_scale(process: Process, t: Time, sigma_data: float = 0.5) -> Time:
 
 @struct.dataclass
 class Denoiser:
-    """A network with its process, prediction, clock and input scale; a pytree, so it passes through `jit` as an
-    argument.
+    """A network with its process, prediction, network time and input scale.
 
-    `apply(params, x, clock(t), **cond) -> y` must be a function of stable identity, since it is static. When y has
-    twice the channels of x, the second half says what the variance is.
+    `apply(params, scale x, network_time, **cond) -> y` is the network. It reads t itself, from 0 to 1, unless its
+    `network_time` is given. When y has twice the channels of x, the second half is `Estimate.variance`.
+
+    A denoiser is a pytree and passes through `jit` as an argument. Its functions are static: make each of them once,
+    since a new function compiles anew.
     """
 
     process: Process
     prediction: Prediction
     params: Any
     apply: Callable = struct.field(pytree_node=False)
-    clock: Callable[[Process, Time], Time] = struct.field(pytree_node=False, default=own_clock)
-    scale: Callable[[Process, Time], Time] = struct.field(pytree_node=False, default=unit_scale)
+    network_time: OfTime = struct.field(pytree_node=False, default=plain_t)
+    scale: OfTime = struct.field(pytree_node=False, default=unit_scale)
 
-    def network(self, x: Float[Array, "b ..."], t: Time, cond: Cond) -> Float[Array, "b ..."]:
+    def network(self, x: Images, t: Time, cond: Cond = None) -> Images:
         """y, the raw output at x_t; t is a scalar or one time per image."""
         t = jnp.broadcast_to(jnp.asarray(t, x.dtype), x.shape[:1])
-        return self.apply(self.params, expand(self.scale(self.process, t), x) * x, self.clock(self.process, t), **cond)
+        x = expand(self.scale(self.process, t), x) * x
+        return self.apply(self.params, x, self.network_time(self.process, t), **(cond or {}))
 
-    def __call__(self, x: Float[Array, "b ..."], t: Time, cond: Cond) -> Estimate:
+    def __call__(self, x: Images, t: Time, cond: Cond = None) -> Estimate:
         """The pair (x0, eps) at x_t."""
         y = self.network(x, t, cond)
         channels = x.shape[-1]
@@ -84,11 +95,11 @@ class Denoiser:
 
 @dataclass(frozen=True)
 class Apply:
-    """`module.apply` as a static argument: equal for equal modules, so that loading a model again compiles nothing."""
+    """`module.apply` of a linen module as a static argument: equal for equal modules, so that loading a model again
+    compiles nothing.
+    """
 
     module: Any
 
-    def __call__(
-        self, params: Any, x: Float[Array, "b ..."], t: Float[Array, " b"], **cond: Array
-    ) -> Float[Array, "b ..."]:
+    def __call__(self, params: Any, x: Images, t: Float[Array, " b"], **cond: Array) -> Images:
         return self.module.apply({"params": params}, x, t, **cond)

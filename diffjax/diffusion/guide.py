@@ -1,54 +1,62 @@
 """Guidance: from denoisers to a denoiser.
 
-A guide evaluates branches (conditional, null, ...) and combines their estimates. With scale w = 1 every rule here
-returns the conditional estimate. A guided denoiser is called with `cond = {"cond": ..., "null": ...}`, one dictionary a
-branch; guides compose by application, and an estimate carries the branches it was made of, so that an outer guide needs
-no further evaluation:
+A guide evaluates branches (conditional, null, ...) and combines their estimates. With scale w = 1 every guide here
+returns the conditional estimate. A guided denoiser is called with `cond = {"cond": ..., "null": ...}`, the conditioning
+of each branch. Guides compose by application; an estimate carries the branches that it was made of, so that an outer
+guide evaluates nothing again:
 
-    guided = Rescale(Interval(Guidance(denoise, 3.0), 0.1, 0.9), prediction, process, 0.7)
+    guided = Rescale(Interval(Guidance(denoise, 3.0), 0.1, 0.9), prediction, 0.7)
 
-A guide with momentum remembers: `init(x)` is its memory before the first step, the estimate of every step carries the
-next one, and the sampler hands it back as `cond["past"]`.
+A guide with momentum has a memory: `init(x)` is the one before the first step, the estimate of every step carries the
+next one (`Estimate.memory`), and the sampler gives it back as `cond["past"]`.
 """
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from diffjax.diffusion.predict import Estimate, Prediction, Velocity, estimate, target, with_x0
-from diffjax.diffusion.process import Process, Time, expand
+from diffjax.diffusion.process import Images, Process, Time, expand
 from diffjax.utils import struct
 
-Denoise = Callable[[Float[Array, "b ..."], Time, Any], Estimate]
 Scale = float | Float[Array, ""]
 
 
+class Denoise(Protocol):
+    """`(x, t, cond) -> Estimate`, of the process whose x_t it reads."""
+
+    @property
+    def process(self) -> Process:
+        """The process of x."""
+
+    def __call__(self, x: Images, t: Time, cond: Any) -> Estimate:
+        """The pair (x0, eps) at x_t."""
+
+
 def null(cond: dict[str, Array]) -> dict[str, Array]:
-    """The unconditional branch: no token is real and the label is -1, for which networks use what they learned
-    for nothing.
+    """The conditioning of the null branch: no token counts (`mask` is False) and the label is -1.
+
+    Networks take that for an image without text or class.
     """
     empty = {"mask": jnp.zeros_like, "label": lambda label: jnp.full_like(label, -1)}
     return {name: empty.get(name, lambda value: value)(value) for name, value in cond.items()}
 
 
-def branches(
-    denoise: Denoise, x: Array, t: Time, conds: list[dict[str, Array]], together: bool = True
-) -> list[Estimate]:
-    """The estimates of one network under several conditions: as one batch, or one after the other to save memory."""
+def branches(denoise: Denoise, x: Images, t: Time, conds: list[Any], together: bool = True) -> list[Estimate]:
+    """The estimates of one network for each conditioning: as one batch, or one after the other to save memory."""
     if not together:
         return [denoise(x, t, cond) for cond in conds]
     n = len(conds)
     stack = lambda *leaves: jnp.concatenate(leaves)
     t = jnp.tile(jnp.broadcast_to(t, x.shape[:1]), n)
     joint = denoise(stack(*[x] * n), t, jax.tree.map(stack, *conds))
-    return [jax.tree.map(lambda leaf: jnp.split(leaf, n)[i], joint) for i in range(n)]
+    return [jax.tree.map(lambda leaf, i=i: jnp.split(leaf, n)[i], joint) for i in range(n)]
 
 
 def mix(weak: Estimate, strong: Estimate, scale: Scale) -> Estimate:
-    """weak + w (strong - weak), of x0 and of eps alike: a consistent pair, since both branches share x_t."""
+    """weak + w (strong - weak), of x0 and of eps alike: both are estimates at the same x_t, and so is the mix."""
     return strong._replace(x0=weak.x0 + scale * (strong.x0 - weak.x0), eps=weak.eps + scale * (strong.eps - weak.eps))
 
 
@@ -66,18 +74,21 @@ def _over(a: Array, b: Array) -> Array:
 
 
 class Guide:
-    """What guides have in common: the branches of `cond` that they read, what they remember, the conditional
-    estimate alone.
-    """
+    """What guides have in common. `reads` are the branches of `cond` that a guide reads."""
 
     reads = ("cond", "null")
 
-    def init(self, x: Float[Array, "b ..."]) -> Any:
+    @property
+    def process(self) -> Process:
+        """That of the guided denoiser."""
+        return self.denoise.process
+
+    def init(self, x: Images) -> Any:
         """The memory before the first step."""
         return ()
 
     def alone(self, x: Array, t: Time, cond: dict[str, Any]) -> Estimate:
-        """The conditional estimate; no other branch is evaluated."""
+        """The conditional estimate alone: no other branch is evaluated."""
         return self.denoise(x, t, cond["cond"])
 
     def pair(self, x: Array, t: Time, cond: dict[str, Any]) -> list[Estimate]:
@@ -86,14 +97,12 @@ class Guide:
 
 
 class Over(Guide):
-    """A guide that changes what another one, `guided`, returns."""
+    """A guide that changes what another one, `guided`, returns; it reads the same branches."""
 
-    @property
-    def reads(self) -> tuple[str, ...]:
-        """The branches that the inner guide reads."""
-        return self.guided.reads
+    reads = property(lambda self: self.guided.reads)
+    process = property(lambda self: self.guided.process)
 
-    def init(self, x: Float[Array, "b ..."]) -> Any:
+    def init(self, x: Images) -> Any:
         """The inner guide's memory."""
         return self.guided.init(x)
 
@@ -119,7 +128,7 @@ class Guidance(Guide):
 class Autoguidance(Guide):
     """weak + w (strong - weak), with a smaller or less trained network for weak (Karras et al. 2024, eq. 3).
 
-    The branch `cond["weak"]` is what that network is told: the same prompt or class, in its own text encoder's words.
+    The branch `cond["weak"]` is the conditioning of that network: the same prompt or class, by its own text encoder.
     """
 
     denoise: Denoise
@@ -134,10 +143,10 @@ class Autoguidance(Guide):
 
 @struct.dataclass
 class Skip(Over):
-    """g + s (c - c_skip) for start < 1 - t <= stop, c_skip a network with layers left out (Stability AI's
-    SD3.5 medium).
+    """g + s (c - c_skip) for start < 1 - t <= stop (Stability AI's SD3.5 medium).
 
-    It is evaluated where it counts alone.
+    g is the guided and c the conditional estimate; c_skip is that of `skip`, the network with some layers left out.
+    Outside the interval `skip` is not evaluated.
     """
 
     guided: Guide
@@ -156,8 +165,9 @@ class Skip(Over):
 
 @struct.dataclass
 class Interval(Over):
-    """The guided estimate for low < t <= high, the conditional one elsewhere (Kynkaanniemi et al. 2024, eq. 4), where
-    nothing else is evaluated.
+    """The guided estimate for low < t <= high (Kynkaanniemi et al. 2024, eq. 4).
+
+    Elsewhere it is the conditional estimate, and no other branch is evaluated.
     """
 
     guided: Guide
@@ -177,13 +187,13 @@ class Interval(Over):
 
 @struct.dataclass
 class Rescale(Over):
-    """y' = phi y std(c) / std(y) + (1 - phi) y in the network's own y, one deviation per image (Lin et al. 2024,
-    eq. 15-16).
+    """y' = phi y std(c) / std(y) + (1 - phi) y (Lin et al. 2024, eq. 15-16), with one standard deviation per image.
+
+    y and c are what a network of that `prediction` would return for the guided and for the conditional estimate.
     """
 
     guided: Guide
     prediction: Prediction
-    process: Process
     phi: Scale = 0.7
 
     def __call__(self, x: Array, t: Time, cond: Any) -> Estimate:
@@ -201,7 +211,6 @@ class CFGZero(Guide):
     (Fan et al. 2025, eq. 11 and section 4.2)."""
 
     denoise: Denoise
-    process: Process
     scale: Scale
     still: Scale = 1.0
     together: bool = struct.field(pytree_node=False, default=True)
@@ -227,17 +236,19 @@ def project(c: Array, delta: Array, scale: Scale, radius: Scale, parallel: Scale
 
 @struct.dataclass
 class APG(Guide):
-    """Adaptive projected guidance of x0: `project` of d <- (c - u) + beta d_previous (Sadat et al. 2024, eq. 7-11)."""
+    """Adaptive projected guidance of x0 (Sadat et al. 2024, eq. 7-11).
+
+    It is `project` of the running difference d = (c - u) + momentum d_previous.
+    """
 
     denoise: Denoise
-    process: Process
     scale: Scale
     momentum: Scale = 0.0
     radius: Scale = jnp.inf
     parallel: Scale = 0.0
     together: bool = struct.field(pytree_node=False, default=True)
 
-    def init(self, x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
+    def init(self, x: Images) -> Images:
         return jnp.zeros_like(x)
 
     def __call__(self, x: Array, t: Time, cond: dict[str, Any]) -> Estimate:

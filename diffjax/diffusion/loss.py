@@ -3,7 +3,10 @@
     loss = w(t) |dx0|^2 = w(t) (sigma / det)^2 |y - target|^2
 
 The right-hand side is what is computed: it is finite at both ends. Weights are weights of the x0 error, so that one
-function serves every prediction (Kingma and Gao 2023, "Understanding Diffusion Objectives", section 3).
+serves every prediction (Kingma and Gao 2023, "Understanding Diffusion Objectives", section 3).
+
+A weight is made by a call, such as `plain()` or `min_snr(gamma=5.0)`, and is itself a function `(denoiser, t) -> w`.
+So is a distribution of times, such as `uniform()`: a function `(process, u) -> t` of uniform numbers u in (0, 1).
 """
 
 from collections.abc import Callable
@@ -14,40 +17,43 @@ from jaxtyping import Array, Float, Int, Key
 
 from diffjax.diffusion.denoise import Cond, Denoiser
 from diffjax.diffusion.predict import determinant, target
-from diffjax.diffusion.process import Process, Time, perturb
+from diffjax.diffusion.process import Images, Process, Time, image_keys, perturb, unit_noise
 
 Weight = Callable[[Denoiser, Time], Time]
+Times = Callable[[Process, Float[Array, " b"]], Float[Array, " b"]]
 
 
-def loss(
-    denoiser: Denoiser,
-    x0: Float[Array, "b ..."],
-    eps: Float[Array, "b ..."],
-    t: Float[Array, " b"],
-    cond: Cond,
-    weight: Weight,
+def weighted_error(
+    denoiser: Denoiser, x0: Images, eps: Images, t: Float[Array, " b"], cond: Cond, weight: Weight
 ) -> Float[Array, " b"]:
-    """The weighted squared error of every image, a mean over its pixels."""
+    """The loss of every image at the given noise and times: the weighted squared error, a mean over its pixels."""
     y = denoiser.network(perturb(denoiser.process, x0, eps, t), t, cond)
     error = y - target(denoiser.prediction, denoiser.process, x0, eps, t)
     return weight(denoiser, t) * jnp.mean(jnp.square(error), axis=tuple(range(1, x0.ndim)))
 
 
-def _of_x0(weight: Callable[[Process, Time], Time]) -> Callable[[Denoiser, Time], Time]:
+def drawn_error(
+    denoiser: Denoiser, key: Key[Array, ""], x0: Images, weight: Weight, times: Times, cond: Cond = None
+) -> Float[Array, " b"]:
+    """`weighted_error` at noise and `antithetic` times that are drawn from the key: its mean is the training loss."""
+    time_key, noise_key = jax.random.split(key)
+    rows = jnp.arange(len(x0))
+    t = times(denoiser.process, antithetic(time_key, rows, len(x0)))
+    eps = unit_noise(image_keys(noise_key, rows), x0.shape[1:], x0.dtype)
+    return weighted_error(denoiser, x0, eps, t, cond, weight)
+
+
+def _of_x0(weight: Callable[[Process, Time], Time]) -> Weight:
     """A weight of |dx0|^2 as the weight of |dy|^2."""
-
-    def of_y(denoiser: Denoiser, t: Time) -> Time:
-        det = determinant(denoiser.prediction, denoiser.process, t)
-        return weight(denoiser.process, t) * jnp.square(denoiser.process.sigma(t) / det)
-
-    return of_y
+    det = lambda denoiser, t: determinant(denoiser.prediction, denoiser.process, t)
+    return lambda of, t: weight(of.process, t) * jnp.square(of.process.sigma(t) / det(of, t))
 
 
-def plain(denoiser: Denoiser, t: Time) -> Time:
+def plain() -> Weight:
     """|y - target|^2, unweighted: the simple loss of DDPM for eps (Ho et al. 2020, eq. 14), flow matching for the
     velocity.
     """
-    return jnp.ones_like(t)
+    return lambda denoiser, t: jnp.ones_like(t)
 
 
 def x0_weight() -> Weight:
@@ -88,28 +94,24 @@ def p2(gamma: float = 1.0, k: float = 1.0) -> Weight:
 
 
 def independent(key: Key[Array, ""], rows: Int[Array, " b"], batch: int) -> Float[Array, " b"]:
-    """One uniform number in (0, 1) per image: row i of the batch of `batch` images draws with `fold_in(key, i)`."""
-    draw = lambda row: jax.random.uniform(jax.random.fold_in(key, row), minval=1e-6)
-    return jax.vmap(draw)(rows)
+    """One uniform number in (0, 1) for each of the `rows` of a batch: row i draws from `fold_in(key, i)`."""
+    return jax.vmap(lambda key: jax.random.uniform(key, minval=1e-6))(image_keys(key, rows))
 
 
 def antithetic(key: Key[Array, ""], rows: Int[Array, " b"], batch: int) -> Float[Array, " b"]:
-    """u_i = (u + i / batch) mod 1: one draw, spread evenly over the batch (Kingma et al. 2021, appendix I.1)."""
+    """(u + i / batch) mod 1 for row i: one draw u, spread evenly over the batch (Kingma et al. 2021, appendix I.1)."""
     u = (jax.random.uniform(key) + rows / batch) % 1
     return jnp.clip(u, 1e-6, 1 - 1e-6)
 
 
-Times = Callable[[Process, Float[Array, " b"]], Float[Array, " b"]]
-
-
-def uniform(process: Process, u: Float[Array, " b"]) -> Float[Array, " b"]:
+def uniform() -> Times:
     """t = u."""
-    return u
+    return lambda process, u: u
 
 
-def table(process: Process, u: Float[Array, " b"]) -> Float[Array, " b"]:
-    """t = (k + 1) / T: every step k of a `Discrete` table as likely (Ho et al. 2020, algorithm 1)."""
-    return (jnp.floor(u * process.steps) + 1) / process.steps
+def table() -> Times:
+    """t = (k + 1) / T: every step k of a `Discrete` table is as likely (Ho et al. 2020, algorithm 1)."""
+    return lambda process, u: (jnp.floor(u * process.steps) + 1) / process.steps
 
 
 def logit_normal(mean: float = 0.0, std: float = 1.0) -> Times:

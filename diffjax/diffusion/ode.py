@@ -13,13 +13,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
 from diffjax.diffusion.grid import Grid
 from diffjax.diffusion.guide import Denoise
-from diffjax.diffusion.process import Process
-from diffjax.diffusion.refine import Chain, Refine
-from diffjax.diffusion.sample import Sampler, sample
+from diffjax.diffusion.process import Images, Keys, Process, fold
+from diffjax.diffusion.refine import Refine
+from diffjax.diffusion.sample import DDIM, Sampler, solve
 from diffjax.utils import struct
 from diffjax.utils.errors import UserError
 
@@ -36,32 +36,22 @@ def backwards(process: Process, grid: Grid) -> Grid:
     return grid[::-1, ::-1]
 
 
-def invert(
-    denoise: Denoise,
-    process: Process,
-    x0: Float[Array, "b ..."],
-    grid: Grid,
-    refine: Refine = Chain(()),
-    cond: Any = None,
-) -> Float[Array, "b ..."]:
+def invert(denoise: Denoise, x0: Images, grid: Grid, refine: Refine = DDIM.refine, cond: Any = None) -> Images:
     """x at the grid's first time, t_max, from which the same solver on the same grid draws x0 again.
 
-    The image stands for x at t_min: x = alpha x0 there, off the flow from t = 0 by order (sigma / alpha)^2 for a smooth
-    density. Sampling back gives alpha(t_min) x0, up to the solver's error.
+    The image is taken for x at t_min: x = alpha(t_min) x0. That is off the flow from t = 0 by order (sigma / alpha)^2
+    for a smooth density. Drawing from the result gives alpha(t_min) x0, up to the solver's error.
     """
     keys = jax.random.split(jax.random.key(0), len(x0))
-    rows = backwards(process, grid)
-    return sample(denoise, process, process.alpha(rows[0, 0]) * x0, rows, Sampler(refine), keys, cond)
-
-
-Field = Callable[[Float[Array, "b ..."]], Float[Array, "b ..."]]
+    rows = backwards(denoise.process, grid)
+    return solve(denoise, denoise.process.alpha(rows[0, 0]) * x0, rows, Sampler(refine), keys, cond)
 
 
 @struct.dataclass
 class Trace:
     """The exact divergence: one Jacobian-vector product a dimension."""
 
-    def __call__(self, f: Field, z: Float[Array, "b ..."]) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
+    def __call__(self, f: Callable[[Images], Images], z: Images) -> tuple[Images, Float[Array, " b"]]:
         """f(z) and div f, one number an image."""
         value, jvp = jax.linearize(f, z)
 
@@ -72,67 +62,58 @@ class Trace:
         return value, jnp.sum(jax.lax.map(entry, jnp.arange(z[0].size)), axis=0)
 
 
+EXACT = Trace()
+
+
 @struct.dataclass
 class Hutchinson:
-    """An unbiased divergence, the mean of v . J v over probes v of random signs, the same ones at every time
-    (Grathwohl et al. 2019, section 3.1).
+    """An unbiased estimate of the divergence: the mean of v . J v over `probes` vectors v of random signs, the same ones
+    at all times (Grathwohl et al. 2019, section 3.1).
 
-    Each image draws from its own key. The variance is the sum over i < j of (J_ij + J_ji)^2 / probes.
+    Each image draws its v from its own key. The variance is the sum over i < j of (J_ij + J_ji)^2 / probes.
     """
 
-    keys: Key[Array, " b"]
+    keys: Keys
     probes: int = struct.field(pytree_node=False, default=1)
 
-    def __call__(self, f: Field, z: Float[Array, "b ..."]) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
+    def __call__(self, f: Callable[[Images], Images], z: Images) -> tuple[Images, Float[Array, " b"]]:
         """f(z) and the estimate of div f, one number an image."""
         value, jvp = jax.linearize(f, z)
 
         def probe(i: Array) -> Array:
-            signs = jax.vmap(lambda key: jax.random.rademacher(jax.random.fold_in(key, i), z.shape[1:], z.dtype))(
-                self.keys
-            )
+            signs = jax.vmap(lambda key: jax.random.rademacher(key, z.shape[1:], z.dtype))(fold(self.keys, i))
             return jnp.sum((signs * jvp(signs)).reshape(len(z), -1), axis=1)
 
         return value, jnp.mean(jax.lax.map(probe, jnp.arange(self.probes)), axis=0)
 
 
+Divergence = Trace | Hutchinson
+Variance = Float[Array, "..."] | float
+
+
 def log_likelihood(
-    denoise: Denoise,
-    process: Process,
-    x0: Float[Array, "b ..."],
-    grid: Grid,
-    variance: Float[Array, "..."] | float,
-    divergence: Trace | Hutchinson = Trace(),
-    cond: Any = None,
+    denoise: Denoise, x0: Images, grid: Grid, variance: Variance, divergence: Divergence = EXACT, cond: Any = None
 ) -> Float[Array, " b"]:
     """log p(x0) in nats by Runge-Kutta of order 4 in log(rho), four evaluations a step.
 
-    Two truncations besides the steps: at t_min it is the density of x0 with noise of deviation rho_min added, off by
-    rho_min^2 / 2 (laplacian p) / p; at t_max the prior of z is N(0, rho_max^2 + variance), `variance` that of the data
-    (a number, or one a dimension), off by order mean / rho_max and (deviation / rho_max)^3. Quantised images have a
-    density only once uniform noise of one level's width has been added. `UserError` as `backwards`.
+    Besides the error of the steps there are two truncations. At t_min the density is that of x0 with noise of deviation
+    rho_min added, which differs by rho_min^2 / 2 (laplacian p) / p. At t_max the prior of z is taken to be
+    N(0, rho_max^2 + variance), with the data's `variance` (a number, or one per dimension): an error of order
+    mean / rho_max and (deviation / rho_max)^3. Images of 256 levels have a density only after uniform noise of one
+    level's width has been added. Raises `UserError` as `backwards` does.
     """
-    return _integrate(
-        denoise, process, x0, backwards(process, grid), variance, divergence, {} if cond is None else cond
-    )
+    return _integrate(denoise, x0, backwards(denoise.process, grid), variance, divergence, cond)
 
 
 RUNGE_KUTTA = np.array([[0, 1 / 6], [1 / 2, 1 / 3], [1 / 2, 1 / 3], [1, 1 / 6]])
-"""Where each stage stands in the step, which it reaches by the slope of the stage before, and its share of
-the whole.
-"""
+"""One row a stage: the share of the step at which it is evaluated, and its weight."""
 
 
 @jax.jit
 def _integrate(
-    denoise: Denoise,
-    process: Process,
-    x0: Array,
-    rows: Array,
-    variance: Array,
-    divergence: Trace | Hutchinson,
-    cond: Any,
+    denoise: Denoise, x0: Images, rows: Grid, variance: Variance, divergence: Divergence, cond: Any
 ) -> Array:
+    process = denoise.process
     log_rho = -process.logsnr(jnp.asarray(rows, x0.dtype)) / 2
 
     def rate(z: Array, at: Array) -> tuple[Array, Array]:
@@ -156,7 +137,7 @@ def _integrate(
 
 
 def bits_per_dim(log_p: Float[Array, " b"], dims: int, levels: int = 256) -> Float[Array, " b"]:
-    """-log2 P / dims of images in [-1, 1] quantised to `levels`, whose width is 2 / levels: log P = log p + dims
-    log(2 / levels).
+    """-log2 P / dims of images in [-1, 1] of so many `levels`: a level is 2 / levels wide, so that
+    log P = log p + dims log(2 / levels).
     """
     return -(log_p / dims + jnp.log(2 / levels)) / jnp.log(2)

@@ -11,23 +11,23 @@ and errors of one are errors of the other: `|dy|^2 = (det / sigma)^2 |dx0|^2`.
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-from diffjax.diffusion.process import Process, Time, expand
+from diffjax.diffusion.process import Images, Process, Time, expand
 from diffjax.utils import struct
 
 
 class Estimate(NamedTuple):
     """What a denoiser returns: the pair, so that nothing is divided by sigma afterwards.
 
-    `variance` is what a network with twice the channels says of the variance of an ancestral step (`sample.learned`,
-    `sample.learned_range`); `branches` the estimates that a guide combined, the conditional one first; `memory` what it
-    wants to be told at the next step.
+    `variance` is the second half of the output of a network that predicts the variance of an ancestral step too
+    (`sample.learned`, `sample.learned_range`). A guide adds `branches`, the estimates that it combined, the conditional
+    one first, and `memory`, what it reads at the next step.
     """
 
-    x0: Float[Array, "b ..."]
-    eps: Float[Array, "b ..."]
-    variance: Float[Array, "b ..."] | None = None
+    x0: Images
+    eps: Images
+    variance: Images | None = None
     branches: tuple["Estimate", ...] = ()
     memory: Any = ()
 
@@ -111,21 +111,17 @@ def determinant(prediction: Prediction, process: Process, t: Time) -> Time:
 
 
 def is_blind(prediction: Prediction, process: Process, t: Time) -> bool:
-    """Whether det is 0 at t, so that the prediction says nothing of x0 there: eps and score where alpha is 0."""
+    """Whether det is 0 at t, so that x0 does not follow from the prediction: eps and score where alpha is 0."""
     return bool(jnp.abs(determinant(prediction, process, t)) < 1e-6)
 
 
-def target(
-    prediction: Prediction, process: Process, x0: Float[Array, "b ..."], eps: Float[Array, "b ..."], t: Time
-) -> Array:
+def target(prediction: Prediction, process: Process, x0: Images, eps: Images, t: Time) -> Array:
     """y = a x0 + b eps."""
     a, b = prediction.point(process, t)
     return expand(a, x0) * x0 + expand(b, x0) * eps
 
 
-def estimate(
-    prediction: Prediction, process: Process, xt: Float[Array, "b ..."], y: Float[Array, "b ..."], t: Time
-) -> Estimate:
+def estimate(prediction: Prediction, process: Process, xt: Images, y: Images, t: Time) -> Estimate:
     """The pair (x0, eps) that a prediction y at x_t stands for."""
     a, b = prediction.point(process, t)
     alpha, sigma = process.alpha(t), process.sigma(t)
@@ -134,13 +130,13 @@ def estimate(
     return Estimate(weigh(b, -sigma), weigh(-a, alpha))
 
 
-def with_x0(est: Estimate, x0: Float[Array, "b ..."], process: Process, t: Time) -> Estimate:
+def with_x0(est: Estimate, x0: Images, process: Process, t: Time) -> Estimate:
     """The estimate moved to another x0 along `alpha x0 + sigma eps = x_t`."""
     ratio = expand(process.alpha(t) / process.sigma(t), x0)
     return est._replace(x0=x0, eps=est.eps + ratio * (est.x0 - x0))
 
 
-def with_eps(est: Estimate, eps: Float[Array, "b ..."], process: Process, t: Time) -> Estimate:
+def with_eps(est: Estimate, eps: Images, process: Process, t: Time) -> Estimate:
     """The estimate moved to another eps along the same line."""
     ratio = expand(process.sigma(t) / process.alpha(t), eps)
     return est._replace(eps=eps, x0=est.x0 + ratio * (est.eps - eps))

@@ -8,17 +8,26 @@ A process is a frozen pytree with the two functions `alpha` and `sigma`; all els
 Nothing is clipped: the ends are exact. (Kingma et al. 2021, "Variational Diffusion Models", eq. 1-3.)
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int, Key
 
 from diffjax.utils import struct
 
 Time = Float[Array, "*b"] | float
+"""One time for the whole batch, or one per image."""
+
+Images = Float[Array, "b ..."]
+"""A batch: pictures (b, h, w, c), latents, or points (b, d)."""
+
+Keys = Key[Array, " b"]
+"""One key per image, so that what is drawn for an image never depends on its neighbours."""
 
 
-def expand(v: Float[Array, "*b"], x: Float[Array, "b ..."]) -> Float[Array, "..."]:
+def expand(v: Float[Array, "*b"], x: Images) -> Float[Array, "..."]:
     """Append axes to a value per image, (b,), so that it multiplies x of shape (b, ...); a scalar stays as it is."""
     v = jnp.asarray(v)
     return v.reshape(v.shape + (1,) * (x.ndim - v.ndim)) if v.ndim else v
@@ -29,11 +38,24 @@ def root(value: Array) -> Array:
     return jnp.sqrt(jnp.where(value > 0, value, 1)) * (value > 0)
 
 
-def perturb(
-    process: "Process", x0: Float[Array, "b ..."], eps: Float[Array, "b ..."], t: Time
-) -> Float[Array, "b ..."]:
+def perturb(process: "Process", x0: Images, eps: Images, t: Time) -> Images:
     """x_t = alpha(t) x0 + sigma(t) eps, with t a scalar or one time per image."""
     return expand(process.alpha(t), x0) * x0 + expand(process.sigma(t), x0) * eps
+
+
+def image_keys(key: Key[Array, ""], numbers: Int[Array, " b"]) -> Keys:
+    """`fold_in(key, i)` for image number i."""
+    return jax.vmap(lambda number: jax.random.fold_in(key, number))(jnp.asarray(numbers, jnp.uint32))
+
+
+def fold(keys: Keys, number: int | Array) -> Keys:
+    """`fold_in(key, number)` of every key: fresh keys for one more step or purpose."""
+    return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
+
+
+def unit_noise(keys: Keys, shape: tuple[int, ...], dtype: Any = float) -> Images:
+    """Standard normal noise, of `shape` for each key."""
+    return jax.vmap(lambda key: jax.random.normal(key, shape, dtype))(keys)
 
 
 class Process:
@@ -111,7 +133,7 @@ class Exploding(Process):
 
 @struct.dataclass
 class Linear(Process):
-    """alpha = 1, sigma = sigma_max t: EDM's own clock, time is sigma (Karras et al. 2022, table 1, last column)."""
+    """alpha = 1, sigma = sigma_max t: EDM, whose time is sigma itself (Karras et al. 2022, table 1, last column)."""
 
     sigma_max: float = 80.0
 
@@ -127,9 +149,7 @@ class Linear(Process):
 
 @jax.custom_jvp
 def _value_and_slope(value: Array, smooth: Array) -> Array:
-    """The first argument's value with the second one's derivative: a table that can be differentiated
-    between entries.
-    """
+    """The value of the first argument with the derivative of the second, so that a table has one at its entries too."""
     return value
 
 
@@ -175,10 +195,8 @@ class Discrete(Process):
         sigma = jnp.where(b > 0, root((1 - weight) * (1 - a) + weight * (1 - b)), root(1 - to_zero**2))
         exact, on_entry = jnp.where(weight == 1, b, a), (weight == 0) | (weight == 1)
         pick = lambda smooth, power: jnp.where(on_entry, _value_and_slope(root(power), smooth), smooth)
-        return (
-            pick(jnp.where(inner, jnp.sqrt(jax.nn.sigmoid(logsnr)), alpha), exact),
-            pick(jnp.where(inner, jnp.sqrt(jax.nn.sigmoid(-logsnr)), sigma), 1 - exact),
-        )
+        alpha = pick(jnp.where(inner, jnp.sqrt(jax.nn.sigmoid(logsnr)), alpha), exact)
+        return alpha, pick(jnp.where(inner, jnp.sqrt(jax.nn.sigmoid(-logsnr)), sigma), 1 - exact)
 
     def alpha(self, t: Time) -> Time:
         return self._between(t)[0]
@@ -189,12 +207,11 @@ class Discrete(Process):
     def inverse(self, logsnr: Time) -> Time:
         alpha2, signal = jnp.asarray(self.alpha2, jnp.result_type(float)), jax.nn.sigmoid(jnp.asarray(logsnr))
         times = jnp.arange(1, self.steps + 1) / self.steps
-        ends_in_zero = alpha2[-1] == 0
         nodes = jnp.where(alpha2 > 0, _logit(alpha2, alpha2 > 0), -1e30)
         inside = jnp.interp(-jnp.asarray(logsnr), -nodes, times)
         first = (1 - signal) / (1 - alpha2[0]) / self.steps
         last = 1 - jnp.sqrt(signal / alpha2[-2]) / self.steps
-        inside = jnp.where(ends_in_zero & (signal < alpha2[-2]), last, inside)
+        inside = jnp.where((alpha2[-1] == 0) & (signal < alpha2[-2]), last, inside)
         return jnp.where(signal > alpha2[0], first, inside)
 
 
@@ -232,14 +249,14 @@ def squared_cosine_betas(steps: int = 1000, limit: float = 0.999) -> Float[np.nd
 
 def zero_terminal_snr(betas: Float[np.ndarray, " steps"]) -> Float[np.ndarray, " steps"]:
     """Shift and scale sqrt(alpha^2) so that its last entry is 0 and its first stays (Lin et al. 2024, algorithm 1)."""
-    root = np.sqrt(_cumulative(betas))
-    first, last = root[0].copy(), root[-1].copy()
-    alpha2 = ((root - last) * (first / (first - last))) ** 2
+    alpha = np.sqrt(_cumulative(betas))
+    first, last = alpha[0].copy(), alpha[-1].copy()
+    alpha2 = ((alpha - last) * (first / (first - last))) ** 2
     return 1 - np.concatenate([alpha2[:1], alpha2[1:] / alpha2[:-1]])
 
 
 def _linspace32(start: float, end: float, steps: int) -> Float[np.ndarray, " steps"]:
-    """float32 values counted from both ends towards the middle with one rounding each, as publishers computed them."""
+    """float32 values, the first half counted from `start` and the second from `end`, as publishers computed them."""
     start, end = np.float32(start).astype(float), np.float32(end).astype(float)
     step = np.float32(np.float32(end - start) / np.float32(max(steps - 1, 1))).astype(float)
     index = np.arange(steps)

@@ -13,12 +13,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+from diffjax.diffusion.grid import Grid
 from diffjax.diffusion.guide import Denoise, Scale
 from diffjax.diffusion.predict import Estimate
-from diffjax.diffusion.process import Process, Time, root
-from diffjax.diffusion.refine import Chain, Refine
+from diffjax.diffusion.process import Images, Keys, Process, Time, fold, image_keys, root, unit_noise
+from diffjax.diffusion.refine import Chain, Refine, Step
 from diffjax.utils import struct
 
 Law = Callable[[Array, Scale], tuple[Array, Array]]
@@ -26,6 +28,9 @@ Law = Callable[[Array, Scale], tuple[Array, Array]]
 cancellation that 1 minus the other has in float32 where r is near 0 or 1."""
 
 Deviation = Callable[[Process, Estimate, Time, Time, Array], Array]
+"""(process, estimate, t, s, tau) -> the deviation of the noise in x_s."""
+
+Noise = Float[Array, "steps b ..."]
 
 
 def power_law(r: Float[Array, ""], eta: Scale) -> tuple[Float[Array, ""], Float[Array, ""]]:
@@ -76,7 +81,7 @@ def learned_range(process: Process, est: Estimate, t: Time, s: Time, tau: Array)
 
 @struct.dataclass
 class Sampler:
-    """A refinement with the amount of noise, its law, and its deviation."""
+    """A refinement, the amount of noise eta, the law by which eta acts, and the deviation of the noise."""
 
     refine: Refine = Chain(())
     eta: Scale = 0.0
@@ -84,127 +89,113 @@ class Sampler:
     deviation: Deviation = struct.field(pytree_node=False, default=small)
 
 
+DDIM = Sampler()
+"""The plain move with eta = 0: DDIM, and Euler for flows."""
+
+
 def is_ancestral(sampler: Sampler) -> bool:
-    """Whether it takes the plain steps of DDPM, to which a publisher's variance belongs; DDIM and the stochastic
-    multistep solvers have a variance of their own, eta times the posterior's.
+    """Whether it takes the plain steps of DDPM, to which a publisher's variance belongs. DDIM and the stochastic
+    multistep solvers have a variance of their own: eta times the posterior's.
     """
     return sampler.law is power_law and sampler.refine == Chain(())
 
 
 @struct.dataclass
-class State:
-    """A run between two steps: the image, the last estimate of x0 (a preview), what the refinement remembers, steps
-    done, and what the guide remembers.
+class Run:
+    """What all steps of a run share: the denoiser (or guide), the sampler, and each image's conditioning and key.
+
+    `cond` is what `denoise` reads; None where it reads none.
     """
 
-    x: Float[Array, "b ..."]
-    x0: Float[Array, "b ..."]
+    denoise: Denoise
+    process: Process
+    sampler: Sampler
+    keys: Keys
+    cond: Any = None
+
+
+@struct.dataclass
+class State:
+    """A run between two steps: x, the last estimate of x0 (a preview), the state of the refinement, how many steps are
+    done, and the memory of the guide.
+    """
+
+    x: Images
+    x0: Images
     memory: Any
     index: Int[Array, ""]
     past: Any = ()
 
 
-def start(sampler: Sampler, x: Float[Array, "b ..."], denoise: Denoise | None = None) -> State:
-    """The state before the first step, from x at the grid's first time; a guide `denoise` may have a memory of
-    its own.
-    """
-    past = denoise.init(x) if hasattr(denoise, "init") else ()
-    return State(x, x, sampler.refine.init(x), jnp.zeros((), jnp.int32), past)
+def start(run: Run, x: Images) -> State:
+    """The state before the first step, from x at the grid's first time."""
+    past = run.denoise.init(x) if hasattr(run.denoise, "init") else ()
+    return State(x, x, run.sampler.refine.init(x), jnp.zeros((), jnp.int32), past)
 
 
-def move(
-    process: Process, est: Estimate, t: Time, s: Time, sampler: Sampler, z: Float[Array, "b ..."]
-) -> Float[Array, "b ..."]:
+def move(process: Process, est: Estimate, t: Time, s: Time, sampler: Sampler, z: Images) -> Images:
     """x_s from the estimate at t and unit noise z."""
     kept, tau = sampler.law(ratio(process, t, s), sampler.eta)
     noise = sampler.deviation(process, est, t, s, tau)
     return process.alpha(s) * est.x0 + process.sigma(s) * kept * est.eps + noise * z
 
 
-def normal(keys: Key[Array, " b"], index: Int[Array, ""], shape: tuple[int, ...], dtype: Any) -> Float[Array, "b ..."]:
-    """Unit noise of step `index`, each image from its own key, so that an image never depends on its neighbours."""
-    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, index), shape, dtype))(keys)
+def step(state: State, row: Float[Array, "2"], run: Run, z: Images | None = None) -> State:
+    """One step t -> s of the grid. Its noise is z or, without z, drawn from the keys with the step's number."""
+    sampler, keys = run.sampler, fold(run.keys, state.index)
+    cond = run.cond | {"past": state.past} if jax.tree.leaves(state.past) else run.cond
+    denoise = lambda x, t: run.denoise(x, t, cond)
+    at = sampler.refine.before(Step(state.x, row[0], row[1], run.process, denoise, keys, sampler.eta))
+    memory, est, _ = sampler.refine.update(state.memory, denoise(at.x, at.t), at)
+    z = unit_noise(keys, at.x.shape[1:], at.x.dtype) if z is None else z
+    return State(move(run.process, est, at.t, at.s, sampler, z), est.x0, memory, state.index + 1, est.memory)
 
 
-def step(
-    state: State,
-    row: Float[Array, "2"],
-    z: Array | None,
-    denoise: Denoise,
-    process: Process,
-    sampler: Sampler,
-    cond: Any,
-    keys: Array,
-) -> State:
-    """One step t -> s of the grid."""
-    t, s = row[0], row[1]
-    inner = jax.vmap(lambda key: jax.random.fold_in(key, state.index))(keys)
-    x, t = sampler.refine.before(state.x, t, process, inner)
-    told = cond | {"past": state.past} if jax.tree.leaves(state.past) else cond
-    evaluate = lambda x, t: denoise(x, t, told)
-    memory, est, _ = sampler.refine.update(
-        state.memory, evaluate(x, t), x, t, s, process=process, denoise=evaluate, key=inner, eta=sampler.eta
-    )
-    z = normal(keys, state.index, x.shape[1:], x.dtype) if z is None else z
-    return State(move(process, est, t, s, sampler, z), est.x0, memory, state.index + 1, est.memory)
+@jax.jit
+def advance(state: State, grid: Grid, run: Run, noise: Noise | None = None) -> State:
+    """The state after the steps of `grid`, in one `lax.scan`; `noise` replays a run, row i for step i.
 
-
-def advance(
-    state: State,
-    grid: Float[Array, "steps 2"],
-    noise: Float[Array, "steps b ..."] | None,
-    denoise: Denoise,
-    process: Process,
-    sampler: Sampler,
-    cond: Any,
-    keys: Key[Array, " b"],
-) -> State:
-    """The state after the steps of `grid`, one `lax.scan`.
-
-    keys: one per image; `noise` in their place replays a run, row i for step i.
+    Compiled once per shape: prompts, seeds, guidance, eta, grids and parameters are traced.
     """
-    grid = jnp.asarray(grid, state.x.dtype)
-
-    def body(state: State, rows: tuple[Array, Array | None]) -> tuple[State, None]:
-        return step(state, rows[0], rows[1], denoise, process, sampler, cond, keys), None
-
-    return jax.lax.scan(body, state, (grid, noise))[0]
+    body = lambda state, rows: (step(state, rows[0], run, rows[1]), None)
+    return jax.lax.scan(body, state, (jnp.asarray(grid, state.x.dtype), noise))[0]
 
 
-def advance_part(
-    state: State,
-    grid: Float[Array, "steps 2"],
-    denoise: Denoise,
-    process: Process,
-    sampler: Sampler,
-    cond: Any,
-    keys: Key[Array, " b"],
-) -> State:
-    """`advance` for a grid that ends in rows of (0, 0), which are left out: one program for any number of steps.
+@jax.jit
+def advance_part(state: State, grid: Grid, run: Run) -> State:
+    """`advance` for a grid that ends in rows of (0, 0), which are left out: one program for every number of steps up to
+    the length of the grid.
 
     The loop's length is traced, so it has no reverse derivative.
     """
     grid = jnp.asarray(grid, state.x.dtype)
-    body = lambda i, state: step(state, grid[i], None, denoise, process, sampler, cond, keys)
-    return jax.lax.fori_loop(0, jnp.sum(grid[:, 0] > 0), body, state)
+    return jax.lax.fori_loop(0, jnp.sum(grid[:, 0] > 0), lambda i, state: step(state, grid[i], run), state)
 
 
-run = jax.jit(advance)
-"""`advance`, compiled once per shape: prompts, seeds, guidance, eta, grids and parameters are traced."""
+def solve(
+    denoise: Denoise, x: Images, grid: Grid, sampler: Sampler, keys: Keys, cond: Any = None, noise: Noise | None = None
+) -> Images:
+    """x at the grid's last time, from x at its first. `noise` as in `advance`."""
+    run = Run(denoise, denoise.process, sampler, keys, cond)
+    return advance(start(run, x), grid, run, noise).x
 
-run_part = jax.jit(advance_part)
-"""`advance_part`, compiled once for every number of steps up to the length of the grid."""
+
+START = np.uint32(0xFFFFFFFF)
+"""The number folded into an image's key for the noise that it starts from; steps fold in 0, 1, 2, ..."""
 
 
-def sample(
-    denoise: Denoise,
-    process: Process,
-    x: Float[Array, "b ..."],
-    grid: Float[Array, "steps 2"],
-    sampler: Sampler,
-    keys: Key[Array, " b"],
-    cond: Any = None,
-    noise: Float[Array, "steps b ..."] | None = None,
-) -> Float[Array, "b ..."]:
-    """x at the grid's last time from x at its first, in one compiled scan."""
-    return run(start(sampler, x, denoise), grid, noise, denoise, process, sampler, {} if cond is None else cond, keys).x
+def start_noise(keys: Keys, shape: tuple[int, ...], dtype: Any = float) -> Images:
+    """The standard normal noise that each image starts from."""
+    return unit_noise(fold(keys, START), shape, dtype)
+
+
+def draw(
+    denoise: Denoise, key: Key[Array, ""], shape: tuple[int, ...], grid: Grid, sampler: Sampler = DDIM, cond: Any = None
+) -> Images:
+    """Samples of `shape` (b, ...): x at the grid's last time, from sigma(t0) z at its first time t0.
+
+    Sample number i has the key `fold_in(key, i)`, from which its z and the noise of its steps are drawn.
+    """
+    keys = image_keys(key, jnp.arange(shape[0]))
+    x = denoise.process.sigma(jnp.float32(grid[0, 0])) * start_noise(keys, shape[1:])
+    return solve(denoise, x, grid, sampler, keys, cond)

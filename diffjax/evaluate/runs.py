@@ -62,7 +62,7 @@ def evaluate(
     if model.text is None and not model.low_res:
         raise UserError(f"{run} was trained without text: only pictures of prompts can be measured, or enlarged ones")
     config = configs.read(run).data
-    how, recipe = model.defaults.but(method), model.recipe(method)
+    how, recipe = model.chosen(method), model.recipe(method)
     measure = enlargements if model.low_res else recall
     found, sheet = measure(model, recipe, config, num, seed)
     guide = {"guide": dict(model.rule(how.guide))} if recipe.reads else {}
@@ -101,11 +101,11 @@ def enlargements(model: Model, recipe: Recipe, config: ConfigDict, num: int, see
     chosen = sorted(np.random.default_rng(seed).permutation(len(data))[:num].tolist())
     examples = data.examples(chosen)
     truth, prompts = examples["image"], [captions[0] if captions else "" for captions in examples["captions"]]
-    small = cascade.shrink(image.from_uint8(truth), model.low_res)
+    small = cascade.downsample(image.from_uint8(truth), model.low_res)
     told = {"low_res": lambda rows: small[np.asarray([row.number for row in rows])], "level": 0.0}
     drawing = Drawing(model.with_encoded(prompts), recipe, seeds.key(seed), model.defaults.batch, told)
     drawn, seconds = draw(drawing, prompts)
-    bicubic = image.to_uint8(cascade.enlarge(small, data.size))
+    bicubic = image.to_uint8(cascade.upsample(small, data.size))
     found = {
         "num": len(truth),
         "held_out": bool(held_out),

@@ -15,8 +15,8 @@ from jaxtyping import Array, Float
 from diffjax.diffusion import sample
 from diffjax.diffusion.guide import Scale
 from diffjax.diffusion.predict import Estimate
-from diffjax.diffusion.process import Time
-from diffjax.diffusion.refine import Refine
+from diffjax.diffusion.process import Time, fold, unit_noise
+from diffjax.diffusion.refine import Refine, Step as RefineStep
 from diffjax.explain import pictures
 from diffjax.explain.chart import Chart, Line
 from diffjax.explain.formula import number
@@ -51,14 +51,12 @@ class Witness(Refine):
     def init(self, x: Array) -> Any:
         return self.refine.init(x), self.blank
 
-    def before(self, x: Array, t: Time, process: Any, key: Array) -> tuple[Array, Time]:
-        return self.refine.before(x, t, process, key)
+    def before(self, step: RefineStep) -> RefineStep:
+        return self.refine.before(step)
 
-    def update(
-        self, state: Any, est: Estimate, x: Array, t: Time, s: Time, **kwargs: Any
-    ) -> tuple[Any, Estimate, Array]:
-        inner, refined, moved = self.refine.update(state[0], est, x, t, s, **kwargs)
-        return (inner, Seen(x, jnp.asarray(t, jnp.float32), est, refined.x0, refined.eps)), refined, moved
+    def update(self, state: Any, est: Estimate, step: RefineStep) -> tuple[Any, Estimate, Array]:
+        inner, refined, moved = self.refine.update(state[0], est, step)
+        return (inner, Seen(step.x, jnp.asarray(step.t, jnp.float32), est, refined.x0, refined.eps)), refined, moved
 
 
 def witnessed(recipe: Recipe, inputs: Inputs) -> Recipe:
@@ -118,7 +116,7 @@ def move(recipe: Recipe, inputs: Inputs, step: Step) -> Move:
     r = sample.ratio(process, t, s)
     kept, tau = sampler.law(r, sampler.eta)
     deviation = sampler.deviation(process, step.seen.est, t, s, tau)
-    z = sample.normal(inputs.keys, jnp.int32(step.index), step.after.shape[1:], step.after.dtype)
+    z = unit_noise(fold(inputs.keys, step.index), step.after.shape[1:], step.after.dtype)
     rows, columns = step.after.shape[1:3]
     middle = lambda x: float(jnp.broadcast_to(x, step.after.shape)[0, rows // 2, columns // 2, 0])
     of_t, of_s = (process.alpha(t), process.sigma(t), process.logsnr(t)), (process.alpha(s), process.sigma(s))

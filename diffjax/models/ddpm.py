@@ -94,9 +94,8 @@ def _refuse_other_pipelines(folder: Path) -> None:
 
 def shape(module: UNet) -> tuple[int, int, int]:
     """That of one of its pictures."""
-    size = module.sample_size or 0  # `check` refuses None
-    height, width = (size, size) if isinstance(size, int) else size
-    return height, width, module.in_channels
+    size = module.sample_size
+    return (*((size, size) if isinstance(size, int) else size), module.in_channels)
 
 
 def defaults(scheduler: Scheduler, module: UNet) -> Defaults:
@@ -119,7 +118,10 @@ def published_grid(scheduler: Scheduler, steps: int) -> Float[np.ndarray, "steps
     Raises `UserError` for more steps than the table has, or than its offset leaves.
     """
     table = scheduler.num_train_timesteps
-    times = grid.spaced(scheduler.timestep_spacing, steps, table, scheduler.steps_offset)
+    if scheduler.timestep_spacing == "leading":
+        times = grid.leading(steps, table, scheduler.steps_offset)
+    else:
+        times = {"linspace": grid.linspace, "trailing": grid.trailing}[scheduler.timestep_spacing](steps, table)
     times[-1, 1] = 0.0 if scheduler.set_alpha_to_one else 1 / table
     return times
 

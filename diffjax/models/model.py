@@ -13,21 +13,18 @@ from diffjax import build
 from diffjax.diffusion import cascade, grid as grids, guide as guides, sample
 from diffjax.diffusion.denoise import Denoiser
 from diffjax.diffusion.predict import Estimate
-from diffjax.diffusion.process import Process, perturb
-from diffjax.diffusion.refine import Chain, Clip, Clock, Extrapolate, Refine, Threshold, inpainted
+from diffjax.diffusion.process import Process, fold, image_keys, perturb
+from diffjax.diffusion.refine import Chain, Clip, Extrapolate, Refine, SolverClock, Threshold, inpainted
 from diffjax.models import fitted
 from diffjax.models.options import Guide, Keywords, Method, Rule, Size, changed, sides
 from diffjax.utils import struct
 from diffjax.utils.errors import UserError
 
-FIRST = 0xFFFFFFFF
-"""The number folded into an image's key for the noise it starts from; steps fold in 0, 1, 2, ..."""
-
 NAMED = 20
 """How many classes an error lists."""
 
-LOW_RES = 0xFFFFFFFE
-"""The same for the noise in its low-res picture."""
+LOW_RES = sample.START - np.uint32(1)
+"""The number folded into an image's key for the noise in its low-res picture (as `sample.START` for its start noise)."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +32,9 @@ class Defaults(Method):
     """How a model draws where nothing is said: its publisher's method, and what belongs to it.
 
     `bound` clips or thresholds x0; `unit_start` starts from unit variance instead of sigma(t0); `deviation` is the
-    variance of ancestral steps; `batch` is the compiled batch shape; `level` is the noise in low-res pictures. `clock`
-    is that of the multistep samplers, when named (None: log(alpha / sigma)). `null_prompt` is what guidance leads away
-    from without a negative prompt (None: no text at all).
+    variance of ancestral steps; `batch` is the compiled batch shape; `level` is the noise in low-res pictures.
+    `solver_clock` is that of the multistep samplers, when named (None: log(alpha / sigma)). `null_prompt` is what
+    guidance leads away from without a negative prompt (None: no text at all).
     """
 
     steps: int = 30
@@ -49,15 +46,9 @@ class Defaults(Method):
     deviation: sample.Deviation = sample.small
     batch: int = 8
     level: float = 0.0
-    clock: Clock | None = None
+    solver_clock: SolverClock | None = None
     null_prompt: str | None = None
     guide: Rule | None = field(default=None, hash=False)
-
-    def but(self, method: Method) -> "Defaults":
-        """These but for what a method says; the own guide only where there is guidance."""
-        how = replace(self, **method.said())
-        is_guided = not callable(how.guidance) and build.scale(how.guidance) is not None
-        return how if is_guided else replace(how, guide=method.guide)
 
 
 @struct.dataclass
@@ -80,32 +71,31 @@ class Recipe:
         """The state at the grid's first time: noise (times sigma(t0), or of unit variance), or the noised picture."""
         t0 = jnp.asarray(self.grid[0, 0], jnp.float32)
         shape = self.shape if inputs.image is None else inputs.image.shape[1:]
-        z = sample.normal(inputs.keys, jnp.uint32(FIRST), shape, jnp.float32)
+        z = sample.start_noise(inputs.keys, shape, jnp.float32)
         if inputs.image is not None:
             return self.start(inputs, perturb(self.process, inputs.image, z, t0))
         return self.start(inputs, z if self.unit_start else self.process.sigma(t0) * z)
 
     def start(self, inputs: "Inputs", x: Float[Array, "b ..."]) -> sample.State:
         """The state before the first step, from x at the grid's first time."""
-        return sample.start(self._solver(inputs), x, self.denoise)
+        return sample.start(self._run(inputs), x)
 
     def advance(
         self, inputs: "Inputs", state: sample.State, noise: Float[Array, "steps b ..."] | None = None
     ) -> sample.State:
         """The state after the steps of the grid, compiled once for its length."""
-        given = self.denoise, self.process, self._solver(inputs), inputs.cond, inputs.keys
-        return sample.run(state, self.grid, noise, *given)
+        return sample.advance(state, self.grid, self._run(inputs), noise)
 
     def advance_part(self, inputs: "Inputs", state: sample.State) -> sample.State:
         """The same for a grid that ends in rows of (0, 0), which are left out: one program for any part of a run."""
-        given = self.denoise, self.process, self._solver(inputs), inputs.cond, inputs.keys
-        return sample.run_part(state, self.grid, *given)
+        return sample.advance_part(state, self.grid, self._run(inputs))
 
-    def _solver(self, inputs: "Inputs") -> sample.Sampler:
-        """The sampler, which of a picture with a mask draws the rest only."""
-        if inputs.mask is None:
-            return self.sampler
-        return self.sampler.replace(refine=inpainted(self.sampler.refine, inputs.image, inputs.mask))
+    def _run(self, inputs: "Inputs") -> sample.Run:
+        """The run of these images; of a picture with a mask its sampler draws only what the mask covers."""
+        sampler = self.sampler
+        if inputs.mask is not None:
+            sampler = sampler.replace(refine=inpainted(sampler.refine, inputs.image, inputs.mask))
+        return sample.Run(self.denoise, self.process, sampler, inputs.keys, inputs.cond)
 
 
 @struct.dataclass
@@ -139,6 +129,12 @@ class Model:
     earlier: Callable[[int], "Model"] | None = struct.field(pytree_node=False, default=None)
     weak: "Model | None" = None
 
+    def chosen(self, method: Method) -> Defaults:
+        """The model's defaults but for what the method says; its own guide only where there is guidance."""
+        how = replace(self.defaults, **method.said())
+        is_guided = not callable(how.guidance) and build.scale(how.guidance) is not None
+        return how if is_guided else replace(how, guide=method.guide)
+
     def recipe(
         self,
         method: Method = Method(),
@@ -152,7 +148,7 @@ class Model:
         `strength` is how much of a picture to start from may change, above 0 to 1, which is also None. Raises
         `UserError` for what does not exist.
         """
-        how = self.defaults.but(changed(method, given, self.recipe))
+        how = self.chosen(changed(method, given, self.recipe))
         times = self._times(how, 1.0 if strength is None else strength)
         sampler, denoise = self._sampler(how), self._guided(how)
         shape = self.shape if size is None else self.state_shape(size)
@@ -184,12 +180,12 @@ class Model:
         return times
 
     def _sampler(self, how: Defaults) -> sample.Sampler:
-        """The sampler with the publisher's bound and clock, and in ancestral steps its variance."""
+        """The sampler with the publisher's bound and solver clock, and in ancestral steps its variance."""
         chosen = build.sampler(how.sampler, how.eta)
         if chosen.deviation is sample.small and sample.is_ancestral(chosen):
             chosen = chosen.replace(deviation=how.deviation)
-        if how.clock is not None and isinstance(how.sampler, str) and isinstance(chosen.refine, Extrapolate):
-            chosen = chosen.replace(refine=chosen.refine.replace(clock=how.clock))
+        if how.solver_clock is not None and isinstance(how.sampler, str) and isinstance(chosen.refine, Extrapolate):
+            chosen = chosen.replace(refine=chosen.refine.replace(clock=how.solver_clock))
         if (bound := how.bound) is None:
             return chosen
         if isinstance(bound, (Clip, Threshold)) and chosen.law is sample.ddim_law:
@@ -420,7 +416,7 @@ class Model:
                 f"{self._called} enlarges pictures of {self.low_res} x {self.low_res} pixels in {self.shape[-1]} channels,"
                 f" and {given}: give `low_res`, or draw with a cascade"
             )
-        return _condition(small, self.shape[0], jnp.float32(level), _folded(keys))
+        return _condition(small, self.shape[0], jnp.float32(level), _fold(keys, LOW_RES))
 
     def state_shape(self, size: Size) -> tuple[int, ...]:
         """The shape of one state for pictures of `size` pixels, a number or (height, width).
@@ -581,16 +577,8 @@ def remembered(text: Callable, prompts: Iterable[str], batch: int) -> Encoded:
 
 
 _condition = jax.jit(cascade.condition, static_argnums=1)
-
-
-@jax.jit
-def _keys(key: Key[Array, ""], numbers: Int[Array, " b"]) -> Key[Array, " b"]:
-    return jax.vmap(lambda number: jax.random.fold_in(key, number))(numbers)
-
-
-@jax.jit
-def _folded(keys: Key[Array, " b"]) -> Key[Array, " b"]:
-    return jax.vmap(lambda key: jax.random.fold_in(key, LOW_RES))(keys)
+_keys = jax.jit(image_keys)
+_fold = jax.jit(fold)
 
 
 def _repeat(value: Any, num: int) -> list:

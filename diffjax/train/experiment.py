@@ -22,7 +22,7 @@ from diffjax import build, config as configs
 from diffjax.data.pipeline import Tokenize
 from diffjax.diffusion import cascade
 from diffjax.diffusion.cascade import LowRes
-from diffjax.diffusion.denoise import Apply, Denoiser
+from diffjax.diffusion.denoise import Apply, Denoiser, standard_time
 from diffjax.diffusion.predict import Prediction, is_blind
 from diffjax.diffusion.process import Discrete, Process
 from diffjax.diffusion.refine import Clip, Refine, Threshold
@@ -161,7 +161,7 @@ class Plan:
         """The model that `params` make."""
         text = frozen.Remembered(self.tokenize) if self.tokenize else None
         text = Prompts(params["text"], self.text, self.tokenize) if self.text else text
-        denoiser = Denoiser(self.process, self.prediction, params["network"], Apply(self.network))
+        denoiser = Denoiser(self.process, self.prediction, params["network"], Apply(self.network), standard_time)
         told = {"classes": self.classes, "name": self.config.name, "low_res": self.low_res.size if self.low_res else 0}
         told |= {"multiple": multiple(self.network), "has_null": self.config.loss.drop > 0}
         return Model(denoiser, self.shape, self.defaults(), text=text, **told)
@@ -218,11 +218,11 @@ def panel(model: Model, seen: Seen, key: Key[Array, ""]) -> Preview:
     of each.
     """
     truth, size = jnp.asarray(image.from_uint8(seen.image)), model.shape[0]
-    small = cascade.shrink(truth, model.low_res)
+    small = cascade.downsample(truth, model.low_res)
     told = {} if model.text is None else {"prompt": seen.caption}
     drawn = model.sample(key, num=len(truth), low_res=small, **told)
     given = small.repeat(size // model.low_res, axis=1).repeat(size // model.low_res, axis=2)
-    rows = np.stack([given, cascade.enlarge(small, size), drawn, truth], axis=1)
+    rows = np.stack([given, cascade.upsample(small, size), drawn, truth], axis=1)
     quality = image.psnr(image.to_uint8(rows), seen.image[:, None])
     named = [
         [f"{name} {value:.1f} dB" for name, value in zip(("given", "bicubic", "ours"), row)] + ["truth"]
@@ -389,7 +389,7 @@ def planned(
     is_frozen = frozen.is_frozen(config.text)
     text = build.text(config.text, tokenize.size) if config.text and not is_frozen else None
     width = text.width if text else frozen.width(config.text) if is_frozen else 0
-    low_res = LowRes(**config.low_res) if config.get("low_res") else None
+    low_res = LowRes(config.low_res.size, config.low_res.most) if config.get("low_res") else None
     build.scale(config.sample.get("guidance"))
     build.guide(config.sample.get("guide") or "cfg")
     if low_res and shape[0] % low_res.size:

@@ -100,7 +100,7 @@ class Plan:
             weight=build.make("weight", build.WEIGHTS, config.weight),
             times=build.make("times", build.TIMES, config.times),
             uniforms=build.named("uniforms", build.UNIFORMS, config.uniforms),
-            clock=denoiser.clock,
+            network_time=denoiser.network_time,
             whole=self.whole,
         )
 

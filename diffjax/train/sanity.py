@@ -98,9 +98,9 @@ def look(plan: Plan, params: PyTree) -> Panel:
     elif plan.classes:
         parts["class"] = model.condition(len(truth), label=seen.label.tolist())
     if plan.low_res:
-        small, size = cascade.shrink(truth, plan.low_res.size), plan.shape[0]
+        small, size = cascade.downsample(truth, plan.low_res.size), plan.shape[0]
         parts["low-res picture"] = cascade.condition(small, size, model.defaults.level, keys)
-        trivial["bicubic"] = _square(cascade.enlarge(small, size) - truth)
+        trivial["bicubic"] = _square(cascade.upsample(small, size) - truth)
     own = {name: jnp.asarray(value) for part in parts.values() for name, value in part.items()}
     x0 = estimates(model.denoiser, truth, own, keys)
     swapped = {}

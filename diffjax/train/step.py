@@ -15,10 +15,10 @@ import optax
 from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 
 from diffjax.diffusion.cascade import LowRes
-from diffjax.diffusion.denoise import Denoiser, own_clock
-from diffjax.diffusion.loss import Times, Weight, loss
+from diffjax.diffusion.denoise import Denoiser, OfTime, standard_time
+from diffjax.diffusion.loss import Times, Weight, weighted_error
 from diffjax.diffusion.predict import Prediction
-from diffjax.diffusion.process import Process, Time
+from diffjax.diffusion.process import Process, fold, image_keys, unit_noise
 from diffjax.train.state import State, average
 from diffjax.utils import struct
 
@@ -49,14 +49,14 @@ class Objective:
     weight: Weight = struct.field(pytree_node=False)
     times: Times = struct.field(pytree_node=False)
     uniforms: Callable[[Key[Array, ""], Int[Array, " b"], int], Float[Array, " b"]] = struct.field(pytree_node=False)
-    clock: Callable[[Process, Time], Time] = struct.field(pytree_node=False, default=own_clock)
+    network_time: OfTime = struct.field(pytree_node=False, default=standard_time)
     drop: float = struct.field(pytree_node=False, default=0.0)
     low_res: LowRes | None = struct.field(pytree_node=False, default=None)
     whole: Callable[[PyTree, PyTree], PyTree] = struct.field(pytree_node=False, default=lambda params, frozen: params)
 
     def denoiser(self, params: PyTree) -> Denoiser:
         """The denoiser that `params` make of the network."""
-        return Denoiser(self.process, self.prediction, params["network"], self.apply, clock=self.clock)
+        return Denoiser(self.process, self.prediction, params["network"], self.apply, self.network_time)
 
     def losses(self, params: PyTree, batch: Batch, t: Float[Array, " b"], keys: Key[Array, " b"]) -> Float[Array, " b"]:
         """The loss of each example; `keys` give its noise, whether its condition is dropped, and its
@@ -64,13 +64,13 @@ class Objective:
         """
         noise_keys, drop_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
         x0 = normalize(batch["image"])
-        eps = jax.vmap(lambda key: jax.random.normal(key, x0.shape[1:]))(noise_keys)
+        eps = unit_noise(noise_keys, x0.shape[1:])
         keep = jax.vmap(jax.random.uniform)(drop_keys) >= self.drop
         told = {name: value for name, value in batch.items() if name not in ("image", "weight")}
         cond = self.encode(params, keep_conditions(told, keep))
         if self.low_res is not None:
-            cond = cond | self.low_res(x0, jax.vmap(lambda key: jax.random.fold_in(key, LOW_RES))(keys))
-        return batch.get("weight", 1) * loss(self.denoiser(params), x0, eps, t, cond, self.weight)
+            cond = cond | self.low_res(x0, fold(keys, LOW_RES))
+        return batch.get("weight", 1) * weighted_error(self.denoiser(params), x0, eps, t, cond, self.weight)
 
 
 def normalize(image: UInt8[Array, "b h w c"] | Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
@@ -128,7 +128,7 @@ def draw(
     time_key, row_key = jax.random.split(key)
     rows = index * local + jnp.arange(local)
     t = objective.times(objective.process, objective.uniforms(time_key, rows, devices * local))
-    return t, jax.vmap(lambda row: jax.random.fold_in(row_key, row))(rows)
+    return t, image_keys(row_key, rows)
 
 
 def gradient(

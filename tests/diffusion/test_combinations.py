@@ -19,7 +19,7 @@ from diffjax import build
 from diffjax.diffusion import predict, sample
 from diffjax.diffusion.denoise import Denoiser
 from diffjax.diffusion.predict import Prediction
-from diffjax.diffusion.process import Cosine, Discrete, Exploding, Flow, Linear, Process, Shift
+from diffjax.diffusion.process import Cosine, Discrete, Exploding, Flow, Linear, Process, Shift, fold, unit_noise
 from diffjax.models.model import Defaults, Model
 from diffjax.utils import struct
 from diffjax.utils.errors import UserError
@@ -290,12 +290,8 @@ def network(params, x, t):
     return jnp.concatenate([slope[i] * x + shift[i], jnp.broadcast_to(SECOND, x.shape)], axis=-1)
 
 
-def plain_t(process, t):
-    return t
-
-
 def model(process, prediction, variance="small"):
-    denoiser = Denoiser(PROCESSES[process], PREDICTIONS[prediction], None, network, plain_t)
+    denoiser = Denoiser(PROCESSES[process], PREDICTIONS[prediction], None, network)
     return Model(denoiser, MEAN.shape, Defaults(deviation=VARIANCES[variance]))
 
 
@@ -326,8 +322,8 @@ def run(combination, key):
     )
     x = np.float32(formulas.sigma[0]) * X
     recipe = recipe.replace(process=any_process, denoise=denoiser, grid=filled(rows))
-    given = denoiser, any_process, recipe.sampler, {}, keys(key)
-    return np.asarray(sample.run_part(start(recipe.sampler, x), recipe.grid, *given).x), x, formulas
+    run = sample.Run(denoiser, any_process, recipe.sampler, keys(key))
+    return np.asarray(sample.advance_part(start(run, x), recipe.grid, run).x), x, formulas
 
 
 X = np.random.RandomState(0).standard_normal((2, 3)).astype(np.float32)
@@ -341,7 +337,7 @@ def keys(seed):
 
 @functools.cache
 def noise(seed):
-    return [np.asarray(sample.normal(keys(seed), jnp.int32(i), MEAN.shape, jnp.float32)) for i in range(ROWS)]
+    return [np.asarray(unit_noise(fold(keys(seed), i), MEAN.shape)) for i in range(ROWS)]
 
 
 def legal(prediction, process, grid, steps):

@@ -1,4 +1,4 @@
-"""Networks as denoisers: clocks, input scales, learned variance, and what stays compiled."""
+"""Networks as denoisers: network times, input scales, learned variance, and what stays compiled."""
 
 import jax
 import jax.numpy as jnp
@@ -15,28 +15,31 @@ X = np.random.RandomState(0).randn(2, 4, 4, 3).astype(np.float32)
 
 
 def report(params, x, t, **cond):
-    """The time that the network is told, in every pixel."""
+    """The network time, in every pixel."""
     return jnp.zeros_like(x) + t[:, None, None, None] + params
 
 
 @pytest.mark.parametrize(
-    "clock, process, t, told",
+    "network_time, process, t, expected",
     [
+        (denoise.plain_t, Flow(), 0.25, 0.25),
         (denoise.thousand_t, Flow(), 0.25, 250.0),
+        (denoise.standard_time, Flow(), 0.25, 250.0),
         (denoise.thousand_sigma, Shift(Flow(), 3.0), 0.25, 500.0),
         (denoise.table_step, discrete(linear_betas()), 0.75, 749.0),
+        (denoise.standard_time, discrete(linear_betas()), 0.75, 749.0),
         (denoise.quarter_log_sigma, Linear(80.0), 0.5, np.log(40) / 4),
     ],
 )
-def test_clocks(clock, process, t, told):
-    y = Denoiser(process, X0(), 0.0, report, clock=clock).network(X, t, {})
-    np.testing.assert_allclose(y, np.full_like(X, told), rtol=1e-5)
+def test_network_times(network_time, process, t, expected):
+    y = Denoiser(process, X0(), 0.0, report, network_time=network_time).network(X, t)
+    np.testing.assert_allclose(y, np.full_like(X, expected), rtol=1e-5)
 
 
 def test_one_time_an_image():
     denoiser = Denoiser(Flow(), X0(), 0.0, report)
     est = denoiser(X, jnp.asarray([0.2, 0.6]), {})
-    np.testing.assert_allclose(est.x0[:, 0, 0, 0], [200, 600], rtol=1e-6)
+    np.testing.assert_allclose(est.x0[:, 0, 0, 0], [0.2, 0.6], rtol=1e-6)
     np.testing.assert_array_equal(est.x0[1], denoiser(X, 0.6, {}).x0[1])
 
 
@@ -44,7 +47,7 @@ def test_edm_is_its_papers_preconditioning(float64):
     """D = c_skip x + c_out F(c_in x; c_noise), table 1 of Karras et al. 2022."""
     process, t, data = Exploding(0.02, 80.0), 0.6, 0.5
     network = lambda params, x, t, **cond: jnp.tanh(3 * x) + t[:, None, None, None]
-    est = Denoiser(process, EDM(data), None, network, clock=denoise.quarter_log_sigma, scale=denoise.edm_scale)(
+    est = Denoiser(process, EDM(data), None, network, network_time=denoise.quarter_log_sigma, scale=denoise.edm_scale)(
         X.astype(float), t, {}
     )
     sigma = float(process.sigma(t))

@@ -7,6 +7,7 @@ import pytest
 
 from diffjax.diffusion import guide, predict, process
 from diffjax.diffusion.analytic import Mixture
+from diffjax.diffusion.denoise import Denoiser
 
 FLOW = process.Flow()
 T = 0.6
@@ -20,16 +21,14 @@ COND = {"cond": CLASS, "null": {"logits": np.zeros((4, 2))}, "weak": CLASS}
 RULES = {
     "cfg": lambda w: guide.Guidance(MIXTURE, w),
     "one after the other": lambda w: guide.Guidance(MIXTURE, w, together=False),
-    "zero": lambda w: guide.CFGZero(MIXTURE, FLOW, w),
-    "apg": lambda w: guide.APG(MIXTURE, FLOW, w, radius=0.5),
+    "zero": lambda w: guide.CFGZero(MIXTURE, w),
+    "apg": lambda w: guide.APG(MIXTURE, w, radius=0.5),
     "interval": lambda w: guide.Interval(guide.Guidance(MIXTURE, w), 0.1, 0.9),
-    "rescale": lambda w: guide.Rescale(guide.Guidance(MIXTURE, w), predict.V(), FLOW, 0.7),
+    "rescale": lambda w: guide.Rescale(guide.Guidance(MIXTURE, w), predict.V(), 0.7),
     "skip": lambda w: guide.Skip(guide.Guidance(MIXTURE, w), WEAK, 0.0),
-    "apg with momentum": lambda w: guide.APG(MIXTURE, FLOW, w, momentum=-0.5),
+    "apg with momentum": lambda w: guide.APG(MIXTURE, w, momentum=-0.5),
     "autoguidance": lambda w: guide.Autoguidance(MIXTURE, WEAK, w),
-    "rescaled interval": lambda w: guide.Rescale(
-        guide.Interval(guide.APG(MIXTURE, FLOW, w), 0.1, 0.9), predict.V(), FLOW, 0.7
-    ),
+    "rescaled interval": lambda w: guide.Rescale(guide.Interval(guide.APG(MIXTURE, w), 0.1, 0.9), predict.V(), 0.7),
 }
 
 
@@ -79,7 +78,7 @@ def test_interval_is_conditional_outside():
 
 
 def test_rescale_keeps_the_deviation_of_the_conditional():
-    whole = guide.Rescale(guide.Guidance(MIXTURE, 4.0), predict.V(), FLOW, 1.0)(X, T, COND)
+    whole = guide.Rescale(guide.Guidance(MIXTURE, 4.0), predict.V(), 1.0)(X, T, COND)
     y, c = (predict.target(predict.V(), FLOW, est.x0, est.eps, T) for est in (whole, branches()[0]))
     np.testing.assert_allclose(jnp.std(y, axis=1), jnp.std(c, axis=1), rtol=1e-4)
 
@@ -96,9 +95,9 @@ def test_apg_is_orthogonal_and_bounded():
 def test_cfg_zero_star_projects_the_null_velocity():
     c, u = (np.asarray(est.eps - est.x0) for est in branches())
     s = (c * u).sum(1, keepdims=True) / (u * u).sum(1, keepdims=True)
-    guided = guide.CFGZero(MIXTURE, FLOW, 3.0)(X, T, COND)
+    guided = guide.CFGZero(MIXTURE, 3.0)(X, T, COND)
     np.testing.assert_allclose(guided.eps - guided.x0, s * u + 3 * (c - s * u), atol=1e-5)
-    still = guide.CFGZero(MIXTURE, FLOW, 3.0, still=0.5)(X, T, COND)
+    still = guide.CFGZero(MIXTURE, 3.0, still=0.5)(X, T, COND)
     np.testing.assert_allclose(still.eps - still.x0, 0, atol=1e-5)
 
 
@@ -116,6 +115,8 @@ def test_skip_acts_in_its_part_of_the_run():
 class Counting:
     """A denoiser, and the rows that it was asked for."""
 
+    process = FLOW
+
     def __init__(self, denoise=MIXTURE):
         self.denoise, self.rows = denoise, []
 
@@ -125,10 +126,10 @@ class Counting:
 
 
 @pytest.mark.parametrize(
-    "wrap", [lambda g: g, lambda g: guide.Rescale(g, predict.V(), FLOW, 0.5), lambda g: guide.Skip(g, WEAK, 1.0, 0.9)]
+    "wrap", [lambda g: g, lambda g: guide.Rescale(g, predict.V(), 0.5), lambda g: guide.Skip(g, WEAK, 1.0, 0.9)]
 )
 @pytest.mark.parametrize(
-    "inner", [guide.Guidance, lambda d, w: guide.APG(d, FLOW, w, -0.5), lambda d, w: guide.CFGZero(d, FLOW, w)]
+    "inner", [guide.Guidance, lambda d, w: guide.APG(d, w, -0.5), lambda d, w: guide.CFGZero(d, w)]
 )
 def test_outside_the_interval_only_the_conditional_branch_is_evaluated(wrap, inner):
     seen = Counting()
@@ -150,16 +151,14 @@ def test_the_weak_network_is_not_evaluated_outside_the_interval():
     assert (strong.rows, weak.rows) == ([4], [])
 
 
-@pytest.mark.parametrize("rule", [guide.APG(MIXTURE, FLOW, 3.0, -0.5, 0.5), guide.CFGZero(MIXTURE, FLOW, 3.0)])
+@pytest.mark.parametrize("rule", [guide.APG(MIXTURE, 3.0, -0.5, 0.5), guide.CFGZero(MIXTURE, 3.0)])
 def test_branches_that_agree_are_left_alone(rule):
     """No division by the length of a difference or of an estimate that is zero."""
     same = {"cond": CLASS, "null": CLASS}
     np.testing.assert_allclose(rule(X, T, same).x0, MIXTURE(X, T, CLASS).x0, atol=1e-5)
-    silent = rule.replace(
-        denoise=lambda x, t, cond: predict.estimate(predict.Velocity(), FLOW, x, jnp.zeros_like(x), jnp.asarray(0.5))
-    )
+    silent = rule.replace(denoise=Denoiser(FLOW, predict.Velocity(), None, lambda params, x, t, **cond: 0 * x))
     assert jnp.isfinite(silent(jnp.zeros_like(X), 0.5, COND).x0).all()
-    standing = guide.Rescale(guide.CFGZero(MIXTURE, FLOW, 3.0, still=0.1), predict.Velocity(), FLOW, 0.7)
+    standing = guide.Rescale(guide.CFGZero(MIXTURE, 3.0, still=0.1), predict.Velocity(), 0.7)
     assert jnp.isfinite(standing(X, T, COND).x0).all()
 
 

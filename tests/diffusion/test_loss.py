@@ -33,7 +33,7 @@ def wrong_by(delta):
 def measured(prediction, weight, proc=process.Cosine()):
     x0, eps = np.random.RandomState(0).randn(2, 4, 2, 2, 1)
     denoiser = Denoiser(proc, prediction, (prediction, proc, x0, eps, T), wrong_by(0.1))
-    return loss.loss(denoiser, jnp.asarray(x0), jnp.asarray(eps), jnp.asarray(T), {}, weight)
+    return loss.weighted_error(denoiser, jnp.asarray(x0), jnp.asarray(eps), jnp.asarray(T), {}, weight)
 
 
 @pytest.mark.parametrize("name", PREDICTIONS)
@@ -50,8 +50,8 @@ def test_weights_as_published(float64):
     eps_error = 0.01 * snr(cosine)  # |deps|^2 = SNR |dx0|^2
     sigma = 1 / np.sqrt(snr(cosine))
     published = {
-        "plain eps": (measured(predict.Eps(), loss.plain), eps_error),
-        "plain v": (measured(predict.V(), loss.plain), 0.01 / np.asarray(cosine.sigma(T)) ** 2),
+        "plain eps": (measured(predict.Eps(), loss.plain()), eps_error),
+        "plain v": (measured(predict.V(), loss.plain()), 0.01 / np.asarray(cosine.sigma(T)) ** 2),
         "min-SNR, Hang et al. eq. 7": (
             measured(predict.Eps(), loss.min_snr(5.0)),
             np.minimum(snr(cosine), 5) / snr(cosine) * eps_error,
@@ -68,7 +68,7 @@ def test_weights_as_published(float64):
 @pytest.mark.parametrize(
     "times, distribution",
     [
-        (loss.uniform, stats.uniform()),
+        (loss.uniform(), stats.uniform()),
         (loss.logit_normal(0.6, 1.2), stats.norm(0.6, 1.2)),
         (loss.lognormal_sigma(-1.2, 1.2), stats.norm(-1.2, 1.2)),
     ],

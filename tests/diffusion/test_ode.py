@@ -45,9 +45,7 @@ def test_likelihood_of_a_gaussian_converges_at_order_four(float64, name):
     gauss = gaussian(process, jnp.zeros(2), jnp.asarray(VARIANCE))
     exact = at_last_time(gauss, stop)
     coarse, fine = (
-        np.abs(
-            ode.log_likelihood(gauss, process, jnp.asarray(X), even(process, start, stop, n), VARIANCE) - exact
-        ).max()
+        np.abs(ode.log_likelihood(gauss, jnp.asarray(X), even(process, start, stop, n), VARIANCE) - exact).max()
         for n in (100, 200)
     )
     assert fine < 1e-4 and np.log2(coarse / fine) > 3.75
@@ -58,7 +56,7 @@ def test_likelihood_of_a_mixture(float64):
     """The prior's error is of third order in 1 / rho_max: 1e-4 here is the steps'."""
     process, start, stop = PROCESSES["exploding"]
     of, variance = mixture(process)
-    ours = ode.log_likelihood(of, process, jnp.asarray(X), even(process, start, stop, 200), variance)
+    ours = ode.log_likelihood(of, jnp.asarray(X), even(process, start, stop, 200), variance)
     np.testing.assert_allclose(ours, at_last_time(of, stop), atol=1e-4)
 
 
@@ -78,10 +76,8 @@ def test_conditions_reach_the_network(float64):
     of, variance = mixture(process)
     cond = {"logits": jnp.zeros((3, 2))}
     rows = even(process, start, stop, 20)
-    plain = ode.log_likelihood(of, process, jnp.asarray(X), rows, variance)
-    np.testing.assert_allclose(
-        ode.log_likelihood(of, process, jnp.asarray(X), rows, variance, cond=cond), plain, rtol=1e-9
-    )
+    plain = ode.log_likelihood(of, jnp.asarray(X), rows, variance)
+    np.testing.assert_allclose(ode.log_likelihood(of, jnp.asarray(X), rows, variance, cond=cond), plain, rtol=1e-9)
 
 
 class TestDivergence:
@@ -122,8 +118,8 @@ def test_likelihood_by_probes_is_exact_for_independent_coordinates(float64):
     process, start, stop = PROCESSES["flow"]
     gauss = gaussian(process, jnp.zeros(2), jnp.asarray(VARIANCE))
     rows, keys = even(process, start, stop, 50), jax.random.split(jax.random.key(0), 3)
-    exact = ode.log_likelihood(gauss, process, jnp.asarray(X), rows, VARIANCE)
-    probed = ode.log_likelihood(gauss, process, jnp.asarray(X), rows, VARIANCE, ode.Hutchinson(keys))
+    exact = ode.log_likelihood(gauss, jnp.asarray(X), rows, VARIANCE)
+    probed = ode.log_likelihood(gauss, jnp.asarray(X), rows, VARIANCE, ode.Hutchinson(keys))
     np.testing.assert_allclose(probed, exact, rtol=1e-9)
 
 
@@ -133,7 +129,7 @@ def test_inversion_is_the_exact_flow_backwards(float64, name):
     start = min(start, 0.999)
     gauss = gaussian(process, jnp.asarray([0.3, -0.1]), jnp.asarray(VARIANCE))
     rows = even(process, start, stop, 600)
-    noise = ode.invert(gauss, process, jnp.asarray(X), rows, refine.extrapolate(2))
+    noise = ode.invert(gauss, jnp.asarray(X), rows, refine.extrapolate(2))
     exact = flow_map(gauss, process.alpha(stop) * jnp.asarray(X), stop, start)
     np.testing.assert_allclose(noise, exact, atol=1e-4 * np.abs(exact).max())
 
@@ -144,9 +140,9 @@ def test_round_trip_returns_the_image_at_the_solvers_order(float64, chain, order
     of, _ = mixture(process)
     for steps in (100, 200):
         rows = even(process, 0.999, 0.001, steps)
-        noise = ode.invert(of, process, jnp.asarray(X), rows, chain)
+        noise = ode.invert(of, jnp.asarray(X), rows, chain)
         keys = jax.random.split(jax.random.key(0), 3)
-        back = sample.sample(of, process, noise, rows, sample.Sampler(chain), keys) / process.alpha(0.001)
+        back = sample.solve(of, noise, rows, sample.Sampler(chain), keys) / process.alpha(0.001)
         errors.append(np.abs(back - X).max())
     assert np.log2(errors[0] / errors[1]) > order - 0.3
     assert errors[1] < 0.5 * 0.1**order
@@ -158,9 +154,7 @@ def test_inverted_noise_looks_like_noise():
     of, _ = mixture(process)
     rng = np.random.RandomState(0)
     x0 = np.where(rng.rand(2000, 1) < 0.5, 1, -1) * np.array([0.6, 0.3]) + rng.randn(2000, 2) * np.sqrt([0.3, 0.1])
-    noise = ode.invert(
-        of, process, jnp.asarray(x0, jnp.float32), even(process, 0.999, 0.001, 60), refine.extrapolate(2)
-    )
+    noise = ode.invert(of, jnp.asarray(x0, jnp.float32), even(process, 0.999, 0.001, 60), refine.extrapolate(2))
     np.testing.assert_allclose(np.cov(noise.T), np.eye(2), atol=0.1)
     np.testing.assert_allclose(np.mean(noise, axis=0), 0, atol=0.1)
 
@@ -169,7 +163,7 @@ def test_grids_that_touch_an_end_are_refused():
     of, variance = mixture(Flow())
     for rows in (grid.uniform(10), grid.uniform(10, 1.0, 0.01), grid.uniform(10, 0.99, 0.0)):
         with pytest.raises(UserError, match="neither alpha nor sigma is 0"):
-            ode.invert(of, Flow(), jnp.asarray(X), rows)
+            ode.invert(of, jnp.asarray(X), rows)
     ode.backwards(discrete(linear_betas()), grid.uniform(10, 1.0, 0.01))
 
 
@@ -182,5 +176,5 @@ def test_likelihood_has_gradients():
     process, start, stop = PROCESSES["flow"]
     gauss = gaussian(process, jnp.zeros(2), jnp.asarray(VARIANCE, jnp.float32))
     rows = even(process, 0.999, stop, 20)
-    slope = jax.grad(lambda x: jnp.sum(ode.log_likelihood(gauss, process, x, rows, VARIANCE.astype(np.float32))))
+    slope = jax.grad(lambda x: jnp.sum(ode.log_likelihood(gauss, x, rows, VARIANCE.astype(np.float32))))
     np.testing.assert_allclose(slope(jnp.asarray(X, jnp.float32)), -X / VARIANCE, rtol=0.05, atol=0.02)

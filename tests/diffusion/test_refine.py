@@ -29,7 +29,7 @@ KEYS = lambda: jax.random.split(jax.random.key(1), len(X))
 
 def draw(chain, process, rows, eta=0.0, noise=None, denoise=None):
     x = jnp.asarray(X) * process.sigma(rows[0, 0])
-    return sample.sample(denoise or mixture(process), process, x, rows, sample.Sampler(chain, eta), KEYS(), noise=noise)
+    return sample.solve(denoise or mixture(process), x, rows, sample.Sampler(chain, eta), KEYS(), noise=noise)
 
 
 @pytest.mark.parametrize(
@@ -63,11 +63,16 @@ def test_reference_is_far_finer_than_the_errors_measured(float64, problem):
 class Published3M(refine.Extrapolate):
     """DPM-Solver++(3M) as published: half of the second difference."""
 
-    def update(self, state, est, x, t, s, *, process, denoise, key, eta):
-        nodes, usable, h = state.nodes(lambda time: self.clock(process, time), t, s)
-        m = refine.moments((1 + eta) * h, 3)
-        x0 = refine.extrapolated(est.x0, state, nodes, usable, [m[0], m[1], m[2] / 2], two=0.5)
-        return state.push(est.x0, t), with_x0(est, x0, process, t), x
+    def update(self, state, est, step):
+        nodes, usable, h = state.nodes(self.clock, step)
+        m = refine.moments((1 + step.eta) * h, 3)
+        x0 = state.integral(est.x0, nodes, usable, [m[0], m[1], m[2] / 2], two=0.5)
+        return state.push(est.x0, step.t), with_x0(est, x0, step.process, step.t), step.x
+
+
+def step(process, t, s, x=None):
+    """One that draws no noise and evaluates no network."""
+    return refine.Step(x, t, s, process, denoise=None, keys=None)
 
 
 def test_published_3m_step():
@@ -85,9 +90,7 @@ def test_published_3m_step():
 
     history = refine.History(jnp.asarray([[[x0[1]]], [[x0[0]]]]), jnp.asarray([times[1], times[0]]))
     est = Estimate(jnp.full((1, 1), x0[2]), jnp.full((1, 1), (x - (1 - times[2]) * x0[2]) / times[2]))
-    _, est, _ = Published3M(3).update(
-        history, est, None, times[2], times[3], process=process, denoise=None, key=None, eta=0.0
-    )
+    _, est, _ = Published3M(3).update(history, est, step(process, times[2], times[3]))
     np.testing.assert_allclose((1 - times[3]) * est.x0 + times[3] * est.eps, expected, rtol=1e-6)
 
 
@@ -188,7 +191,7 @@ def consistent(est, process, x, t):
 
 
 def refined(link, est, x, process, t=0.6, state=()):
-    return link.update(state, est, x, t, 0.5, process=process, denoise=None, key=None, eta=0.0)[1]
+    return link.update(state, est, step(process, t, 0.5, x))[1]
 
 
 def test_clip_moves_eps_or_keeps_it():
@@ -227,17 +230,17 @@ def test_momentum_is_a_running_difference():
         delta = c.x0 - u.x0 - 0.5 * delta
         est = with_x0(c, guide.project(c.x0, delta, 3.0, np.inf, 0.2), process, t)
         x = process.alpha(s) * est.x0 + process.sigma(s) * est.eps
-    guided = guide.APG(denoise, process, 3.0, -0.5, parallel=0.2)
-    wrapped = guide.Rescale(guide.Interval(guided, 0.0, 1.0), Velocity(), process, 0.0)
+    guided = guide.APG(denoise, 3.0, -0.5, parallel=0.2)
+    wrapped = guide.Rescale(guide.Interval(guided, 0.0, 1.0), Velocity(), 0.0)
     for rule in (guided, wrapped):
-        ours = sample.sample(rule, process, begin, rows, sample.Sampler(refine.chain()), KEYS(), cond=PAIR)
+        ours = sample.solve(rule, begin, rows, sample.Sampler(refine.chain()), KEYS(), cond=PAIR)
         np.testing.assert_allclose(ours, x, atol=1e-5)
 
 
 def test_heun_evaluates_with_the_memory_and_the_refinements_of_its_step():
     """One step by hand: both slopes are of the guided, clipped estimate, and the guide remembers the first."""
     process, x, (t, s) = Flow(), jnp.asarray(X), (0.8, 0.5)
-    rule, clip = guide.APG(mixture(process), process, 3.0, -0.5), refine.Clip(0.3)
+    rule, clip = guide.APG(mixture(process), 3.0, -0.5), refine.Clip(0.3)
     past = jnp.full_like(x, 0.2)
     slopes, at = [], x
     for time in (t, s):
@@ -248,9 +251,8 @@ def test_heun_evaluates_with_the_memory_and_the_refinements_of_its_step():
         at = process.alpha(s) * est.x0 + process.sigma(s) * est.eps
     ratio = process.sigma(t) / process.alpha(t) - process.sigma(s) / process.alpha(s)
     expected = process.alpha(s) * (x / process.alpha(t) - ratio * (slopes[0] + slopes[1]) / 2)
-    sampler = sample.Sampler(refine.chain(clip, refine.heun()))
-    state = sample.start(sampler, x, rule).replace(past=past)
-    state = sample.step(state, jnp.asarray([t, s]), None, rule, process, sampler, PAIR, KEYS())
+    run = sample.Run(rule, process, sample.Sampler(refine.chain(clip, refine.heun())), KEYS(), PAIR)
+    state = sample.step(sample.start(run, x).replace(past=past), jnp.asarray([t, s]), run)
     np.testing.assert_allclose(state.x, expected, atol=1e-5)
     np.testing.assert_allclose(state.past, remembered, atol=1e-6)
 
@@ -279,17 +281,24 @@ def test_the_known_part_follows_its_exact_path(solver, bound):
         jax.debug.callback(lambda x, t: seen.append((float(t), np.asarray(x))), x, t)
         return mixture(process)(x, t, cond)
 
-    end = sample.sample(jax.tree_util.Partial(denoise), process, begin, rows, sample.Sampler(chain), KEYS())
+    run = sample.Run(jax.tree_util.Partial(denoise), process, sample.Sampler(chain), KEYS())
+    end = sample.advance(sample.start(run, begin), rows, run).x
     jax.effects_barrier()
     for t, x in (*seen, (0.1, end)):
         np.testing.assert_allclose(x[:, 0], ((1 - t) * image + t * noise)[:, 0], atol=2e-5)
     assert len(seen) >= 4 and np.abs(end[:, 1] - (0.9 * image + 0.1 * noise)[:, 1]).max() > 0.1
 
 
+def before(churn, x, t, process, keys):
+    """(x, t) at which the network is evaluated."""
+    moved = churn.before(refine.Step(x, t, 0.0, process, denoise=None, keys=keys))
+    return moved.x, moved.t
+
+
 @pytest.mark.parametrize("process", [Flow(), Exploding(0.01, 50.0), Linear(80.0)])
 def test_churn_adds_the_noise_of_its_new_time(process):
     x, keys = jnp.zeros((2000, 2)), jax.random.split(jax.random.key(0), 2000)
-    churned, later = refine.Churn(0.4, noise=1.0).before(x, 0.5, process, keys)
+    churned, later = before(refine.Churn(0.4, noise=1.0), x, 0.5, process, keys)
     ratio = lambda t: process.sigma(t) / process.alpha(t)
     np.testing.assert_allclose(ratio(later), 1.4 * ratio(0.5), rtol=1e-5)
     expected = process.alpha(later) * np.sqrt(ratio(later) ** 2 - ratio(0.5) ** 2)
@@ -304,10 +313,10 @@ def test_churn_is_nothing_outside_its_range_without_gamma_and_where_alpha_is_zer
         (refine.Churn(0.4, high=0.5), 0.5),
         (refine.Churn(0.4), 1.0),
     ]:
-        same, later = churn.before(x, t, Flow(), keys)
+        same, later = before(churn, x, t, Flow(), keys)
         np.testing.assert_array_equal(same, x)
         assert later == t
-    same, later = refine.Churn(0.4).before(x, 1.0, DDPM, keys)
+    same, later = before(refine.Churn(0.4), x, 1.0, DDPM, keys)
     np.testing.assert_allclose(same, x, rtol=1e-6)
     assert later == 1.0
 
@@ -338,6 +347,10 @@ class Blind:
 
     denoise: Mixture
 
+    @property
+    def process(self):
+        return self.denoise.process
+
     def __call__(self, x, t, cond=None):
         broken = jnp.where(self.denoise.process.sigma(t) > 0, 0.0, jnp.nan)
         return jax.tree.map(lambda leaf: leaf + broken, self.denoise(x, t))
@@ -362,9 +375,7 @@ def test_derivatives_by_x_the_grid_and_eta_are_finite_there(name, process):
     process, rows = ENDS[process], jnp.asarray(grid.uniform(3), jnp.float32)
 
     def energy(x, rows, eta):
-        return jnp.sum(
-            sample.sample(mixture(process), process, x, rows, sample.Sampler(CHAINS[name], eta), KEYS()) ** 2
-        )
+        return jnp.sum(sample.solve(mixture(process), x, rows, sample.Sampler(CHAINS[name], eta), KEYS()) ** 2)
 
     slopes = jax.grad(energy, (0, 1, 2))(jnp.asarray(X), rows, 0.5)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(slopes))

@@ -11,7 +11,18 @@ from diffjax.diffusion import grid, guide, refine, sample
 from diffjax.diffusion.analytic import Mixture, gaussian
 from diffjax.diffusion.denoise import Denoiser
 from diffjax.diffusion.predict import Estimate, V
-from diffjax.diffusion.process import Cosine, Exploding, Flow, Shift, discrete, linear_betas, perturb
+from diffjax.diffusion.process import (
+    Cosine,
+    Exploding,
+    Flow,
+    Shift,
+    discrete,
+    fold,
+    image_keys,
+    linear_betas,
+    perturb,
+    unit_noise,
+)
 from diffjax.diffusion.sample import Sampler
 
 pytestmark = pytest.mark.usefixtures("optimized")
@@ -35,7 +46,7 @@ def moments(proc, rows, sampler, variance=VARIANCE):
     x[1], noise = 1, np.zeros((n, n + 2, 3))
     noise[np.arange(n), np.arange(n) + 2] = 1
     gauss = gaussian(proc, jnp.asarray(MEAN), jnp.asarray(variance))
-    end = np.asarray(sample.sample(gauss, proc, jnp.asarray(x), rows, sampler, keys(n + 2), noise=jnp.asarray(noise)))
+    end = np.asarray(sample.solve(gauss, jnp.asarray(x), rows, sampler, keys(n + 2), noise=jnp.asarray(noise)))
     mean, scale, steps = end[0], end[1] - end[0], end[2:] - end[0]
     first, spread = marginal(proc, rows[0, 0], variance)
     return mean + scale * first, scale**2 * spread + np.sum(steps**2, axis=0)
@@ -94,7 +105,7 @@ def test_drawn_noise_gives_the_exact_moments():
     proc, n = Cosine(), 20000
     gauss = gaussian(proc, jnp.asarray(MEAN, jnp.float32), jnp.asarray(VARIANCE, jnp.float32))
     x = jax.random.normal(jax.random.key(1), (n, 3))
-    end = sample.sample(gauss, proc, x, grid.uniform(50), Sampler(refine.extrapolate(2), eta=1.0), keys(n))
+    end = sample.solve(gauss, x, grid.uniform(50), Sampler(refine.extrapolate(2), eta=1.0), keys(n))
     np.testing.assert_allclose(end.mean(0), MEAN, atol=4 / np.sqrt(n))
     np.testing.assert_allclose(np.cov(end.T), np.diag(VARIANCE), atol=0.03)
 
@@ -189,13 +200,11 @@ SDE = Sampler(refine.extrapolate(2), eta=1.0)
 
 def draw(x, which, rows=None, sampler=SDE, **kwargs):
     rows = grid.uniform(8) if rows is None else rows
-    return np.asarray(
-        sample.sample(MIXTURE, Cosine(), jnp.asarray(x), rows, sampler, keys(6)[jnp.asarray(which)], **kwargs)
-    )
+    return np.asarray(sample.solve(MIXTURE, jnp.asarray(x), rows, sampler, keys(6)[jnp.asarray(which)], **kwargs))
 
 
 def test_replayed_noise_is_drawn_noise():
-    noise = jnp.stack([sample.normal(keys(6), index, (2,), jnp.float32) for index in range(8)])
+    noise = jnp.stack([unit_noise(fold(keys(6), index), (2,)) for index in range(8)])
     replayed = draw(X, range(6), noise=noise)
     np.testing.assert_allclose(replayed, draw(X, range(6)), atol=1e-6)
     assert len(np.unique(noise)) == noise.size
@@ -224,11 +233,12 @@ def test_an_image_is_its_own_whoever_shares_the_batch():
 def test_parts_are_the_whole_bit_for_bit(chain):
     """With their memory and place carried along, through one program of any number of steps."""
     sampler, rows = Sampler(chain, eta=0.5), grid.uniform(10)
-    state = sample.start(sampler, jnp.asarray(X))
+    run = sample.Run(MIXTURE, Cosine(), sampler, keys(6))
+    state = sample.start(run, jnp.asarray(X))
     for part in (rows[:4], rows[4:8], rows[8:]):
         padded = np.concatenate([part, np.zeros((4 - len(part), 2))])
-        state = sample.run_part(state, padded, MIXTURE, Cosine(), sampler, {}, keys(6))
-    whole = sample.run_part(sample.start(sampler, jnp.asarray(X)), rows, MIXTURE, Cosine(), sampler, {}, keys(6))
+        state = sample.advance_part(state, padded, run)
+    whole = sample.advance_part(sample.start(run, jnp.asarray(X)), rows, run)
     assert state.index == 10
     np.testing.assert_array_equal(state.x, whole.x)
     np.testing.assert_array_equal(state.x0, whole.x0)
@@ -245,15 +255,15 @@ def test_nothing_but_a_shape_compiles_again():
     def run(seed, scale, eta, rows, gain, label, by, gamma):
         proc = Shift(Flow(), by)
         denoiser = Denoiser(proc, V(), jnp.asarray(gain), network)
-        guided = guide.Rescale(guide.Guidance(denoiser, scale), V(), proc, 0.3)
+        guided = guide.Rescale(guide.Guidance(denoiser, scale), V(), 0.3)
         chain = refine.chain(refine.Churn(gamma), refine.Clip(gamma + 1), refine.extrapolate(2))
         cond = {"cond": {"label": jnp.full(6, label)}, "null": {"label": jnp.full(6, -1)}}
-        return sample.sample(guided, proc, jnp.asarray(X), rows, Sampler(chain, eta), keys(6, seed), cond=cond)
+        return sample.solve(guided, jnp.asarray(X), rows, Sampler(chain, eta), keys(6, seed), cond=cond)
 
     first = run(0, 2.0, 0.0, grid.uniform(5), 0.5, 3, 3.0, 0.1)
-    once, programs = len(traces), sample.run._cache_size()
+    once, programs = len(traces), sample.advance._cache_size()
     second = run(1, 7.5, 1.0, grid.karras(Flow(), 5, 0.01, 30.0), 0.7, 5, 1.5, 0.4)
-    assert len(traces) == once and sample.run._cache_size() == programs
+    assert len(traces) == once and sample.advance._cache_size() == programs
     assert np.abs(first - second).max() > 1e-3
     run(1, 7.5, 1.0, grid.uniform(6), 0.7, 5, 1.5, 0.4)
     assert len(traces) > once
@@ -262,7 +272,7 @@ def test_nothing_but_a_shape_compiles_again():
 def test_vmap_over_eta_and_grids():
     etas = jnp.asarray([0.0, 0.5, 1.0])
     rows = jnp.stack([jnp.asarray(grid.uniform(4, 1.0, stop), jnp.float32) for stop in (0.0, 0.1, 0.2)])
-    one = lambda eta, rows: sample.sample(MIXTURE, Cosine(), jnp.asarray(X), rows, Sampler(eta=eta), keys(6))
+    one = lambda eta, rows: sample.solve(MIXTURE, jnp.asarray(X), rows, Sampler(eta=eta), keys(6))
     many = jax.vmap(one)(etas, rows)
     for i in range(3):
         np.testing.assert_allclose(many[i], one(etas[i], rows[i]), atol=2e-6)
@@ -272,7 +282,7 @@ def test_pmap_over_devices():
     n = jax.device_count()
     assert n == 8
     x, each = jnp.asarray(np.random.RandomState(0).randn(n, 2, 2), jnp.float32), keys(2 * n).reshape(n, 2)
-    one = lambda x, keys: sample.sample(MIXTURE, Cosine(), x, grid.uniform(4), SDE, keys)
+    one = lambda x, keys: sample.solve(MIXTURE, x, grid.uniform(4), SDE, keys)
     many = jax.pmap(one)(x, each)
     np.testing.assert_allclose(many.reshape(-1, 2), jnp.concatenate([one(x[i], each[i]) for i in range(n)]), atol=2e-6)
 
@@ -281,9 +291,7 @@ def test_derivatives_by_the_start_and_the_grid_are_those_of_differences(float64)
     proc = Flow()
     rows = jnp.asarray(grid.uniform(4))
     mixture = MIXTURE.replace(process=proc)
-    energy = lambda x, rows: jnp.sum(
-        sample.sample(mixture, proc, x, rows, Sampler(refine.extrapolate(2)), keys(6)) ** 2
-    )
+    energy = lambda x, rows: jnp.sum(sample.solve(mixture, x, rows, Sampler(refine.extrapolate(2)), keys(6)) ** 2)
     x = jnp.asarray(X, jnp.float64)
     by_x, by_rows = jax.grad(energy, (0, 1))(x, rows)
     h = 1e-6
@@ -297,10 +305,18 @@ def test_derivatives_by_the_start_and_the_grid_are_those_of_differences(float64)
 
 
 def test_step_keeps_the_estimate_for_previews():
-    state = sample.start(Sampler(), jnp.asarray(X))
-    row = jnp.asarray([0.8, 0.6], jnp.float32)
-    after = sample.step(state, row, None, lambda x, t, cond: MIXTURE(x, t), Cosine(), Sampler(), {}, keys(6))
+    run = sample.Run(MIXTURE, Cosine(), Sampler(), keys(6))
+    after = sample.step(sample.start(run, jnp.asarray(X)), jnp.asarray([0.8, 0.6], jnp.float32), run)
     est = MIXTURE(jnp.asarray(X), 0.8)
     np.testing.assert_allclose(after.x0, est.x0, rtol=1e-6)
     np.testing.assert_allclose(after.x, perturb(Cosine(), est.x0, est.eps, 0.6), rtol=1e-5)
     assert after.index == 1
+
+
+def test_draw_is_solve_from_the_start_noise_of_each_key():
+    rows, key = grid.uniform(4, 0.9), jax.random.key(5)
+    keys = image_keys(key, jnp.arange(6))
+    x = MIXTURE.process.sigma(0.9) * sample.start_noise(keys, (2,))
+    drawn = sample.draw(MIXTURE, key, (6, 2), rows, SDE)
+    np.testing.assert_array_equal(drawn, sample.solve(MIXTURE, x, rows, SDE, keys))
+    assert keys[4] == jax.random.fold_in(key, 4)

@@ -38,7 +38,7 @@ def plan(captions, low_res=None, process=Flow()):
     """A stage of 16 pixels that was trained on pictures of one colour each, or on noise when it enlarges."""
     pictures = np.stack([np.broadcast_to(np.array(COLOURS[caption]), (16, 16, 3)) for caption in captions])
     if low_res:
-        pictures = cascade.enlarge(
+        pictures = cascade.upsample(
             np.random.default_rng(0).uniform(-1, 1, (len(captions), low_res.size, low_res.size, 3)), 16
         )
     seen = Seen(image.to_uint8(pictures), list(captions), np.full(len(captions), -1), np.mean(pictures, axis=0))
@@ -100,7 +100,7 @@ def test_interpolation_is_a_rival_of_a_stage_that_enlarges():
     stage = plan(("red", "green"), LowRes(8, 0.2))
     panel = sanity.look(stage, 1.0)
     truth = image.from_uint8(stage.seen.image)
-    bicubic = cascade.enlarge(cascade.shrink(truth, 8), 16)
+    bicubic = cascade.upsample(cascade.downsample(truth, 8), 16)
     assert np.isclose(panel.trivial["bicubic"], np.mean((bicubic - truth) ** 2))
     np.testing.assert_allclose(panel.error, panel.trivial["bicubic"], rtol=1e-4)
 
