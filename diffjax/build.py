@@ -219,7 +219,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) or getattr(value, "ndim", None) == 0
 
 
-def scale(guidance: float | None) -> float | None:
+def scale(guidance: Any) -> float | None:
     """A scale of guidance; None, 0 and 1 are no guidance, which evaluates the conditional branch alone.
 
     Raises `UserError` for a negative one, NaN and infinity.

@@ -90,15 +90,16 @@ def fit(
     *,
     seeds: int = 8,
     iterations: int = 60,
+    prompt: Sequence[str] = (),
+    label: Sequence[int | str] = (),
     shown: Callable[..., Any] = iter,
-    **subject: Sequence[Any] | None,
 ) -> Fit:
     """Fit a grid to a method on `seeds` images, and measure it on as many others; Adam makes `iterations` steps.
 
-    The images take turns with the prompts or labels of `subject`, `prompt` or `label`; `shown` may show the progress of
-    an iterable. Raises `UserError` for a sampler that adds noise.
+    The images take turns with the prompts and labels; `shown` may show the progress of an iterable. Raises `UserError`
+    for a sampler that adds noise.
     """
-    how = model.chosen(method)
+    how = model.defaults.but(method)
     if how.steps < 2:
         raise UserError("a grid of one step has no time to fit: take 2 steps or more")
     model = model.against(method.guide)
@@ -107,7 +108,7 @@ def fit(
         raise UserError(
             f"sampler {how.sampler} adds noise, so it has no fine solution: take unipc, dpmpp_2m, ipndm or another one"
         )
-    batches = functools.partial(_batches, model, recipe(), subject)
+    batches = functools.partial(_batches, model, recipe(), {"prompt": prompt, "label": label})
     fine = recipe(steps=max(FINE, 10 * how.steps), grid="logsnr")
     solved = lambda numbers: [(inputs, fine.advance(inputs, fine.begin(inputs)).x) for inputs in batches(numbers)]
     known = {name: recipe(grid=name) for name in NAMED}
@@ -156,13 +157,12 @@ def error(recipe: Recipe, examples: list) -> float:
 
 
 def _batches(
-    model: Model, recipe: Recipe, subject: Mapping[str, Sequence[Any] | None], numbers: np.ndarray
+    model: Model, recipe: Recipe, subject: Mapping[str, Sequence[Any]], numbers: np.ndarray
 ) -> Iterator[Inputs]:
     """What the images of these numbers have of their own, in batches that divide them."""
     batch = next(size for size in range(min(model.defaults.batch, len(numbers)), 0, -1) if len(numbers) % size == 0)
-    cycled = {
-        name: [values[i % len(values)] for i in range(len(numbers))] for name, values in subject.items() if values
-    }
+    turns = lambda values: [values[i % len(values)] for i in range(len(numbers))]
+    cycled: dict[str, Any] = {name: turns(values) for name, values in subject.items() if values}
     if model.classes and "label" not in cycled:
         cycled["label"] = [i % len(model.classes) for i in range(len(numbers))]
     return model.inputs(jax.random.key(0), numbers, reads=recipe.reads, **cycled).parts(batch)

@@ -37,7 +37,7 @@ def trained(monkeypatch):
 
 
 def commands() -> list[str]:
-    return list(cli._parsers()[1])
+    return list(cli.COMMANDS)
 
 
 def test_every_command_teaches(capsys):

@@ -1,13 +1,18 @@
 """Configs: what a file leaves out, what the command line changes, and what every mistake is told."""
 
+import ast
 import json
+import re
 from pathlib import Path
 
+import config_reference
 import pytest
 
-from diffjax import build, config
-from diffjax.config import ConfigDict, base, completion, kinds
-from diffjax.config.fields import locate
+from diffjax import build, cli, config
+from diffjax.config import ConfigDict, base, completion, kinds, listing, meanings
+from diffjax.config.fields import arguments_of, locate, present
+from diffjax.data import default_config
+from diffjax.models import options
 from diffjax.parallel import processor
 from diffjax.sampling import job
 from diffjax.utils.errors import UserError
@@ -55,11 +60,15 @@ def test_an_experiment_says_only_what_differs_from_its_base(spec, monkeypatch):
     whole = config.complete(kinds._over(base, own))
     for path, _ in fields(own):
         if path.split(".")[-1] not in ("name", "size") and not path.startswith("imagen"):
-            try:
-                found = config.complete(kinds._over(base, without(own, path)))
-            except UserError:  # it must be said
-                continue
-            assert found != whole, f"{path} is said for nothing"
+            assert differs(kinds._over(base, without(own, path)), whole), f"{path} is said for nothing"
+
+
+def differs(settings, whole):
+    """Whether a config is another one when it is complete, or lacks something."""
+    try:
+        return config.complete(settings) != whole
+    except UserError:
+        return True
 
 
 def without(table, path):
@@ -148,10 +157,10 @@ def test_tables_that_can_be_none_come_and_go():
 
 
 def test_all_that_can_be_asked_of_a_sampling_experiment_can_be_overridden():
-    from diffjax.cli import _request
-
     arguments = ["--config.guidance=2.5", "--config.prompts=('a', 'b')", "--config.size=64", "--config.two_passes=True"]
-    settings, _ = config.parse(str(EXPERIMENTS / "ddpm_cat256.py"), arguments, _request)
+    settings, _ = config.parse(
+        str(EXPERIMENTS / "ddpm_cat256.py"), arguments, lambda: options.defaults(options.Request)
+    )
     request = job.configured(settings)
     assert (request.guidance, request.prompts, request.size, request.two_passes) == (2.5, ("a", "b"), 64, True)
     assert (request.steps, request.eta) == (25, None)
@@ -234,19 +243,121 @@ def test_auto_is_settled_said_and_kept(tmp_path, monkeypatch, capsys):
     assert "has none of amx_bf16, avx512_bf16, bf16\n" in capsys.readouterr().out
 
 
-def test_the_page_names_every_field_and_its_commands_are_read():
-    page = (EXPERIMENTS.parent / "docs" / "configs.md").read_text()
-    whole = config.complete(config.load(EMOJI))
-    for path, _ in fields(whole):
-        section, _, name = path.partition(".")
-        if section not in ("data", "dit") and locate(base.table(whole), path) is not None:
-            assert name.rpartition(".")[2] in page and section in page, path
+def read_back(lines):
+    """The fields that printed lines say, and those among them that are marked."""
+    said, marked = {}, {}
+    for line in lines:
+        for statement in ast.parse(line).body:
+            path, value = ast.unparse(statement.targets[0]), ast.literal_eval(statement.value)
+            said[path] = value
+            if "  # * " in line:
+                marked[path] = value
+    return said, marked
+
+
+def nested(flat):
+    whole = {}
+    for path, value in flat.items():
+        *above, name = path.split(".")
+        table = whole
+        for key in above:
+            table = table.setdefault(key, {})
+        table[name] = value
+    return whole
+
+
+SHOWN = [
+    *((str(file), ()) for file in TRAINED),
+    (f"{FINETUNE}:full", ("prior.weight=1", "init_from.run=runs/one")),
+    (str(EXPERIMENTS / "cifar10.py"), ("network=unet", "optimizer.name=adamw", "optimizer.schedule.name=cosine")),
+    (EMOJI, ("sample.guide.name=apg", "sample.guide.momentum=-0.5", "process.name=discrete", "text.name=t5")),
+]
+
+
+@pytest.mark.parametrize("spec, overrides", SHOWN, ids=lambda part: Path(str(part)).stem)
+def test_a_config_is_printed_whole_and_what_is_marked_makes_it_again(spec, overrides):
+    whole = parse(*overrides, spec=spec)
+    lines = list(listing.lines(whole, options.Request))
+    said, marked = read_back(lines)
+    assert said == dict(fields(whole))
+    assert config.complete(nested(marked)) == whole.unlock()
+    assert all(line.startswith(("#", "\n#")) or line.partition("  # ")[2][2:] for line in lines), "each has a meaning"
+    for line in lines:
+        if "  # * " in line and "= None" not in line.partition("  # * ")[2]:  # whose table the base does not have
+            assert differs(without(nested(marked), line.partition(" = ")[0]), whole), line
+
+
+def test_every_argument_of_every_choice_has_a_meaning_and_no_other():
+    choices = {"process": base.NEW, "prediction": base.NEW, "text": base.NEW, "optimizer": base.LAST}
+    found = [present(table[name]) for name, table in choices.items()]
+    found += [base.LAST["optimizer"].common["schedule"], *map(base.LAST["loss"].fields.get, ("weight", "times"))]
+    for choice in found:
+        for name, maker in choice.makers.items():
+            known = choice.arguments.get(name, {})
+            assert set(known) == set(arguments_of(maker, name, known, choice.given).fields), name
+    for name in build.NETWORKS:
+        assert set(base.network(name).fields) == set(meanings.NETWORKS[name]), name
+        assert base.network(name).meaning == meanings.ABOUT[name]
+    assert list(base.DATA) == list(base.data().fields) and set(base.DATA) == set(default_config())
+
+
+def test_fields_of_ones_own_are_printed_by_the_name_of_what_they_are_of(tmp_path):
+    (tmp_path / "own_shown.py").write_text(
+        "import jax.numpy as jnp\n"
+        "def level(height, width=2): return None\n"
+        "def net(depth=3, dtype=jnp.bfloat16): return None\n"
+        "def any_net(**fields): return None\n"
+    )
+    (tmp_path / "mine.py").write_text(
+        "from diffjax.config.kinds import pixels\n"
+        "def get_config(network='net'): return pixels(name='mine', data={'name': 'openmoji'}, network=f'own_shown:{network}',"
+        "    loss={'weight': {'name': 'own_shown:level', 'height': 1.5}}, train={'steps': 1, 'batch': 1},"
+        "    **({'any_net': {'deep': 1}} if network == 'any_net' else {}))"
+    )
+    lines = list(listing.lines(parse(spec=str(tmp_path / "mine.py")), options.Request))
+    shown = {line.partition(" = ")[0]: line.partition("  # ")[2] for line in lines}
+    assert shown["loss.weight.height"] == "* an argument of own_shown:level"
+    assert shown["net.depth"] == "  an argument of own_shown:net"
+    assert shown["net.dtype"] == "  a dtype of own_shown:net; one of float32, bfloat16, float16, auto"
+    said, _ = read_back(listing.lines(parse(spec=f"{tmp_path / 'mine.py'}:any_net"), options.Request))
+    assert said["any_net.deep"] == 1
+
+
+def test_what_only_samples_is_printed_and_what_is_no_experiment_is_told(capsys, tmp_path):
+    spec = str(EXPERIMENTS / "ddpm_cat256.py")
+    assert cli.main(["config", "--config", spec, "--config.size=64"]) == 0
+    said, marked = read_back(capsys.readouterr().out.splitlines())
+    assert set(said) == set(options.names(options.Request)) and marked["size"] == 64 and "eta" not in marked
+    (tmp_path / "mine.py").write_text("def get_config(which): return {word: {} for word in which.split('_')}")
+    for which, told in {
+        "train": "the config has no data: begin with one of the experiments",
+        "data": "the config has no train, nor a model to draw with: begin with one of the experiments",
+        "model_prompt": "unknown config key prompt: did you mean prompts?",
+    }.items():
+        assert cli.main(["config", "--config", f"{tmp_path / 'mine.py'}:{which}"]) == 2
+        assert told in capsys.readouterr().err
+
+
+def test_the_config_of_a_run_is_printed(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(parse("train.steps=7").to_json_best_effort())
+    assert cli.main(["config", "--run", str(tmp_path)]) == 0
+    said, marked = read_back(capsys.readouterr().out.splitlines())
+    assert said == dict(fields(parse("train.steps=7"))) and marked["train.steps"] == 7
+    assert cli.main(["config", "--run", str(tmp_path / "none")]) == 2
+    assert "holds no run" in capsys.readouterr().err
+
+
+def test_the_page_is_what_the_base_says_and_its_commands_are_read(tmp_path):
+    page = config_reference.PAGE.read_text(encoding="utf-8")
+    assert page == config_reference.page(page), "run: python scripts/config_reference.py"
+    for path, _ in fields(config.load(EMOJI)):
+        assert f"`{path}`" in page
+    (example, *_) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "mine.py").write_text(example)
+    assert parse(spec=str(tmp_path / "mine.py")).data.path == "pictures"
     commands = [line.split() for line in page.splitlines() if line.startswith("    diffjax train")]
     overrides = [[word for word in words if word.startswith("--config.")] for words in commands]
     found = [config.parse(EMOJI, words)[0] for words in overrides]
     assert (found[0].train.steps, found[0].data.flip) == (1000, True)
-    assert (
-        found[1].optimizer.name == "adamw"
-        and found[2].text is None
-        and found[2].loss.weight.to_dict() == {"name": "plain"}
-    )
+    assert found[1].optimizer.name == "adamw" and found[2].text is None
+    assert found[2].loss.weight.to_dict() == {"name": "plain"}

@@ -1,5 +1,6 @@
 """The scripts against a stand-in for Python that only notes what it is asked, and the lock file they install."""
 
+import itertools
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 HOST_HAS_DRIVER = Path("/sys/module/nvidia/version").exists()
@@ -151,10 +153,28 @@ def test_driver_decides_the_build(checkout, driver, line):
     assert line in setup(checkout, JAX_BUILD="").stdout
 
 
-def test_scripts_are_valid_and_ci_runs_the_tests():
+def test_scripts_are_valid_and_ci_runs_the_linters_and_the_tests():
     for script in [*ROOT.glob("scripts/*.sh"), ROOT / ".ci/run"]:
         subprocess.run(["bash", "-n", script], check=True)
-    assert "bash scripts/test.sh" in (ROOT / ".ci/run").read_text()
+    assert {"bash scripts/lint.sh", "bash scripts/test.sh"} <= set(
+        re.findall("bash [a-z/.]+", (ROOT / ".ci/run").read_text())
+    )
+
+
+@pytest.mark.parametrize("lint, test", [(0, 0), (1, 0), (0, 1), (1, 1)])
+def test_ci_runs_both_and_fails_where_one_does(checkout, lint, test):
+    shutil.copytree(ROOT / ".ci", checkout / ".ci")
+    for name, status in (("lint", lint), ("test", test)):
+        (checkout / "scripts" / f"{name}.sh").write_text(f"echo {name} >>said\nexit {status}\n")
+    assert bool(subprocess.run(["bash", checkout / ".ci/run"]).returncode) == bool(lint or test)
+    assert (checkout / "said").read_text().split() == ["lint", "test"]
+
+
+def test_the_hooks_before_a_commit_are_tools_of_the_dev_extra():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    tools = {re.fullmatch(r"\.venv/bin/(\w+)( .*)?", hook["entry"])[1] for hook in hooks}
+    assert tools == {"ruff", "pyright"} and tools <= {re.match(r"[\w-]+", line)[0] for line in extras["dev"]}
 
 
 def test_lock_is_exact_and_names_no_index():
@@ -165,7 +185,7 @@ def test_lock_is_exact_and_names_no_index():
 def test_lock_holds_every_requirement():
     locked = set(re.findall(r"^([\w-]+)==", (ROOT / "requirements.lock").read_text(), re.MULTILINE))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+    wanted = [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]
     names = {re.match(r"[\w-]+", line)[0].lower().replace("_", "-") for line in wanted}
     assert names <= locked
 

@@ -40,7 +40,7 @@ def completed(path: str, value: Any, of: Place, absent: Absent | None = None) ->
     value = {} if value is MISSING else value
     if not isinstance(value, Mapping):
         raise UserError(f"config key {path} is {value!r}: it must be a table of {', '.join(of.fields)}")
-    if wrong := [name for name in value if name not in of.fields and not of.open]:
+    if wrong := [name for name in value if name not in of.fields and of.others is None]:
         raise unknown("config key", join(path, wrong[0]), [join(path, name) for name in of.fields])
     inner = {
         name: completed(join(path, name), value.get(name, MISSING), field, absent) for name, field in of.fields.items()

@@ -45,7 +45,7 @@ class Field:
         """What it can be, in words; "" for all of its kind."""
         if isinstance(self.allowed, str):
             return _in_words(self.allowed) if self.allowed else ""
-        return ", ".join(map(str, self.allowed))
+        return f"one of {', '.join(map(str, self.allowed))}"
 
     def checked(self, path: str, value: Any) -> Any:
         """The value as one of its kind. Raises `UserError`, naming the path, for another kind, and for one that is not
@@ -65,11 +65,11 @@ class Field:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of fields; one that is `open` can have any others."""
+    """A table of fields. One that has `others` can have any beside them; these are the meanings of some."""
 
     meaning: str
     fields: Mapping[str, "Place"]
-    open: bool = False
+    others: Mapping[str, Field] | None = None
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,9 @@ class Choice:
     def table(self, name: str, path: str) -> Table:
         """The table of that name. Raises `UserError` for a name that is not there."""
         maker = build.named(f"{path}.name", self.makers, name)
-        found = arguments(maker, name, self.arguments.get(name, {}), self.given)
-        first = {"name": Field("which one", str, tuple(self.makers)), **self.common}
-        return Table(self.meaning, first | found.fields, found.open)
+        found = arguments_of(maker, name, self.arguments.get(name, {}), self.given)
+        first = {"name": Field("", self.default or str, tuple(self.makers)), **self.common}
+        return Table(self.meaning, first | found.fields, found.others)
 
 
 @dataclass(frozen=True)
@@ -127,11 +127,11 @@ DTYPE = Field(
 )
 
 
-def arguments(maker: Callable, name: str, meanings: Mapping[str, Field], given: Collection[str] = ()) -> Table:
+def arguments_of(maker: Callable, name: str, meanings: Mapping[str, Field], given: Collection[str] = ()) -> Table:
     """The arguments of what is called `name` as a table, with the defaults of its signature; `given` are left out."""
     found = build.parameters(maker)
     if found is None:
-        return Table("", {}, open=True)
+        return Table("", {}, others={})
     own = {True: dataclasses.replace(DTYPE, meaning=f"a dtype of {name}"), False: Field(f"an argument of {name}")}
     fields = {
         argument: dataclasses.replace(

@@ -74,7 +74,7 @@ def _above(path: str) -> list[str]:
 
 
 def _is_open(place: Place | None) -> bool:
-    return isinstance(found := present(place), Table) and found.open
+    return isinstance(found := present(place), Table) and found.others is not None
 
 
 def _shapes(path: str, of: Table) -> bool:

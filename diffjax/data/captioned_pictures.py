@@ -36,16 +36,18 @@ class Source(Protocol):
 
     def stamp(self) -> Iterable[str]:
         """Lines that are others when the pictures are."""
+        ...
 
     def pictures(self) -> list[Captioned]:
         """All of them, those that cannot be used too."""
+        ...
 
 
 @dataclasses.dataclass(eq=False)
 class PicturesConfig(tfds.core.BuilderConfig):
     """The pictures of one source at one size, on one background colour."""
 
-    source: Source | None = None
+    source: Source = dataclasses.field(kw_only=True)
     size: int = 64
     background: str = "white"
     enlarge: bool = False
@@ -158,19 +160,28 @@ class CaptionedPictures(tfds.core.GeneratorBasedBuilder):
     """
 
     VERSION = tfds.core.Version("1.1.0")
+    builder_config: PicturesConfig
 
-    def _info(self) -> tfds.core.DatasetInfo:
+    @functools.cached_property
+    def _features(self) -> dict[str, tfds.features.FeatureConnector]:
         features = {"image": tfds.features.Image(), "file": tfds.features.Text()}
         if any(picture.captions for picture in self.builder_config.pictures):
             features["captions"] = tfds.features.Sequence(tfds.features.Text())
         if self.builder_config.classes:
             features["label"] = tfds.features.ClassLabel(names=self.builder_config.classes)
+        return features
+
+    def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
             builder=self,
             description="Pictures with captions.",
-            features=tfds.features.FeaturesDict(features),
-            metadata=tfds.core.MetadataDict(),
+            features=tfds.features.FeaturesDict(self._features),
+            metadata=self._metadata,
         )
+
+    @functools.cached_property
+    def _metadata(self) -> tfds.core.MetadataDict:
+        return tfds.core.MetadataDict()
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
         if self.builder_config.source.refuses_small and not self.builder_config.enlarge:
@@ -181,8 +192,9 @@ class CaptionedPictures(tfds.core.GeneratorBasedBuilder):
         settings, left_out, grey, content = self.builder_config, [], True, 0
         work = in_parallel(lambda picture: _stored(picture, settings), settings.pictures, os.cpu_count() or 1)
         for picture, stored in track(work, "preparing the pictures", len(settings.pictures)):
-            if why := stored if isinstance(stored, str) else self._lacks(picture):
-                left_out.append((picture.name, why))
+            lack = self._lacks(picture)
+            if isinstance(stored, str) or lack:
+                left_out.append((picture.name, stored if isinstance(stored, str) else lack))
                 continue
             if stored.frames > 1:
                 left_out.append(
@@ -196,19 +208,18 @@ class CaptionedPictures(tfds.core.GeneratorBasedBuilder):
             raise self._nothing(left_out)
         if left_out:
             skipped.add(sorted(left_out))
-        self.info.metadata.update(grey=grey, content=f"{content % 2**256:064x}")
+        self._metadata.update(grey=grey, content=f"{content % 2**256:064x}")
 
     def _lacks(self, picture: Captioned) -> str:
         """What a picture needs and has not."""
-        if "captions" in self.info.features and not picture.captions:
+        if "captions" in self._features and not picture.captions:
             return "has no caption"
-        return "has no class" if "label" in self.info.features and not picture.label else ""
+        return "has no class" if "label" in self._features and not picture.label else ""
 
     def _told(self, picture: Captioned) -> dict:
         """What is kept of a picture besides itself."""
-        told = {"file": picture.name}
-        told |= {"captions": list(picture.captions)} if "captions" in self.info.features else {}
-        return told | ({"label": picture.label} if picture.label else {})
+        captions = {"captions": list(picture.captions)} if "captions" in self._features else {}
+        return {"file": picture.name} | captions | ({"label": picture.label} if picture.label else {})
 
     def _nothing(self, left_out: list[tuple[str, str]]) -> UserError:
         """The error when no picture can be used."""

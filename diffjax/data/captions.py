@@ -125,7 +125,7 @@ def scan(folder: Path) -> list[Captioned]:
         for picture, captions, problem in _entries(file, pictures):
             if problem:
                 faulty.append(Captioned(f"{os.path.relpath(file, folder)} {picture}", file, problem=problem))
-            elif (known := pictures.known(picture)) is None:
+            elif (known := pictures.known(Path(picture))) is None:
                 missing.append(f"{os.path.relpath(picture, folder)} (named by {file.relative_to(folder)})")
             else:
                 gather(pictures.captions[known], captions)

@@ -25,7 +25,7 @@ from diffjax.utils.progress import counted, track
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """Every field of `config.data` with its default; the package's docstring says what each means."""
+    """Every field of `config.data` with its default; `diffjax.config.base` says what each means."""
     return ml_collections.ConfigDict(
         {
             "name": "openmoji",
@@ -234,7 +234,7 @@ def _say(skipped: Skipped, name: str) -> None:
 
 
 def load(config: ml_collections.ConfigDict) -> Dataset:
-    """The data set that `config` describes (fields: see the package), prepared on first use.
+    """The data set that `config` describes (`default_config` has its fields), prepared on first use.
 
     What is prepared or downloaded goes to `config.data_dir`, else `$TFDS_DATA_DIR`, else the cache folder's `data`.
     Raises `UserError` for anything in the configuration or the data that the user can mend.

@@ -5,6 +5,7 @@ within `MOST_BYTES`, and to decode as a picture to its end; it is kept only then
 `ATTEMPTS` times.
 """
 
+import functools
 import hashlib
 import threading
 import time
@@ -107,8 +108,8 @@ class _Fetcher:
         parts = urlsplit(url)
         proxy = None if proxy_bypass(parts.hostname or "") else getproxies().get(parts.scheme)
         if proxy not in self.pools:
-            size = {"maxsize": THREADS, "num_pools": 4 * THREADS}
-            self.pools[proxy] = urllib3.ProxyManager(proxy, **size) if proxy else urllib3.PoolManager(**size)
+            pool = functools.partial(urllib3.ProxyManager, proxy) if proxy else urllib3.PoolManager
+            self.pools[proxy] = pool(num_pools=4 * THREADS, maxsize=THREADS)
         return self.pools[proxy].request(
             "GET",
             url,

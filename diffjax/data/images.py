@@ -51,7 +51,7 @@ def formats() -> tuple[str, ...]:
     Image.init()
     found = tuple(name for name in FORMATS if name in Image.OPEN)
     try:
-        import pillow_heif
+        import pillow_heif  # pyright: ignore[reportMissingImports]  no extra installs it
     except ImportError:
         return found
     pillow_heif.register_heif_opener()
@@ -149,12 +149,18 @@ def _in_srgb(picture: Image.Image, profile: bytes | None) -> Image.Image:
     if picture.mode != "LAB" and not profile:
         return picture
     try:
-        own = ImageCms.createProfile("LAB") if picture.mode == "LAB" else ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        own = (
+            ImageCms.createProfile("LAB")
+            if picture.mode == "LAB"
+            else ImageCms.ImageCmsProfile(io.BytesIO(profile or b""))
+        )
         if picture.mode != "LAB" and "srgb" in ImageCms.getProfileDescription(own).lower():
             return picture
         to = "RGBA" if picture.mode == "RGBA" else "RGB"
         found = ImageCms.profileToProfile(picture, own, ImageCms.createProfile("sRGB"), outputMode=to)
     except (ImageCms.PyCMSError, OSError):
+        return picture
+    if found is None:
         return picture
     return found.convert("L") if picture.mode == "L" else found
 

@@ -195,6 +195,7 @@ class Openmoji(tfds.core.GeneratorBasedBuilder):
     """TFDS builder `openmoji`: `image` (size, size, 3), `captions` (name, aliases), `codepoints`; split `train`."""
 
     VERSION = tfds.core.Version("1.0.0")
+    builder_config: OpenmojiConfig
 
     def _info(self) -> tfds.core.DatasetInfo:
         size = self.builder_config.size

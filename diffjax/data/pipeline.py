@@ -148,9 +148,9 @@ class _BatchSource:
     def __len__(self) -> int:
         return sys.maxsize // self._batch_size
 
-    def __getitem__(self, number: int) -> Batch:
+    def __getitem__(self, index: int) -> Batch:
         rows = self._batch_size // self._shards
-        start = number * self._batch_size + self._shard * rows
+        start = index * self._batch_size + self._shard * rows
         examples, captions = zip(*(self._view(position) for position in range(start, start + rows)), strict=True)
         batch = {
             "image": np.stack([example.image for example in examples]),
@@ -174,6 +174,8 @@ def _follow_the_parent(worker: int, workers: int) -> None:
     """In a worker: leave Ctrl-C to the parent, and end when it does, however it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
+    if parent is None:
+        return
 
     def follow() -> None:
         parent.join()
@@ -301,18 +303,23 @@ class Prefetch:
         return self
 
     def __next__(self) -> Any:
-        placed = self.peek()
-        self._state, self._head = self._head[1], None
+        placed, self._state = self._first()
+        self._head = None
         return placed
 
     def peek(self) -> Any:
         """The next batch, which `next` will give too."""
+        return self._first()[0]
+
+    def _first(self) -> tuple[Any, bytes]:
+        """The next batch and the state after it."""
         self.wait()
-        placed, _, error = self._head
+        assert self._head is not None
+        placed, state, error = self._head
         if error is not None:
             self.set_state(self._state)
             raise error
-        return placed
+        return placed, state
 
     def wait(self, leave: Callable[[], bool] = lambda: False) -> bool:
         """Whether the next batch is ready: wait for it, unless `leave()` says not to, now or while waiting."""

@@ -107,7 +107,7 @@ class Records:
         return total.hexdigest()[:32]
 
     def __getitem__(self, index: int) -> Record:
-        example = self._features.deserialize_example_np(self._source[index], decoders=self._decoders)
+        example: Any = self._features.deserialize_example_np(self._source[index], decoders=self._decoders)
         label = int(example[self.roles.label]) if self.roles.label else -1
         picture = bytes(example[self.roles.image])
         if self.roles.captions is None:

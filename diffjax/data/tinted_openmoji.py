@@ -93,6 +93,7 @@ class TintedOpenmoji(tfds.core.GeneratorBasedBuilder):
     """
 
     VERSION = tfds.core.Version("1.0.0")
+    builder_config: OpenmojiConfig
 
     def _info(self) -> tfds.core.DatasetInfo:
         size = self.builder_config.size
@@ -114,7 +115,7 @@ class TintedOpenmoji(tfds.core.GeneratorBasedBuilder):
         return {split: self._generate_examples(chosen, split) for split in SPLITS}
 
     def _generate_examples(self, chosen: list[Emoji], split: str) -> Iterator[tuple[str, dict]]:
-        settings: OpenmojiConfig = self.builder_config
+        settings = self.builder_config
         for number, emoji in enumerate(track(chosen, f"drawing the {split} tints at {settings.size} px", len(chosen))):
             for label, svg, captions in _tints(emoji, number, split):
                 picture = openmoji.rasterise(svg, settings.size, settings.background)

@@ -103,7 +103,7 @@ def _members(tar: tarfile.TarFile) -> Iterator[_Member]:
             )
         elif not member.isdir():
             yield _Member(member.name, problem="is no regular file")
-        tar.members.clear()  # it would remember every header
+        tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  it would remember every header
     tar.fileobj.seek(tar.offset)
     while rest := tar.fileobj.read(2**20):
         if rest.count(0) < len(rest):

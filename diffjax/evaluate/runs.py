@@ -62,7 +62,7 @@ def evaluate(
     if model.text is None and not model.low_res:
         raise UserError(f"{run} was trained without text: only pictures of prompts can be measured, or enlarged ones")
     config = configs.read(run).data
-    how, recipe = model.chosen(method), model.recipe(method)
+    how, recipe = model.defaults.but(method), model.recipe(method)
     measure = enlargements if model.low_res else recall
     found, sheet = measure(model, recipe, config, num, seed)
     guide = {"guide": dict(model.rule(how.guide))} if recipe.reads else {}

@@ -33,7 +33,8 @@ from diffjax.explain.subject import Subject
 from diffjax.explain.walk import Step
 from diffjax.loading import run_folder
 from diffjax.models.model import Inputs, Recipe
-from diffjax.sampling.job import Request, configured, preset
+from diffjax.models.options import Request, given
+from diffjax.sampling.job import configured, preset
 from diffjax.utils import image
 from diffjax.utils.errors import UserError
 
@@ -66,14 +67,11 @@ def requested(args: Namespace) -> Request:
     Raises `UserError` for numbers that cannot be, for a run that is not there, and beside a config for what it says.
     """
     if args.config:
-        given = vars(args).keys() & {field.name for field in dataclasses.fields(Request)}
-        if given := [name for name in sorted(given) if getattr(args, name) not in (None, "", 0)]:
-            raise UserError(f"--config takes {', '.join(given)} as --config.NAME=value: leave them out")
+        if beside := sorted(given(Request, args)):
+            raise UserError(f"--config takes {', '.join(beside)} as --config.NAME=value: leave them out")
         return dataclasses.replace(configured(args.config), num=1)
-    names = ("revision", "variant", "dtype", "negative_prompt", "size", "seed", "steps", "sampler", "grid", "guidance")
-    given = {name: getattr(args, name) for name in (*names, "guide", "eta")}
-    given |= {name: (value,) for name, value in (("prompts", args.prompt), ("labels", args.label)) if value is not None}
-    return Request(model=run_folder(args.workdir) if args.workdir else args.model, **given)
+    model = run_folder(args.workdir) if args.workdir else args.model
+    return Request(**given(Request, args) | {"model": model})
 
 
 def sections(about: Subject, recipe: Recipe, inputs: Inputs, steps: Sequence[Step]) -> list[Section]:

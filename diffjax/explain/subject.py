@@ -1,7 +1,7 @@
 """What a page is about: one picture of one model, asked for as of `diffjax sample`, and the model's training data."""
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -56,12 +56,11 @@ class Subject:
 
     def recipe(self, **how: Any) -> Recipe:
         """How the picture is drawn, but for what is given otherwise."""
-        asked = {name: getattr(self.request, name) for name in ("steps", "sampler", "grid", "eta", "size")}
-        if "guidance" in how and build.scale(how["guidance"]) is not None:
-            asked |= {"guide": self.request.guide}
-        elif "guidance" not in how:
-            asked |= job.guided(self.request)
-        return self.model.recipe(**asked | how)
+        method = job.method(self.request)
+        if "guidance" in how:
+            guide = None if build.scale(how["guidance"]) is None else self.request.guide
+            method = replace(method, guidance=None, guide=guide)
+        return self.model.recipe(method, size=self.request.size, **how)
 
     def inputs(self, recipe: Recipe, prompt: str | None = None) -> Inputs:
         """What the picture has of its own, always from the same noise; with another prompt, "" for no text or class."""

@@ -32,7 +32,7 @@ class Coder:
 class Encode(Coder):
     """Images to latents: the mean of their distribution."""
 
-    def __call__(self, images: Float[Array, "b h w 3"]) -> Float[np.ndarray, "b h/f w/f c"]:
+    def __call__(self, images: Float[Array | np.ndarray, "b h w 3"]) -> Float[np.ndarray, "b h/f w/f c"]:
         return (tiled_encode(self.module, self.params, images, TILE)[0] - self.shift) * self.module.scaling_factor
 
 

@@ -94,8 +94,9 @@ def _refuse_other_pipelines(folder: Path) -> None:
 
 def shape(module: UNet) -> tuple[int, int, int]:
     """That of one of its pictures."""
-    size = module.sample_size
-    return (*((size, size) if isinstance(size, int) else size), module.in_channels)
+    size = module.sample_size or 0  # `check` refuses None
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width, module.in_channels
 
 
 def defaults(scheduler: Scheduler, module: UNet) -> Defaults:

@@ -30,7 +30,7 @@ def fitted_to(model: Any, method: Method = Method()) -> dict[str, Any]:
     which is the same in whatever dtype they were loaded. Raises `UserError` for a guide of one's own, which has
     no name.
     """
-    how = model.chosen(method)
+    how = model.defaults.but(method)
     if callable(how.guidance):
         raise UserError("a fitted grid belongs to guidance by a scale: give a scale, or a grid of another name")
     short = lambda leaf: np.asarray(leaf, jnp.bfloat16) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) else leaf
@@ -61,7 +61,7 @@ def stored(model: Any, method: Method) -> Float[np.ndarray, "steps 2"]:
 
     Raises `UserError` when none was, and when the model's parameters have changed since.
     """
-    how, to = model.chosen(method), fitted_to(model, method)
+    how, to = model.defaults.but(method), fitted_to(model, method)
     steps, sampler = how.steps, how.sampler
     place = path(model.name, str(sampler), steps, to)
     again = f"diffjax fit-grid --steps {steps} --sampler {sampler}{flags(to)} makes one"

@@ -50,6 +50,12 @@ class Defaults(Method):
     null_prompt: str | None = None
     guide: Rule | None = field(default=None, hash=False)
 
+    def but(self, method: Method) -> "Defaults":
+        """These but for what a method says; the own guide only where there is guidance."""
+        how = replace(self, **method.said())
+        is_guided = not callable(how.guidance) and build.scale(how.guidance) is not None
+        return how if is_guided else replace(how, guide=method.guide)
+
 
 @struct.dataclass
 class Recipe:
@@ -129,12 +135,6 @@ class Model:
     earlier: Callable[[int], "Model"] | None = struct.field(pytree_node=False, default=None)
     weak: "Model | None" = None
 
-    def chosen(self, method: Method) -> Defaults:
-        """The model's defaults but for what the method says; its own guide only where there is guidance."""
-        how = replace(self.defaults, **method.said())
-        is_guided = not callable(how.guidance) and build.scale(how.guidance) is not None
-        return how if is_guided else replace(how, guide=method.guide)
-
     def recipe(
         self,
         method: Method = Method(),
@@ -148,7 +148,7 @@ class Model:
         `strength` is how much of a picture to start from may change, above 0 to 1, which is also None. Raises
         `UserError` for what does not exist.
         """
-        how = self.chosen(changed(method, given, self.recipe))
+        how = self.defaults.but(changed(method, given, self.recipe))
         times = self._times(how, 1.0 if strength is None else strength)
         sampler, denoise = self._sampler(how), self._guided(how)
         shape = self.shape if size is None else self.state_shape(size)

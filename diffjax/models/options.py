@@ -66,7 +66,7 @@ def sides(size: Size) -> tuple[int, int]:
 class Table(argparse.Action):
     """Words NAME FIELD=VALUE ... as a table such as `{"name": "apg", "momentum": -0.5}`."""
 
-    def __call__(self, parser, namespace, values, option_string=None):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         name, *rest = values
         table = {"name": name}
         for word in rest:
@@ -292,5 +292,9 @@ def add_flags(
 def given(of: type[Method], args: argparse.Namespace) -> dict[str, Any]:
     """What the arguments of a command say of the options of a class."""
     found = {name: getattr(args, name, None) for name in names(of)}
-    plain = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
-    return {name: value for name, value in plain.items() if value is not None}
+    return {name: tupled(value) for name, value in found.items() if value is not None}
+
+
+def tupled(value: Any) -> Any:
+    """A list as a tuple, anything else as it is."""
+    return tuple(value) if isinstance(value, list) else value

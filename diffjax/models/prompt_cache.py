@@ -5,6 +5,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -33,12 +34,13 @@ def remembered(encoder: str, prompts: Iterable[str], load: Callable[[], Callable
     absent = [i for i, row in enumerate(rows) if row is None]
     for i in track(absent, "encoding the texts", len(absent)) if len(absent) > MANY else absent:
         text = load() if text is None else text
-        rows[i] = _encoded(text, different[i])
+        row = rows[i] = _encoded(text, different[i])
         with files.open_atomic(paths[i]) as file:
-            np.savez_compressed(file, **rows[i])
-    for said in dict.fromkeys(line for row in rows for line in row.pop(SAID).tolist()):
+            np.savez_compressed(file, **row)
+    whole = [row for row in rows if row is not None]
+    for said in dict.fromkeys(line for row in whole for line in row.pop(SAID).tolist()):
         warnings.warn(said, stacklevel=2)
-    return Encoded(different, jax.tree.map(lambda *leaves: np.stack(leaves), *rows))
+    return Encoded(different, jax.tree.map(lambda *leaves: np.stack(leaves), *whole))
 
 
 def read(path: Path) -> Row | None:
@@ -56,7 +58,7 @@ def key(paths: Iterable[Path], *how: object) -> str:
     return _digest(repr((stats, how, jax.default_backend())))
 
 
-def _encoded(text: Callable[[list[str]], Row], prompt: str) -> Row:
+def _encoded(text: Callable[[list[str]], Row], prompt: str) -> dict[str, Any]:
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         cond = text([prompt])

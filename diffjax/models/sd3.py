@@ -114,7 +114,7 @@ class Kept:
     variant: str | None = None
     added: tuple[tuple[Mapping[str, Mapping[str, lora.Adapter | lora.Decomposed]], float], ...] = ()
 
-    def read(self, name: str, part: Component, source: Path) -> tuple[nn.Module, dict[str, Any]]:
+    def read(self, name: str, part: Component, source: Path) -> tuple[Any, dict[str, Any]]:
         """A component's network and parameters."""
         scheme = SCHEMES[self.quantize] if self.quantize and name in ("transformer", T5) else None
         place = sharding.over(self.shard) if self.shard and name == "transformer" else None
@@ -138,13 +138,13 @@ class SkipLayers:
 
     def __call__(self, denoiser: Denoiser) -> Skip:
         """Raises `UserError` for a network without such layers."""
-        module = denoiser.apply.module
+        module = getattr(denoiser.apply, "module", None)
         if not isinstance(module, MMDiT) or max(self.layers) >= module.num_layers:
             numbers = ", ".join(map(str, self.layers))
             raise UserError(
                 f"skip-layer guidance leaves out layers {numbers}, which this network has not: leave it out"
             )
-        weaker = denoiser.replace(apply=Apply(module.clone(skip_layers=self.layers)))
+        weaker = replace(denoiser, apply=Apply(module.clone(skip_layers=self.layers)))
         guided = build.guide(self.guide)(denoiser, build.scale(self.guidance) or 1.0)
         return Skip(guided, weaker, *map(jnp.float32, (self.scale, self.start, self.stop)))
 
@@ -252,11 +252,14 @@ def assemble(
 
 def texts(parts: Mapping[str, Component], folder: Path, kept: Kept) -> Texts:
     """The text encoders."""
-    read = lambda name, rules: TextEncoder(
-        *reversed(kept.read(name, parts[name], folder / name)), tokenizers.load(folder / rules)
-    )
+
+    def read(name: str, rules: str) -> TextEncoder:
+        module, params = kept.read(name, parts[name], folder / name)
+        return TextEncoder(params, module, tokenizers.load(folder / rules))
+
     width = parts["transformer"].config.get("joint_attention_dim", MMDiT.joint_attention_dim)
-    return Texts(tuple(read(*names) for names in CLIPS.items()), read(T5, T5_RULES) if T5 in parts else None, width)
+    small, large = (read(*names) for names in CLIPS.items())
+    return Texts((small, large), read(T5, T5_RULES) if T5 in parts else None, width)
 
 
 def _encoder_key(

@@ -6,8 +6,6 @@ from typing import Any, NamedTuple
 import jax
 from flax import linen as nn
 
-from diffjax.nets.layers import scaled_dot_product
-
 
 def parameter_count(module: nn.Module, *inputs: Any, **named: Any) -> int:
     """The number of parameters of `module` called on `inputs` (arrays or `jax.ShapeDtypeStruct`s); computes nothing."""
@@ -70,7 +68,7 @@ def program_cost(jaxpr: Any) -> Cost:
         elif name.startswith("dot_product_attention"):
             (b, t, n, h), s = equation.invars[0].aval.shape, equation.invars[1].aval.shape[1]
             total = total.plus(_product(4.0 * b * n * t * s * h, equation.invars[0].aval).plus(moved))
-        elif equation.params.get("name") == scaled_dot_product.__name__:
+        elif equation.params.get("name") == "scaled_dot_product":
             beside = max(0.0, inner[0].traffic - moved.traffic)
             total = total.plus(inner[0]._replace(traffic=moved.traffic, launches=1.0, scores=beside))
         elif name.startswith("reduce_"):

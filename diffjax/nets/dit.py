@@ -150,13 +150,13 @@ class DiT(nn.Module):
         if context is None:
             raise UserError("this model reads a text: give `context` and `mask`")
         text, null = self._dense(self.width, name="context_in")(context), self._null("null_token")
-        if told is not None:
+        if mask is not None and told is not None:
             text = jnp.where(told[:, None, None], text, null.astype(text.dtype))
             mask = mask.at[:, 0].set(mask[:, 0] | ~told)
             mask = jnp.pad(mask, ((0, 0), (0, y.shape[1])), constant_values=True)[:, None, None]
         return jnp.concatenate([text.astype(jnp.float32), y], axis=1), mask
 
-    def _blocks(self, y: Array, emb: Array, turn: Array, mask: Array | None, text: int) -> Float[Array, "b t c"]:
+    def _blocks(self, y: Array, emb: Array, turn: np.ndarray, mask: Array | None, text: int) -> Float[Array, "b t c"]:
         shared = self._zero(6 * self.width, name="adapt")(emb).astype(jnp.float32)
         blocks = stacked(Block, self.depth, self.scan, self.remat)(
             self.heads, self.hidden, self.rank, self.dtype, self.param_dtype, text, name="blocks"

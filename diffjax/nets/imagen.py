@@ -18,7 +18,7 @@ from diffjax.nets.layers import Dense, ResBlock, RMSNorm, UpConv, attention, tim
 from diffjax.utils.errors import UserError
 
 Dtype = Any
-Tokens = tuple[Float[Array, "b l d"], Bool[Array, "b l"]] | None
+Tokens = tuple[Float[Array, "b l d"], Bool[Array, "b l"]] | tuple[()]
 
 zeros = nn.initializers.zeros
 normal = nn.initializers.normal(0.02)
@@ -218,12 +218,15 @@ class ImagenUNet(nn.Module):
         low_res: Float[Array, "b h w c"] | None = None,
         level: Float[Array, " b"] | None = None,
     ) -> Float[Array, "b h w c"]:
-        self._check(x, low_res, level)
+        self._check(x)
         tokens = self._tokens(context, mask)
         emb = self._embedding(t, "time") + self._embed_text(tokens) + self._embed_label(label)
+        pixels = x
         if self.low_res:
+            if low_res is None or level is None:
+                raise UserError("this model enlarges pictures: give `low_res` and `level`")
             emb = emb + self._embedding(1000 * level, "level")
-        pixels = jnp.concatenate([x, low_res], axis=-1) if self.low_res else x
+            pixels = jnp.concatenate([x, low_res], axis=-1)
         first = self._stem(fold(pixels, self.patch).astype(self.dtype))
         y = self._up(self._down(first, emb, tokens), emb, tokens)
         y = self._resnet(self.dim)(name="last_block")(jnp.concatenate([y, SKIP * first], axis=-1), emb)
@@ -298,14 +301,14 @@ class ImagenUNet(nn.Module):
         return jnp.asarray(table)[label].astype(self.dtype)
 
     def _embed_text(self, tokens: Tokens) -> Float[Array, "b e"] | float:
-        if tokens is None:
+        if not tokens:
             return 0.0
         return TextPool(4 * self.dim, self.heads, self.head_dim, **self._policy(), name="text_pool")(*tokens)
 
     def _tokens(self, context: Array | None, mask: Array | None) -> Tokens:
-        """The states at width `dim`, normed, after the null token; and which of them are seen."""
+        """The states at width `dim`, normed, after the null token; and which are seen. Without text, nothing."""
         if not self.context_width:
-            return None
+            return ()
         if context is None:
             raise UserError("this model reads a text: give `context` and `mask`")
         null = self.param("null_token", nn.initializers.normal(1.0), (1, 1, self.dim), self.param_dtype)
@@ -318,10 +321,8 @@ class ImagenUNet(nn.Module):
         seen = jnp.ones(context.shape[:2], bool) if mask is None else mask
         return states, jnp.pad(seen, ((0, 0), (1, 0)), constant_values=True)
 
-    def _check(self, x: Array, low_res: Array | None, level: Array | None) -> None:
+    def _check(self, x: Array) -> None:
         if x.shape[1] % self.multiple or x.shape[2] % self.multiple:
             raise UserError(
                 f"images of {x.shape[1]} x {x.shape[2]} pixels: this network reads multiples of {self.multiple}"
             )
-        if self.low_res and (low_res is None or level is None):
-            raise UserError("this model enlarges pictures: give `low_res` and `level`")

@@ -101,11 +101,8 @@ def matmul(
         return _adapted_matmul(x, kernel, dtype)
     rows = x.reshape(-1, x.shape[-1])
     kernel = kernel.astype(dtype) if isinstance(kernel, Quantized) else kernel
-    if jnp.dtype(dtype).itemsize < 4:
-        y = _half_matmul(rows, kernel, dtype)
-    else:
-        y = rows.astype(dtype) @ kernel.astype(dtype)
-    return y.reshape(*x.shape[:-1], kernel.shape[-1])
+    product = _half_matmul if jnp.dtype(dtype).itemsize < 4 else _wide_matmul
+    return jnp.reshape(product(rows, kernel, dtype), (*x.shape[:-1], kernel.shape[-1]))
 
 
 def _adapted_matmul(x: Float[Array, "*batch i"], whole: LowRank, dtype: Dtype) -> Float[Array, "*batch o"]:
@@ -113,6 +110,10 @@ def _adapted_matmul(x: Float[Array, "*batch i"], whole: LowRank, dtype: Dtype) -
     y = y if adapter.gain is None else adapter.gain * y
     y = y + matmul(matmul(x, adapter.a, dtype) * adapter.scale, adapter.b, dtype)
     return y if adapter.bias is None else y + adapter.bias
+
+
+def _wide_matmul(x: Array, kernel: Array, dtype: Dtype) -> Array:
+    return x.astype(dtype) @ kernel.astype(dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -213,9 +214,12 @@ def _flash(q: Array, k: Array, v: Array, mask: Array | None, bias: Array | None)
     whole = lambda x: jnp.pad(jnp.broadcast_to(x, (*x.shape[:2], t, s)), ((0, 0), (0, 0), (0, t % 2), (0, s % 2)))
     mask = None if mask is None else whole(mask)
     bias = None if bias is None else whole(bias.astype(q.dtype))
-    lengths = {"query_seq_lengths": jnp.full(b, t, jnp.int32), "key_value_seq_lengths": jnp.full(b, s, jnp.int32)}
+    lengths = [jnp.full(b, length, jnp.int32) if t % 2 or s % 2 else None for length in (t, s)]
     y = jax.nn.dot_product_attention(
-        even(q), even(k), even(v), bias, mask, implementation="cudnn", **(lengths if t % 2 or s % 2 else {})
+        *(even(q), even(k), even(v), bias, mask),
+        query_seq_lengths=lengths[0],
+        key_value_seq_lengths=lengths[1],
+        implementation="cudnn",
     )
     return y[:, :t]
 
@@ -234,23 +238,30 @@ def scaled_dot_product(q: Array, k: Array, v: Array, mask: Array | None, bias: A
     return _in_parts(head, (2, 2, 2, 1, 1), 1, q, k, v, mask, bias)
 
 
-def _in_parts(function: Callable[..., Array], axes: tuple[int | None, ...], size: int, *arrays: Array | None) -> Array:
+def _in_parts(
+    function: Callable[..., Array],
+    axes: tuple[int, *tuple[int | None, ...]],
+    size: int,
+    first: Array,
+    *others: Array | None,
+) -> Array:
     """`function` of parts of at most `size` along each array's axis, one part after the other; arrays without that
     axis, or with one place on it, go into all parts. The result is put together along the axis of the first.
     """
-    length = arrays[0].shape[axes[0]]
+    arrays, length = (first, *others), first.shape[axes[0]]
     count = -(-length // size)
     size = -(-length // count)
 
-    def split(x: Array, axis: int) -> Array:
+    def split(x: Array | None, axis: int | None) -> Array | None:
+        if x is None or axis is None or x.shape[axis] != length:
+            return None
         width = [(0, 0)] * x.ndim
         width[axis] = (0, count * size - length)
         x = jnp.pad(x, width)
         return jnp.moveaxis(x.reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :]), axis, 0)
 
-    moves = [x is not None and axis is not None and x.shape[axis] == length for x, axis in zip(arrays, axes)]
-    moving = [split(x, axis) if move else None for x, axis, move in zip(arrays, axes, moves)]
-    fixed = [None if move else x for x, move in zip(arrays, moves)]
+    moving = [split(x, axis) for x, axis in zip(arrays, axes)]
+    fixed = [x if parts is None else None for x, parts in zip(arrays, moving)]
     _, y = lax.scan(functools.partial(_part, function, fixed), None, moving)
     y = jnp.moveaxis(y, 0, axes[0])
     y = y.reshape(*y.shape[: axes[0]], count * size, *y.shape[axes[0] + 2 :])
@@ -281,7 +292,7 @@ def attention_weights(
     head after the other, so that the scores of one are in memory. A query whose keys are all masked attends to none.
     """
 
-    def add(total: Array, head: tuple[Array, Array]) -> tuple[Array, None]:
+    def add(total: Array, head: tuple[Array, ...]) -> tuple[Array, None]:
         scores = jnp.einsum("bth,bsh->bts", *head, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
         return total + jax.nn.softmax(scores, where=None if mask is None else mask[:, 0]), None
 

@@ -5,6 +5,8 @@ number of bits; those of stacked layers are stacked. `join` makes one tree of bo
 `layers.Dense` reads.
 """
 
+import dataclasses
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -57,7 +59,7 @@ def _plain(kernel: Kernel, decomposed: Decomposed) -> Adapter:
     layers = kernel, decomposed
     gain = lax.map(_gain, layers) if decomposed.magnitude.ndim > 1 else _gain(layers)
     adapter = decomposed.adapter
-    return adapter.replace(b=adapter.b * gain[..., None, :], gain=gain)
+    return dataclasses.replace(adapter, b=adapter.b * gain[..., None, :], gain=gain)
 
 
 def _gain(layer: tuple[Kernel, Decomposed]) -> Float[Array, " o"]:
@@ -106,7 +108,7 @@ def chosen(shapes: Mapping[str, tuple[int, ...]], targets: str) -> dict[str, tup
 
 def join(params: Mapping[str, Any], adapters: Adapters) -> dict[str, Any]:
     """The parameters, each adapted kernel as a `LowRank`."""
-    leaves = traverse_util.flatten_dict(params, sep="/")
+    leaves: dict[str, Any] = traverse_util.flatten_dict(params, sep="/")
     return traverse_util.unflatten_dict(
         leaves | {path: LowRank(leaves[path], adapters[path]) for path in adapters}, sep="/"
     )
@@ -118,7 +120,8 @@ def add(
     """The parameters with several tables of adapters, each with its strength: every kernel is
     `W + sum strength (W' - W)`, where W' is what one table alone makes of W.
     """
-    leaves, found = traverse_util.flatten_dict(params, sep="/"), {}
+    leaves: dict[str, Any] = traverse_util.flatten_dict(params, sep="/")
+    found: dict[str, list[tuple[Adapter, float]]] = {}
     for adapters, strength in weighted:
         for path, adapter in adapters.items():
             plain = adapter.on(leaves[path]) if isinstance(adapter, Decomposed) else adapter
@@ -132,4 +135,5 @@ def _sum(weighted: Sequence[tuple[Adapter, float]]) -> Adapter:
     scale = jnp.concatenate([strength * one.scale for one, strength in weighted], -1)
     gains = [strength * (one.gain - 1) for one, strength in weighted if one.gain is not None]
     biases = [strength * one.bias for one, strength in weighted if one.bias is not None]
-    return Adapter(a, b, scale, 1 + sum(gains) if gains else None, sum(biases) if biases else None)
+    gain = 1 + functools.reduce(jnp.add, gains) if gains else None
+    return Adapter(a, b, scale, gain, functools.reduce(jnp.add, biases) if biases else None)

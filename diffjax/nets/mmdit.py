@@ -64,7 +64,8 @@ class Attention(nn.Module):
             names = ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k")
             pairs = zip(projected, self._project(text, *names))
             projected = [jnp.concatenate(pair, axis=1) for pair in pairs]
-            keep_words(self, *projected[:2], None, slice(x.shape[1]), slice(x.shape[1], None))
+            q, k, _ = projected
+            keep_words(self, q, k, None, slice(x.shape[1]), slice(x.shape[1], None))
         y = attention(*projected).reshape(x.shape[0], -1, self.heads * self.head_dim)
         own, rest = jnp.split(y, [x.shape[1]], axis=1)
         told = dense(name="to_add_out")(rest) if text is not None and self.text_out else None
@@ -134,7 +135,7 @@ class Block(nn.Module):
         )
         normed, text_normed = layer_norm(x), layer_norm(text)
         if self.kind.last:
-            text_scale, text_shift = self._modulation("norm1_context", emb, 2)
+            text_scale, text_shift, *text_rest = self._modulation("norm1_context", emb, 2)
         else:
             text_shift, text_scale, *text_rest = self._modulation("norm1_context", emb, 6)
         told = text_normed * (1 + text_scale) + text_shift
@@ -145,7 +146,7 @@ class Block(nn.Module):
             x = self._add(x, gate, attend(False, name="attn2")(normed * (1 + scale) + shift)[0])
         y = FeedForward(**policy, name="ff")(layer_norm(x) * (1 + scale_ff) + shift_ff)
         x = self._add(x, gate_ff, y)
-        if self.kind.last:
+        if self.kind.last or text_y is None:
             return x, text
         gate, shift_ff, scale_ff, gate_ff = text_rest
         text = self._add(text, gate, text_y)

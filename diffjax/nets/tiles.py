@@ -28,7 +28,7 @@ Moments = dict[str, tuple[Float[Array, "b g"], Float[Array, "b g"]]]
 
 
 @functools.partial(jax.jit, static_argnames=("module", "method"))
-def whole(module: nn.Module, method: str, params: Any, x: Array) -> Any:
+def whole(module: nn.Module, method: str, params: Any, x: Array | np.ndarray) -> Any:
     """`module.apply` of one method, compiled."""
     return module.apply({"params": params}, x, method=method)
 
@@ -37,7 +37,7 @@ def run(
     module: nn.Module,
     method: str,
     params: Any,
-    x: Float[Array, "b h w c"],
+    x: Float[Array | np.ndarray, "b h w c"],
     tile: int,
     reach: int,
     scales: tuple[int, int],
@@ -70,12 +70,12 @@ def _pass(
 ) -> tuple[np.ndarray, Moments]:
     """The picture under the given moments, and the moments that it has."""
     cells = tuple(length // scales[0] for length in x.shape[1:3])
-    found, picture = [], None
+    found, picture = [], np.zeros(0)
     for spot in spots(cells, tile, reach):
         y, seen = evaluate(spot.cut(x, scales[0]), spot.mask(), moments)
-        found.append((spot.core_size, jax.device_get(seen)))
-        if picture is None:
+        if not found:
             picture = np.zeros((len(y), *(length * scales[1] for length in cells), y.shape[-1]), y.dtype)
+        found.append((spot.core_size, jax.device_get(seen)))
         spot.paste(np.asarray(y), picture, scales[1])
     return picture, merged(found)
 
@@ -124,10 +124,10 @@ class Spot:
 
 def spots(cells: Sequence[int], tile: int, reach: int) -> Iterator[Spot]:
     """Tiles of one size whose cores cover `cells`, each core `reach` away from the tile's edges within the picture."""
-    size = tuple(min(tile, length) for length in cells)
-    for top, *rows in _spans(cells[0], size[0], reach):
-        for left, *columns in _spans(cells[1], size[1], reach):
-            yield Spot((top, left), size, (tuple(rows), tuple(columns)))
+    size = min(tile, cells[0]), min(tile, cells[1])
+    for top, above, below in _spans(cells[0], size[0], reach):
+        for left, before, after in _spans(cells[1], size[1], reach):
+            yield Spot((top, left), size, ((above, below), (before, after)))
 
 
 def _spans(length: int, size: int, reach: int) -> list[tuple[int, int, int]]:
@@ -143,7 +143,7 @@ def _spans(length: int, size: int, reach: int) -> list[tuple[int, int, int]]:
 @functools.partial(jax.jit, static_argnames=("module", "method"))
 def _outputs(
     module: nn.Module, method: str, params: Any, x: Array, core: Float[Array, "th tw"], moments: Moments | None
-) -> tuple[Array, Moments]:
+) -> tuple[Any, Moments]:
     """A tile's output under the given moments (its own, where there are none), and the moments of its core."""
     seen: Moments = {}
 

@@ -17,7 +17,7 @@ from diffjax.nets.layers import Dense, GroupNorm, ResBlock, UpConv, attention, t
 from diffjax.utils.errors import UserError
 
 Dtype = Any
-Tokens = tuple[Float[Array, "b l d"], Bool[Array, "b l"]] | None
+Tokens = tuple[Float[Array, "b l d"], Bool[Array, "b l"]] | tuple[()]
 
 zeros = nn.initializers.zeros
 
@@ -90,7 +90,7 @@ class Downsample(nn.Module):
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"], emb: Array) -> Float[Array, "b h/2 w/2 c"]:
+    def __call__(self, x: Float[Array, "b h w c"], emb: Array | None) -> Float[Array, "b h/2 w/2 c"]:
         padding = ((0, 1), (0, 1)) if self.padding == 0 else self.padding
         policy = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         return nn.Conv(x.shape[-1], (3, 3), strides=2, padding=padding, **policy, name="conv")(x)
@@ -103,7 +103,7 @@ class Upsample(nn.Module):
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"], emb: Array) -> Float[Array, "b 2*h 2*w c"]:
+    def __call__(self, x: Float[Array, "b h w c"], emb: Array | None) -> Float[Array, "b 2*h 2*w c"]:
         return UpConv(x.shape[-1], dtype=self.dtype, param_dtype=self.param_dtype, name="conv")(x)
 
 
@@ -134,7 +134,7 @@ class Stage(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b h w c"], emb: Float[Array, "b e"], tokens: Tokens, skips: Sequence[Array] = ()
+        self, x: Float[Array, "b h w c"], emb: Float[Array, "b e"] | None, tokens: Tokens, skips: Sequence[Array] = ()
     ) -> list[Float[Array, "b h2 w2 c2"]]:
         """The output of every layer and of the resize, the last being the stage's own."""
         outputs = []
@@ -160,7 +160,9 @@ class MidBlock(nn.Module):
     cross: Callable[..., nn.Module] | None
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"], emb: Float[Array, "b e"], tokens: Tokens) -> Float[Array, "b h w c"]:
+    def __call__(
+        self, x: Float[Array, "b h w c"], emb: Float[Array, "b e"] | None, tokens: Tokens
+    ) -> Float[Array, "b h w c"]:
         x = self.resnet(name="resnets_0")(x, emb) / self.scale
         if self.attend is not None:
             x = (x + self.attend(name="attentions_0")(x)) / self.scale
@@ -291,13 +293,13 @@ class UNet(nn.Module):
         return emb if told is None else jnp.where(told[:, None], emb, null.astype(self.dtype))
 
     def _tokens(self, context: Array | None, mask: Array | None, told: Array | None) -> Tokens:
-        """The token states to attend to; where there is no text, the learned null token alone."""
+        """The token states to attend to; where a row has none, the learned null token. Nothing without text."""
         if not self.context_width:
-            return None
+            return ()
         if context is None:
             raise UserError("this model reads a text: give `context` and `mask`")
         null = self.param("null_token", nn.initializers.normal(0.02), (self.context_width,), self.param_dtype)
-        if mask is None:
+        if mask is None or told is None:
             return context.astype(self.dtype), jnp.ones(context.shape[:2], bool)
         context = jnp.where(told[:, None, None], context, null).astype(self.dtype)
         return context, mask | (~told[:, None] & (jnp.arange(mask.shape[1]) == 0))

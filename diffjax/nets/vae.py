@@ -78,12 +78,12 @@ class Encoder(Half):
         """The part whose reach is bounded: all resolutions on the way down."""
         x = self.conv_in(x.astype(self.dtype))
         for stage in self.down_blocks:
-            x = stage(x, None, None)[-1]
+            x = stage(x, None, ())[-1]
         return x
 
     def inner(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h w 2*c"]:
         """The part in which every place sees every other."""
-        return self.conv_out(nn.silu(self.conv_norm_out(self.mid_block(x, None, None))))
+        return self.conv_out(nn.silu(self.conv_norm_out(self.mid_block(x, None, ()))))
 
 
 class Decoder(Half):
@@ -100,12 +100,12 @@ class Decoder(Half):
 
     def inner(self, z: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
         """The part in which every place sees every other."""
-        return self.mid_block(self.conv_in(z.astype(self.dtype)), None, None)
+        return self.mid_block(self.conv_in(z.astype(self.dtype)), None, ())
 
     def outer(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h*f w*f c"]:
         """The part whose reach is bounded: all resolutions on the way up."""
         for stage in self.up_blocks:
-            x = stage(x, None, None)[-1]
+            x = stage(x, None, ())[-1]
         return self.conv_out(nn.silu(self.conv_norm_out(x)))
 
 
@@ -206,7 +206,7 @@ def tiled_decode(
 
 
 def tiled_encode(
-    module: AutoencoderKL, params: Any, x: Float[Array, "b h w c"], tile: int = 64
+    module: AutoencoderKL, params: Any, x: Float[Array | np.ndarray, "b h w c"], tile: int = 64
 ) -> tuple[Float[np.ndarray, "b h/f w/f l"], Float[np.ndarray, "b h/f w/f l"]]:
     """`encode` of images of any size in tiles of `tile` x `tile` latent cells; as `tiled_decode`."""
     if max(x.shape[1:3]) <= tile * module.factor:

@@ -83,7 +83,7 @@ def _join(sought: str, *where: Any) -> None:
 
 def keep_compiled() -> None:
     """Keep compiled programs in `home()/xla` from one run to the next, unless jax was told another folder."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(home() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
@@ -139,7 +139,7 @@ def nvidia_smi(*arguments: str) -> str | None:
         return None
 
 
-def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:  # pyright: ignore[reportInvalidTypeForm]
     """All devices (of all hosts), or the given ones, along one axis named `data`."""
     return Mesh(np.asarray(jax.devices() if devices is None else devices), ("data",))
 

@@ -38,7 +38,10 @@ WAYS = {
 }
 
 
-def over(way: str, devices: Sequence[jax.Device] | None = None) -> Callable[[str, tuple[int, ...]], NamedSharding]:
+def over(
+    way: str,
+    devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
+) -> Callable[[str, tuple[int, ...]], NamedSharding]:
     """Where a parameter goes, by name and shape: as `weights.load(sharding=...)` takes it. All devices unless some
     are given.
 

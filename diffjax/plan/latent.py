@@ -15,10 +15,11 @@ from jaxtyping import PyTree
 from diffjax import build, weights
 from diffjax.diffusion.process import Flow, Shift
 from diffjax.models import sd3
+from diffjax.models.model import Defaults
 from diffjax.models.options import Asked, sides
 from diffjax.nets.quantize import SCHEMES, quantize
 from diffjax.plan.cost import Part, tree_size
-from diffjax.plan.programs import Job, Way, apply, calls, completed, guided_share, titled
+from diffjax.plan.programs import Job, Way, apply, calls, chosen, guided_share, titled
 from diffjax.weights.scheduler import FlowScheduler
 
 TEXTS = dict.fromkeys(sd3.CLIPS, sd3.CLIP_TOKENS) | {sd3.T5: sd3.T5_TOKENS}
@@ -33,11 +34,12 @@ def drawing(folder: Path, asked: Asked, name: str) -> Job:
     modules = described(folder, asked.dtype or "bfloat16")
     network, vae = modules["transformer"], modules["vae"]
     scheduler = FlowScheduler(shift=sd3.SHIFT)
-    defaults = sd3.defaults(scheduler, sd3.kind(name, network))
-    asked = replace(completed(asked, defaults), size=asked.size or network.sample_size * vae.factor)
-    parts = components(modules, asked, guided_share(asked, Shift(Flow(), scheduler.shift)))
-    title = titled(name, sides(asked.size), asked)
-    return Job(title, tuple(parts.values()), "transformer", asked.steps, asked.num, ways=ways(parts))
+    how = chosen(asked, sd3.defaults(scheduler, sd3.kind(name, network)))
+    size = sides(asked.size or network.sample_size * vae.factor)
+    share = guided_share(how, Shift(Flow(), scheduler.shift))
+    parts = components(modules, how, asked.num, size, share)
+    title = titled(name, size, how, asked.num)
+    return Job(title, tuple(parts.values()), "transformer", how.steps, asked.num, ways=ways(parts))
 
 
 def described(folder: Path, dtype: str) -> dict[str, nn.Module]:
@@ -47,13 +49,15 @@ def described(folder: Path, dtype: str) -> dict[str, nn.Module]:
     return {name: weights.describe(folder / name).clone(dtype=chosen, param_dtype=chosen) for name in names}
 
 
-def components(modules: Mapping[str, nn.Module], asked: Asked, share: float) -> dict[str, Part]:
+def components(
+    modules: Mapping[str, nn.Module], how: Defaults, num: int, size: tuple[int, int], share: float
+) -> dict[str, Part]:
     """The parts of a job: the texts once, the transformer at every step (`share` of them guided), the decoder for every
     batch of pictures.
     """
     branches = 2 if share else 1
-    rows, network, vae = asked.batch * branches, modules["transformer"], modules["vae"]
-    cells = [side // vae.factor for side in sides(asked.size)]
+    rows, network, vae = how.batch * branches, modules["transformer"], modules["vae"]
+    cells = [side // vae.factor for side in size]
     shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)
     context = shape(rows, TEXTS["text_encoder"] + TEXTS[sd3.T5], network.joint_attention_dim)
     latents = (
@@ -63,8 +67,8 @@ def components(modules: Mapping[str, nn.Module], asked: Asked, share: float) -> 
         shape(rows, network.pooled_projection_dim),
     )
     given = {name: (jax.ShapeDtypeStruct((branches, length), jnp.int32),) for name, length in TEXTS.items()}
-    given |= {"transformer": latents, "vae": (shape(asked.batch, *cells, vae.latent_channels),)}
-    often = dict.fromkeys(TEXTS, 1) | {"transformer": calls(asked, share), "vae": math.ceil(asked.num / asked.batch)}
+    given |= {"transformer": latents, "vae": (shape(how.batch, *cells, vae.latent_channels),)}
+    often = dict.fromkeys(TEXTS, 1) | {"transformer": calls(how, num, share), "vae": math.ceil(num / how.batch)}
     return {name: _part(name, module, given[name], often[name]) for name, module in modules.items()}
 
 

@@ -110,26 +110,24 @@ def published(folder: Path, asked: Asked, name: str) -> Job:
             f"{name} is a {type(module).__name__}, which draws nothing by itself: plan the model that it serves"
         )
     scheduler = read_scheduler(folder)
-    defaults = ddpm.defaults(scheduler, module)
-    shape = _sized(ddpm.shape(module), asked.size)
+    how, shape = chosen(asked, ddpm.defaults(scheduler, module)), _sized(ddpm.shape(module), asked.size)
     label = {"label": jnp.zeros(1, jnp.int32)} if module.num_class_embeds else {}
     process = discrete(scheduler.betas())
-    return _drawing(name, shape, defaults, asked, module, process, label, [])
+    return _drawing(name, shape, how, asked.num, module, process, label, [])
 
 
 def drawing(plan: experiments.Plan, asked: Asked, name: str) -> Job:
     """Drawing with the model of a run."""
-    defaults = plan.defaults()
-    shape = _sized(plan.shape, asked.size)
-    batch = asked.batch or defaults.batch
+    how, shape = chosen(asked, plan.defaults()), _sized(plan.shape, asked.size)
     encoders = []
     if plan.text:
-        read = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, plan.tokenize([""] * batch)))
+        read = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, plan.tokenize([""] * how.batch)))
         encoders = [_network("text", plan.text, (read["tokens"], read["mask"]), {}, 1)]
         cond = jax.eval_shape(encoders[0].call, encoders[0].held, *encoders[0].given)
     else:
         cond = jax.eval_shape(lambda: plan.encode({}, jax.tree.map(jnp.asarray, plan.blank())))
-    return _drawing(name, shape, defaults, asked, plan.network, plan.process, cond | plan.blank_low_res(), encoders)
+    cond |= plan.blank_low_res()
+    return _drawing(name, shape, how, asked.num, plan.network, plan.process, cond, encoders)
 
 
 def training(plan: experiments.Plan) -> Job:
@@ -150,72 +148,72 @@ def training(plan: experiments.Plan) -> Job:
 def _drawing(
     name: str,
     shape: tuple[int, ...],
-    defaults: Defaults,
-    asked: Asked,
+    how: Defaults,
+    num: int,
     module: nn.Module,
     process: Process,
     cond: PyTree,
     encoders: Sequence[Part],
 ) -> Job:
-    asked = completed(asked, defaults)
-    share, weaker = guided_share(asked, process), is_weaker(asked)
-    rows = asked.batch * (2 if share and not weaker else 1)
+    share, weaker = guided_share(how, process), is_weaker(how)
+    rows = how.batch * (2 if share and not weaker else 1)
     cond = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype), cond)
     inputs = jax.ShapeDtypeStruct((rows, *shape), jnp.float32), jax.ShapeDtypeStruct((rows,), jnp.float32)
     network = lambda name, calls: _network(name, module, inputs, cond, calls)
-    networks = [network("network", calls(asked, share))]
-    networks += [network("weaker network", share * calls(asked, share))] if weaker else []
-    return Job(titled(name, shape, asked), (*encoders, *networks), "network", asked.steps, asked.num)
+    networks = [network("network", calls(how, num, share))]
+    networks += [network("weaker network", share * calls(how, num, share))] if weaker else []
+    return Job(titled(name, shape, how, num), (*encoders, *networks), "network", how.steps, num)
 
 
-def completed(asked: Asked, defaults: Defaults) -> Asked:
-    """What is asked for, with the model's choices filled in."""
-    asked = replace(asked, **defaults.said() | asked.said(), batch=asked.batch or defaults.batch)
-    return replace(asked, guide=asked.guide and build.rule(asked.guide))
+def chosen(asked: Asked, defaults: Defaults) -> Defaults:
+    """How a model draws what is asked for: its defaults but for the method and the batch that are asked for."""
+    return replace(defaults.but(asked), batch=asked.batch or defaults.batch)
 
 
-def is_weaker(asked: Asked) -> bool:
+def is_weaker(how: Defaults) -> bool:
     """Whether guidance leads away from another network, not from the null branch of the same."""
-    return (asked.guide or {}).get("name") == "autoguidance" and build.scale(asked.guidance) is not None
+    return build.rule(how.guide or "cfg")["name"] == "autoguidance" and build.scale(how.guidance) is not None
 
 
-def guided_share(asked: Asked, process: Process) -> float:
+def guided_share(how: Defaults, process: Process) -> float:
     """The share of the network's evaluations in which guidance evaluates its second branch: those in the guide's
     interval.
 
     Raises `UserError` for a grid that the process has not, and for an interval on a fitted grid, which is not read.
     """
-    rule, grid = asked.guide or {}, asked.grid
+    rule, grid = build.rule(how.guide or "cfg"), how.grid
     low, high = rule.get("low", 0.0), rule.get("high", 1.0)
-    is_fitted = isinstance(grid, str) and grid == fitted.FITTED
-    if is_fitted and (low, high) != (0.0, 1.0):
-        raise UserError("a plan does not read fitted grids: leave low and high of the guide out, or take another grid")
-    rows = grid(asked.steps) if callable(grid) else build.grid("uniform" if is_fitted else grid, process, asked.steps)
-    times = np.concatenate([rows[:, 0], rows[:-1, 1]]) if evaluations(asked) == 2 else rows[:, 0]
-    return 0.0 if build.scale(asked.guidance) is None else float(np.mean((times > low) & (times <= high)))
+    if isinstance(grid, str) and grid == fitted.FITTED:
+        if (low, high) != (0.0, 1.0):
+            raise UserError(
+                "the times of a fitted grid are not read: leave low and high of the guide out, or take another grid"
+            )
+        grid = "uniform"
+    rows = grid(how.steps) if callable(grid) else build.grid(grid, process, how.steps)
+    times = np.concatenate([rows[:, 0], rows[:-1, 1]]) if evaluations(how) == 2 else rows[:, 0]
+    return 0.0 if build.scale(how.guidance) is None else float(np.mean((times > low) & (times <= high)))
 
 
-def evaluations(asked: Asked) -> int:
+def evaluations(how: Defaults) -> int:
     """How often a step calls the denoiser."""
-    return 2 if isinstance(build.sampler(asked.sampler, asked.eta).refine, Heun) else 1
+    return 2 if isinstance(build.sampler(how.sampler, how.eta).refine, Heun) else 1
 
 
-def calls(asked: Asked, share: float) -> float:
-    """How often drawing what is asked for calls the network, a call of half the rows counting as half of one: `share`
-    of the calls have the rows of both branches. A weaker network has calls of its own.
+def calls(how: Defaults, num: int, share: float) -> float:
+    """How often drawing `num` pictures calls the network, a call of half the rows counting as half of one: `share` of
+    the calls have the rows of both branches. A weaker network has calls of its own.
     """
-    every = asked.steps * evaluations(asked) * math.ceil(asked.num / asked.batch)
-    return every * (1 + share) / 2 if share and not is_weaker(asked) else every
+    every = how.steps * evaluations(how) * math.ceil(num / how.batch)
+    return every * (1 + share) / 2 if share and not is_weaker(how) else every
 
 
-def titled(name: str, shape: tuple[int, ...], asked: Asked) -> str:
-    """The job of drawing pictures of a shape, in words."""
-    images = counted(asked.num, "image") + ("" if asked.batch == 1 else f" in batches of {asked.batch}")
-    guided = "" if build.scale(asked.guidance) is None else f", guided by {asked.guidance:g}"
-    guided += f" ({' '.join(f'{key}={value}' for key, value in asked.guide.items())})" if guided and asked.guide else ""
-    return (
-        f"{name}: {images} of {shape[0]} x {shape[1]} pixels, {counted(asked.steps, 'step')} of {asked.sampler}{guided}"
-    )
+def titled(name: str, shape: tuple[int, ...], how: Defaults, num: int) -> str:
+    """The job of drawing `num` pictures of a shape, in words, its size as width x height."""
+    images = counted(num, "image") + ("" if how.batch == 1 else f" in batches of {how.batch}")
+    guided = "" if build.scale(how.guidance) is None else f", guided by {how.guidance:g}"
+    if guided and how.guide:
+        guided += f" ({' '.join(f'{key}={value}' for key, value in build.rule(how.guide).items())})"
+    return f"{name}: {images} of {shape[1]} x {shape[0]} pixels, {counted(how.steps, 'step')} of {how.sampler}{guided}"
 
 
 def _network(name: str, module: nn.Module, inputs: tuple, named: PyTree, calls: float) -> Part:

@@ -111,7 +111,7 @@ class Drawing:
     def inputs(self, part: Part) -> Inputs:
         """What the rows of a part have of their own; the rows that are left have what the last picture has."""
         rows = [part.pictures[min(i, len(part.pictures) - 1)] for i in range(self.batch)]
-        subject = {
+        subject: dict[str, Any] = {
             name: [getattr(row, name) for row in rows]
             for name, read in (("prompt", self.model.text is not None), ("label", bool(self.model.classes)))
             if getattr(rows[0], name) is not None and (read or not self.model.low_res)

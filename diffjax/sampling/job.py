@@ -23,7 +23,7 @@ from diffjax import build
 from diffjax.data import images
 from diffjax.loading import load, run_folder
 from diffjax.models.model import Encoded, Model
-from diffjax.models.options import FILES, Method, Request, given, names
+from diffjax.models.options import FILES, Method, Request, given, names, tupled
 from diffjax.models.sd3 import SkipLayers
 from diffjax.sampling.batches import Drawing, Part, Picture, Stage, shown
 from diffjax.sampling.folder import (
@@ -159,10 +159,10 @@ def replay(
     """
     listed = read_manifest(Path(manifest))
     recipe = with_places(listed["recipe"], Path(manifest).parent, whole)
-    asked = {name: recipe[name] for name in names(Request) if name in recipe} | ({"model": model} if model else {})
-    if recipe["checksum"] is not None and not Path(asked["model"]).exists():
-        raise UserError(f"{asked['model']} is not there: say with --run or --model where it is now")
-    request = Request(**{name: tuple(value) if isinstance(value, list) else value for name, value in asked.items()})
+    recipe["model"] = model or recipe["model"]
+    if recipe["checksum"] is not None and not Path(recipe["model"]).exists():
+        raise UserError(f"{recipe['model']} is not there: say with --run or --model where it is now")
+    request = Request(**{name: tupled(recipe[name]) for name in names(Request) if name in recipe})
     gallery = generate(request, out, preview=preview, overwrite=overwrite, expected=listed["recipe"])
     differ = [e["file"] for e in listed["images"] if sha256(gallery.folder / e["file"]) != e.get("sha256")]
     total = len(listed["images"])
@@ -175,8 +175,7 @@ def completed(request: Request, model: Model) -> Request:
     """The request with the model's choices filled in, so that it means the same whatever the defaults become."""
     if request.skip_layers and request.guidance is None:
         request = dataclasses.replace(request, guidance=SkipLayers.guidance)
-    chosen = model.chosen(request)
-    request = dataclasses.replace(request, **chosen.said())
+    request = dataclasses.replace(request, **model.defaults.but(request).said())
     if request.strength is None:
         request = dataclasses.replace(request, strength=KEPT_STRENGTH if request.image and not request.mask else 1.0)
     return dataclasses.replace(
@@ -185,7 +184,7 @@ def completed(request: Request, model: Model) -> Request:
         revision=model.revision,
         grid=request.grid if isinstance(request.grid, str) else None,
         eta=float(model.recipe(method(request)).sampler.eta),
-        batch=request.batch or chosen.batch,
+        batch=request.batch or model.defaults.batch,
     )
 
 
@@ -219,7 +218,7 @@ def method(request: Request) -> Method:
     if request.two_passes:
         asked = dataclasses.replace(asked, guide={**build.rule(request.guide or "cfg"), "two_passes": True})
     if request.skip_layers:
-        skip = SkipLayers(request.guidance, guide=asked.guide or "cfg")
+        skip = SkipLayers(build.scale(request.guidance) or 1.0, guide=asked.guide or "cfg")
         asked = dataclasses.replace(asked, guidance=skip, guide=None)
     return asked
 

@@ -52,7 +52,7 @@ def folder(choice: Mapping[str, Any], find: Callable[[str], Path] = lambda name:
     """
     path = choice.get("path", "")
     found = importlib.util.find_spec(PACKAGE) if choice["name"] == "minilm" and not path else None
-    if found is not None:
+    if found is not None and found.submodule_search_locations:
         return Path(found.submodule_search_locations[0]) / "model"
     return find(path or HUB[choice["name"]])
 
@@ -75,11 +75,11 @@ def digest(path: Path) -> str:
     return total.hexdigest()[:16]
 
 
-def conditions(context: Float[Array, "b l d"], mask: Bool[Array, "b l"]) -> dict[str, Array]:
+def conditions(context: Float[Array | np.ndarray, "b l d"], mask: Bool[Array | np.ndarray, "b l"]) -> dict[str, Array]:
     """What a network is told: states in float32, 0 where there is no token, and `pooled`, the mean of the others."""
     context = jnp.where(mask[..., None], context.astype(jnp.float32), 0)
     pooled = context.sum(axis=1) / jnp.maximum(mask.sum(axis=1, keepdims=True), 1)
-    return {"context": context, "mask": mask, "pooled": pooled}
+    return {"context": context, "mask": jnp.asarray(mask), "pooled": pooled}
 
 
 @struct.dataclass
@@ -108,7 +108,7 @@ class Frozen:
 def _states(
     module: nn.Module, params: PyTree, tokens: Int[Array, "b l"], mask: Bool[Array, "b l"]
 ) -> Float16[Array, "b l d"]:
-    states = module.apply({"params": params}, tokens, mask)
+    states: Any = module.apply({"params": params}, tokens, mask)
     most = float(jnp.finfo(jnp.float16).max)
     return jnp.clip(states, -most, most).astype(jnp.float16)
 

@@ -221,4 +221,5 @@ class Prompts:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _encode(text: nn.Module, params: PyTree, tokens: Array, mask: Array) -> dict[str, Array]:
-    return text.apply({"params": params}, tokens, mask)
+    encoded: Any = text.apply({"params": params}, tokens, mask)
+    return encoded

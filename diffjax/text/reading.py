@@ -194,10 +194,10 @@ class Words:
         """The pieces; those beside a leading word as a caption has them, if that is of the same letters."""
         leading, others = self._parted(pieces)
         caption = self._by_letters.get(_joined(others)) if leading else None
-        return [leading, *self.split(caption)] if caption else pieces
+        return [leading, *self.split(caption)] if leading and caption else pieces
 
     def _parted(self, pieces: list[str]) -> tuple[str | None, list[str]]:
-        """A leading word and the caption that says the others: `panda purple` becomes `purple panda`."""
+        """The one leading word among the pieces, None without, and the other pieces."""
         leading = {self._form(piece) for piece in pieces} & self._leading
         if len(leading) != 1:
             return None, pieces

@@ -102,7 +102,8 @@ def _clip(folder: Path, config: Mapping[str, Any]) -> "tokenizers.Tokenizer":
     from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
     lines = (folder / "merges.txt").read_text("utf-8").splitlines()
-    merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
+    pairs = [line.split() for line in lines if line and not line.startswith("#version")]
+    merges = [(first, second) for first, second in pairs]
     vocabulary = read_json(folder / "vocab.json")
     start, end = "<|startoftext|>", "<|endoftext|>"
     rules = Tokenizer(
@@ -135,7 +136,7 @@ def _t5(folder: Path, config: Mapping[str, Any]) -> "tokenizers.Tokenizer":
     from sentencepiece import sentencepiece_model_pb2
     from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 
-    model = sentencepiece_model_pb2.ModelProto()
+    model = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]  made at import
     model.ParseFromString((folder / "spiece.model").read_bytes())
     sentinels = [f"<extra_id_{i}>" for i in reversed(range(T5_SENTINELS))]
     pieces = [(piece.piece, piece.score) for piece in model.pieces] + [(name, 0.0) for name in sentinels]

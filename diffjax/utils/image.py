@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
-from PIL.PngImagePlugin import PngInfo
+from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from diffjax.utils import files
 from diffjax.utils.errors import UserError
 
 Pictures = UInt8[np.ndarray, "n h w c"]
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 GAP = 2
 VISIBLE = 112
@@ -35,7 +36,7 @@ SYSTEM_FONTS = (
 NO_CHARACTER = "\U0010ffff"
 
 
-def to_uint8(images: Float[Array, "... h w c"]) -> UInt8[np.ndarray, "... h w c"]:
+def to_uint8(images: Float[Array | np.ndarray, "... h w c"]) -> UInt8[np.ndarray, "... h w c"]:
     """round(255 clip(x / 2 + 1/2, 0, 1)), halves to even, as the published pipelines round.
 
     Raises `UserError` where a value is not finite, since a byte for it would be a wrong picture.
@@ -77,7 +78,7 @@ def write_png(path: str | Path, picture: UInt8[np.ndarray, "h w c"], text: Mappi
 
 def read_png(path: str | Path) -> tuple[UInt8[np.ndarray, "h w c"], dict[str, str]]:
     """A picture and its metadata as `write_png` wrote them."""
-    with Image.open(path) as file:
+    with PngImageFile(path) as file:
         return _array(file), dict(file.text)
 
 
@@ -132,28 +133,32 @@ def _write(draw: ImageDraw.ImageDraw, caption: str, x: int, y: int, width: int) 
         draw.text((round(left), y + number * LINE), line, INK, font)
 
 
-def _legible(text: str) -> tuple[str, ImageFont.FreeTypeFont]:
+def _legible(text: str) -> tuple[str, Font]:
     """The text and a font that shows it; characters that no font here shows are replaced by their names."""
     for font in _fonts():
         if all(_shows(font, character) for character in text):
             return text, font
+    font = _signs()
     said = "".join(c if _shows(font, c) and unicodedata.category(c) != "Cf" else f" {_name(c)} " for c in text)
     return " ".join(said.split()), font
 
 
-def _fonts() -> Iterator[ImageFont.FreeTypeFont]:
-    """Pillow's own font, which is Latin, Greek and Cyrillic; what this machine may have; matplotlib's, which has
-    many signs.
-    """
-    yield _font("")
-    yield from filter(None, map(_font, SYSTEM_FONTS))
-    import matplotlib
-
-    yield _font(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf")
+def _fonts() -> Iterator[Font]:
+    """Pillow's own font, which is Latin, Greek and Cyrillic; what this machine may have; the one of many signs."""
+    yield from filter(None, map(_font, ("", *SYSTEM_FONTS)))
+    yield _signs()
 
 
 @functools.cache
-def _font(name: str) -> ImageFont.FreeTypeFont | None:
+def _signs() -> Font:
+    """The font that comes with matplotlib, which has many signs."""
+    import matplotlib
+
+    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", TEXT_SIZE)
+
+
+@functools.cache
+def _font(name: str) -> Font | None:
     try:
         return ImageFont.truetype(name, TEXT_SIZE) if name else ImageFont.load_default(TEXT_SIZE)
     except OSError:
@@ -161,8 +166,8 @@ def _font(name: str) -> ImageFont.FreeTypeFont | None:
 
 
 @functools.cache
-def _shows(font: ImageFont.FreeTypeFont, character: str) -> bool:
-    return bytes(font.getmask(character)) != bytes(font.getmask(NO_CHARACTER))
+def _shows(font: Font, character: str) -> bool:
+    return [*font.getmask(character)] != [*font.getmask(NO_CHARACTER)]
 
 
 def _name(character: str) -> str:

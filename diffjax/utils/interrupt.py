@@ -83,7 +83,7 @@ def stop_on_signal() -> Iterator[Stop]:
     Another one, `SAME` seconds later or more, raises at once. On other threads than the main one nothing is changed.
     """
     stop = Stop()
-    if _Heard.command and _Heard.command.is_set():  # its KeyboardInterrupt was lost where Python ignores what is raised
+    if _Heard.command and _Heard.command.number:  # its KeyboardInterrupt was lost where Python ignores what is raised
         stop.take(_Heard.command.number)
 
     def ask(number: int, frame: FrameType | None) -> None:
@@ -192,7 +192,7 @@ def _watch(receive: int, heard: Stop, seen: Stop) -> None:
             [receive], [], [], max(0.0, seen.latest + DEAF - time.monotonic()) if deaf else None
         )
         if not ready:
-            if not heard.is_set() and _Heard.job is None:
+            if seen.number and not heard.is_set() and _Heard.job is None:
                 _leave(seen.number)
             continue
         arrived = os.read(receive, 64)

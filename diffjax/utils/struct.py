@@ -6,6 +6,7 @@ compiled for another class, `Cosine` by `Flow`. Classes registered as here are c
 """
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
@@ -18,7 +19,7 @@ def field(pytree_node: bool = True, **kwargs: Any) -> Any:
     return dataclasses.field(metadata={"pytree_node": pytree_node}, **kwargs)
 
 
-def _replace(self: T, **updates: Any) -> T:
+def _replace(self: Any, **updates: Any) -> Any:
     """A copy with the given fields changed."""
     return dataclasses.replace(self, **updates)
 
@@ -26,9 +27,9 @@ def _replace(self: T, **updates: Any) -> T:
 @dataclass_transform(frozen_default=True, field_specifiers=(field,))
 def dataclass(cls: type[T]) -> type[T]:
     """The class as a frozen dataclass, a pytree of its fields, with `replace(**updates)`."""
-    cls = dataclasses.dataclass(frozen=True)(cls)
-    cls.replace = _replace
-    is_node = {f.name: f.metadata.get("pytree_node", True) for f in dataclasses.fields(cls)}
+    made: Any = dataclasses.dataclass(frozen=True)(cls)
+    made.replace = _replace
+    is_node = {f.name: f.metadata.get("pytree_node", True) for f in dataclasses.fields(made)}
     nodes = tuple(name for name, node in is_node.items() if node)
     static = tuple(name for name, node in is_node.items() if not node)
 
@@ -39,10 +40,10 @@ def dataclass(cls: type[T]) -> type[T]:
         children, aux = flatten(value)
         return tuple(zip(map(jax.tree_util.GetAttrKey, nodes), children)), aux
 
-    def unflatten(aux: tuple, children: tuple) -> T:
+    def unflatten(aux: tuple, children: Iterable[Any]) -> T:
         value = object.__new__(cls)
         value.__dict__.update(zip(nodes, children), **dict(zip(static, aux)))
         return value
 
-    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
-    return cls
+    jax.tree_util.register_pytree_with_keys(made, flatten_with_keys, unflatten, flatten)
+    return made

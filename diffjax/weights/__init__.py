@@ -45,8 +45,8 @@ def load(
     sharding: Placement | None = None,
     scheme: Scheme | None = None,
     variant: str | None = None,
-) -> tuple[nn.Module, dict[str, Any]]:
-    """The network of a component folder and its parameters.
+) -> tuple[Any, dict[str, Any]]:
+    """The network of a component folder, a flax module of the class that its configuration names, and its parameters.
 
     With `dtype=None` parameters keep the file's dtype, and the network computes in it; else both are `dtype`. Tensors
     go from the file to their devices one at a time; `sharding(path, shape)` says where (the default device without it),
@@ -59,7 +59,7 @@ def load(
     return assemble(config, read_tensors(folder, variant), str(folder), dtype, sharding, scheme)
 
 
-def describe(path: str | Path) -> nn.Module:
+def describe(path: str | Path) -> Any:
     """The network of a component folder, from its config.json alone.
 
     Raises `UserError` for a class or a field that is not implemented, naming it.
@@ -75,7 +75,7 @@ def assemble(
     dtype: Any = None,
     sharding: Placement | None = None,
     scheme: Scheme | None = None,
-) -> tuple[nn.Module, dict[str, Any]]:
+) -> tuple[Any, dict[str, Any]]:
     """`load` of a configuration and tensors that were read already; errors name `source`."""
     kind = _format(class_name(config), source)
     module = kind.module(config, source)
@@ -84,7 +84,7 @@ def assemble(
     return module.clone(dtype=compute, param_dtype=compute), params
 
 
-def check(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], source: str) -> nn.Module:
+def check(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], source: str) -> Any:
     """The network that `assemble` would make, or its `UserError`, before anything is moved to a device."""
     kind = _format(class_name(config), source)
     module = kind.module(config, source)

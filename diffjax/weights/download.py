@@ -76,7 +76,7 @@ def _remote(repo: str, commit: str, name: str) -> Remote:
 
     url = huggingface_hub.hf_hub_url(repo, name, revision=commit)
     told = huggingface_hub.get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-    if not re.fullmatch(r"[\w-]+", told.etag or ""):
+    if told.etag is None or not re.fullmatch(r"[\w-]+", told.etag):
         raise UserError(f"{url} has no checksum: check HF_ENDPOINT and the proxy")
     return Remote(name, url, told.etag, told.size)
 
@@ -175,7 +175,7 @@ def _append(remote: Remote, path: Path, stop: threading.Event, advance: Callable
                     advance(len(chunk))
                     if stop.is_set():
                         return None
-    except errors.HTTPError as error:
+    except errors.HTTPError as error:  # pyright: ignore[reportPrivateImportUsage]
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status is not None and status not in BUSY:
             raise

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +10,11 @@ from flax import linen as nn
 
 from diffjax.weights.names import Names
 
+Network = TypeVar("Network", bound=nn.Module)
+
 
 @dataclass(frozen=True)
-class Format:
+class Format(Generic[Network]):
     """How components of one class lie on disk.
 
     `module(config, path)` builds the network of a config.json, raising `UserError` for what is not implemented, and
@@ -20,10 +22,10 @@ class Format:
     `names(module)` maps parameters to keys; `stem` begins the name of the weights' file.
     """
 
-    module: Callable[[Mapping[str, Any], str], nn.Module]
-    config: Callable[[nn.Module], dict[str, Any]]
-    example: Callable[[nn.Module], tuple[Any, ...]]
-    names: Callable[[nn.Module], Names]
+    module: Callable[[Mapping[str, Any], str], Network]
+    config: Callable[[Network], dict[str, Any]]
+    example: Callable[[Network], tuple[Any, ...]]
+    names: Callable[[Network], Names]
     stem: str = "diffusion_pytorch_model"
 
 

@@ -153,7 +153,7 @@ class Repo:
                 self.name, revision=self.revision, timeout=constants.HF_HUB_ETAG_TIMEOUT
             )
         names = [file.rfilename for file in info.siblings or ()]
-        if not COMMIT.fullmatch(info.sha or "") or any(_leaves(name) for name in names):
+        if info.sha is None or not COMMIT.fullmatch(info.sha) or any(_leaves(name) for name in names):
             raise UserError(f"what the hub says of {self.name} makes no sense: check HF_ENDPOINT and the proxy")
         return info.sha, names
 
@@ -256,7 +256,7 @@ def _calls(repo: Repo) -> Iterator[None]:
         ) from None
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
         raise _unknown(name) from None
-    except (errors.HTTPError, OSError, ValueError, RuntimeError, ImportError) as error:
+    except (errors.HTTPError, OSError, ValueError, RuntimeError, ImportError) as error:  # pyright: ignore[reportPrivateImportUsage]
         raise _unreachable(name, error) from None
     finally:
         logger.setLevel(level)
@@ -277,7 +277,7 @@ def _unreachable(name: str, error: Exception) -> Refused:
         return Refused(f"cannot write {folder}: {error.strerror}; free some space, or set DIFFJAX_HOME", final=True)
     response = getattr(error, "response", None)
     status = getattr(response, "status_code", None)
-    if status == 401 and "Invalid credentials" in response.headers.get("X-Error-Message", ""):
+    if response is not None and status == 401 and "Invalid credentials" in response.headers.get("X-Error-Message", ""):
         return Refused(
             "the hub does not know this token: log in anew with `hf auth login`, or set HF_TOKEN to a valid one"
         )

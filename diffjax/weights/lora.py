@@ -170,7 +170,7 @@ def read(path: str | Path, modules: Mapping[str, nn.Module]) -> dict[str, dict[s
     return {name: _component(found, known[name], settings[name], path) for name, found in layers.items()}
 
 
-Tensors = Mapping[str, np.ndarray]
+Tensors = dict[str, np.ndarray]
 
 
 def _layers(tensors: Tensors, path: Path) -> dict[str, dict[str, Tensors]]:
@@ -240,7 +240,7 @@ class Pair:
     def of(self, place: Place) -> "Pair":
         """Those of the layer here that has this place in the file's."""
         cut = lambda tensor: None if tensor is None else part_of(tensor, place)
-        return Pair(self.a, cut(self.b), self.scale, cut(self.bias), cut(self.magnitude))
+        return Pair(self.a, part_of(self.b, place), self.scale, cut(self.bias), cut(self.magnitude))
 
 
 def _pair(tensors: Tensors, layer: str, settings: Settings, path: Path) -> Pair:
@@ -248,7 +248,7 @@ def _pair(tensors: Tensors, layer: str, settings: Settings, path: Path) -> Pair:
     if absent := [CALLED[kind] for kind in settings.needed if kind not in tensors]:
         raise UserError(f"{path}: the adapter of {layer!a} has no {' and no '.join(absent)}; download the file again")
     checked = {kind: _finite(tensor, f"{CALLED[kind]} of {layer!a}", path) for kind, tensor in tensors.items()}
-    a, b = (checked[kind].reshape(checked[kind].shape[:2]) if _is_matrix(checked[kind]) else None for kind in "ab")
+    a, b = _matrix(checked["a"]), _matrix(checked["b"])
     if a is None or b is None or len(a) != b.shape[1] or not 0 < len(a) <= a.shape[1] + len(b):
         shapes = " and ".join(str(list(tensors[kind].shape)) for kind in "ab")
         raise UserError(
@@ -277,9 +277,11 @@ def _finite(tensor: np.ndarray, what: str, path: Path) -> np.ndarray:
     return tensor
 
 
-def _is_matrix(tensor: np.ndarray) -> bool:
-    """Two axes, also as a 1x1 convolution."""
-    return tensor.ndim >= 2 and tensor.shape[2:] == (1,) * (tensor.ndim - 2)
+def _matrix(tensor: np.ndarray) -> np.ndarray | None:
+    """The two axes, also of a 1x1 convolution; None where there are others."""
+    if tensor.ndim < 2 or tensor.shape[2:] != (1,) * (tensor.ndim - 2):
+        return None
+    return tensor.reshape(len(tensor), tensor.shape[1])
 
 
 def _row(tensor: np.ndarray | None, outputs: int, what: str, path: Path) -> np.ndarray | None:

@@ -33,8 +33,8 @@ class Layout:
     Both take numpy arrays (and give views) as well as traced ones.
     """
 
-    read: Callable[[np.ndarray], np.ndarray]
-    write: Callable[[np.ndarray], np.ndarray]
+    read: Callable[[Any], Any]
+    write: Callable[[Any], Any]
 
 
 def _matrix(w: np.ndarray) -> np.ndarray:
@@ -101,7 +101,8 @@ class Row:
 
 def table(params: Params, names: Names) -> Iterator[Row]:
     """The lines of all leaves of `params` (arrays or shapes)."""
-    for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
+    leaves: dict[str, Any] = traverse_util.flatten_dict(params, sep="/")
+    for path, leaf in leaves.items():
         key = names.key(path)
         stacked = "{" in key
         keys = tuple(_numbered(key, i) for i in range(leaf.shape[0])) if stacked else (key,)
@@ -282,8 +283,8 @@ def _fill(leaf: Array, part: Array, layer: int, layout: Layout) -> Array:
 
 @functools.partial(jax.jit, static_argnames=("layout", "dtype", "scheme"), donate_argnames="leaf")
 def _fill_quantized(leaf: Quantized, part: Array, layer: int, layout: Layout, dtype: Any, scheme: Scheme) -> Quantized:
-    part = scheme(layout.read(part).astype(dtype))
-    return jax.tree.map(lambda leaf, part: leaf.at[layer].set(part), leaf, part)
+    whole = scheme(layout.read(part).astype(dtype))
+    return jax.tree.map(lambda leaf, part: leaf.at[layer].set(part), leaf, whole)
 
 
 def _complain(problems: dict[str, list[str]], source: str) -> None:

@@ -107,7 +107,7 @@ class Settings:
         if not isinstance(table, dict):
             raise UserError(f"{self.source}: {patterns} is no table of layers")
         value = next((table[pattern] for pattern in table if self._matches(pattern, layer)), self.fields.get(common))
-        if type(value) not in (int, float) or not abs(value) < LARGE:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < LARGE:
             raise UserError(
                 f"{self.source}: {common} of {layer!a} is {json.dumps(value)[:40]}, which is no sensible number"
             )

@@ -167,4 +167,4 @@ def write(path: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping
     with files.open_atomic(path) as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in names:
-            file.write(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8))
+            file.write(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8).data)

@@ -117,6 +117,32 @@ def test_a_published_model(folder):
     assert 2 * half.held == once.held
 
 
+def test_what_a_picture_is_asked_to_be_is_counted(folder):
+    figures = lambda **asked: plan.estimate(plan.published(folder, plan.Asked(batch=1, **asked), "toy").parts[0])
+    square, wide = figures(size=32), figures(size=(16, 64))
+    assert wide.cost.convolutions == pytest.approx(square.cost.convolutions, rel=0.01)
+    (job,) = plan.model(str(folder), plan.Asked(size=(16, 64), grid="karras", eta=0.5, sampler="ddim"))
+    assert "64 x 16 pixels" in job.title
+    for asked, said in (
+        ({"grid": "kerras"}, "did you mean karras"),
+        ({"sampler": "unipc", "eta": 1.0}, "deterministic"),
+    ):
+        with pytest.raises(UserError, match=said):
+            plan.model(str(folder), plan.Asked(**asked))
+
+
+def test_a_guide_s_interval_is_counted_on_the_grid_that_is_asked_for():
+    emoji = config.load(str(EXPERIMENTS / "emoji.py"))
+    emoji.sample.guidance = 2.0
+    guide = {"name": "cfg", "low": 0.5}
+    calls = lambda **asked: plan.experiment(emoji, plan.Asked(steps=8, **asked))[1].parts[1].calls
+    assert calls(batch=1, guide=guide, grid="uniform") == 8 * (1 + 4 / 8) / 2
+    assert calls(batch=1, guide=guide, grid="logsnr") != calls(batch=1, guide=guide, grid="uniform")
+    assert calls(batch=1, grid="fitted") == calls(batch=1) == 8
+    with pytest.raises(UserError, match="the times of a fitted grid are not read"):
+        calls(guide=guide, grid="fitted")
+
+
 def test_an_experiment(folder):
     emoji = config.load(str(EXPERIMENTS / "emoji.py"))
     emoji.sample.guidance = 2.0

@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import json
 import os
@@ -76,6 +77,21 @@ def test_a_manifest_replays_to_the_same_bytes(models, tmp_path, capsys):
     assert job.replay(tmp_path / "first" / "manifest.json", tmp_path / "second")
     assert pictures(tmp_path / "first") == pictures(tmp_path / "second")
     assert "4 of 4 images: the same" in capsys.readouterr().out
+
+
+def test_a_manifest_from_before_an_option_was_known_is_replayed_and_gone_on_with(models, tmp_path, capsys):
+    request = Request("texts", prompts=TWO, steps=5, sampler="ddim", guidance=3.0)
+    job.generate(request, tmp_path / "first")
+    path = tmp_path / "first" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for name in ("two_passes", "feather", "variant", "lora", "level", "labels"):
+        del manifest["recipe"][name]
+    path.write_text(json.dumps(manifest))
+    assert job.replay(path, tmp_path / "second")
+    job.generate(request, tmp_path / "first")
+    assert "has 2 images already" in capsys.readouterr().out
+    with pytest.raises(UserError, match="two_passes is false there and true here"):
+        job.generate(dataclasses.replace(request, two_passes=True), tmp_path / "first")
 
 
 def test_a_replay_with_another_model_is_refused(models, tmp_path):
