@@ -1,5 +1,6 @@
 """The scripts against a stand-in for Python that only notes what it is asked, and the lock file they install."""
 
+import ast
 import itertools
 import os
 import re
@@ -7,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -186,8 +188,31 @@ def test_lock_holds_every_requirement():
     locked = set(re.findall(r"^([\w-]+)==", (ROOT / "requirements.lock").read_text(), re.MULTILINE))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]
-    names = {re.match(r"[\w-]+", line)[0].lower().replace("_", "-") for line in wanted}
-    assert names <= locked
+    assert names(wanted) <= locked
+
+
+def imported():
+    """The distributions whose modules the package imports, anywhere; those that no extra installs are left out."""
+    modules = set()
+    for file in (ROOT / "diffjax").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            modules |= {name.split(".")[0] for name in [*names, getattr(node, "module", None) or ""]}
+    places = metadata.packages_distributions()
+    found = {place for module in modules - {"pillow_heif", "wandb"} for place in places.get(module, [])}
+    return {name.lower().replace("_", "-") for name in found} - {"diffjax"}
+
+
+def test_what_is_imported_is_required_and_what_is_required_is_imported():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    required = {extra: names(lines) for extra, lines in project["optional-dependencies"].items()}
+    required["all"] = names(project["dependencies"])
+    assert imported() <= required["all"] | required["emoji"] | required["explain"] | {"markupsafe"}  # jinja2's
+    assert required["all"] - imported() == {"importlib-resources"}
+
+
+def names(requirements):
+    return {re.match(r"[\w-]+", line)[0].lower().replace("_", "-") for line in requirements}
 
 
 def test_importing_the_package_starts_no_device_and_nothing_slow():

@@ -1,7 +1,8 @@
 """The safetensors format, bfloat16 and float8 included: tensors are views of the memory-mapped file.
 
 A file is the header's length (8 bytes, little endian), the header (JSON: name -> dtype, shape, data_offsets) and the
-tensors' bytes, C-ordered and little endian, with neither holes nor overlaps.
+tensors' bytes, C-ordered and little endian, with neither holes nor overlaps. The library `safetensors` copies what it
+reads, gives numpy no float8, and writes from memory that holds all tensors at once; tests hold this module to it.
 """
 
 import contextlib
