@@ -508,11 +508,11 @@ def _convert(parser: _Parser) -> Run:
     )
 
     def run(args: argparse.Namespace) -> None:
-        from diffjax.convert import convert
+        from diffjax.convert import convert_model
         from diffjax.parallel import devices
 
         devices.find()
-        convert(args.model, args.out, args.to, args.revision or None, args.variant)
+        convert_model(args.model, args.out, args.to, args.revision or None, args.variant)
         print(f"{args.out} is written")
 
     return run

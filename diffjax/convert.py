@@ -28,7 +28,7 @@ SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 SPACINGS = ("leading", "linspace", "trailing")
 
 
-def convert(
+def convert_model(
     name: str, out: str | Path, to: str = "diffusers", revision: str | None = None, variant: str | None = None
 ) -> None:
     """Write the model of a run (its averaged parameters), a folder or a hub id as `to`, one of `FORMATS`.

@@ -13,7 +13,7 @@ import numpy as np
 
 from diffjax import plan, weights
 from diffjax.nets.mmdit import MMDiT
-from diffjax.nets.quantize import SCHEMES, quantize
+from diffjax.nets.quantize import SCHEMES, quantize_kernels
 from diffjax.nets.t5 import T5Encoder
 from diffjax.weights import mmdit, t5
 
@@ -74,8 +74,8 @@ def main():
             flush=True,
         )
         for scheme in SCHEMES:
-            kept = jax.eval_shape(lambda params, scheme=scheme: quantize(params, SCHEMES[scheme]), shapes)
-            loss = error(call(quantize(params, SCHEMES[scheme])), exact)
+            kept = jax.eval_shape(lambda params, scheme=scheme: quantize_kernels(params, SCHEMES[scheme]), shapes)
+            loss = error(call(quantize_kernels(params, SCHEMES[scheme])), exact)
             print(f"| {name} | {scheme} | {plan.tree_bytes(kept) / 1e9:.2f} GB | {loss:.2%} |", flush=True)
 
 

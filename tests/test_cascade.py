@@ -163,7 +163,7 @@ def test_image_to_image_starts_the_first_stage():
     "wrong, said",
     [
         (lambda: cascade.downsample(pictures(1, 8), 3), "8 x 8 pixels cannot be reduced to 3"),
-        (lambda: LowRes(8, 1.0), "most 1.0"),
+        (lambda: LowRes(8, 1.0), "max_level 1.0"),
         (lambda: Cascade((toys.model(), toys.model())), "stage 2 .toy. reads no pictures"),
         (
             lambda: Cascade((toys.model(size=4), enlarging())),

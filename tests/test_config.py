@@ -100,7 +100,7 @@ def test_every_field_can_be_overridden(file):
         (["data.templates=('a {}', '{}')"], "data.templates", ("a {}", "{}")),
         (["text=None"], "text", None),
         (["text.name=t5"], "text", {"name": "t5", "tokens": 12, "path": ""}),
-        (["low_res.size=16"], "low_res", {"size": 16, "most": 0.3}),
+        (["low_res.size=16"], "low_res", {"size": 16, "max_level": 0.3}),
         (["dit.scan=true"], "dit.scan", True),
         (["dit.depth=2", "network=dit"], "dit.depth", 2),
         (["unet.dropout=0.1", "network=unet"], "unet.dropout", 0.1),
@@ -178,7 +178,7 @@ def test_all_that_can_be_asked_of_a_sampling_experiment_can_be_overridden():
         (["optimizer.name=adam"], "unknown optimizer.name adam: did you mean adamw?"),
         (["optimizer.name=adamw", "optimizer.momentum=0.9"], "unknown config key optimizer.momentum"),
         (["dit.dtype=bf16"], "unknown dit.dtype bf16: did you mean bfloat16?"),
-        (["low_res.most=0.2"], "the config has no low_res.size: add it, a whole number"),
+        (["low_res.max_level=0.2"], "the config has no low_res.size: add it, a whole number"),
         (["train.ema=1"], "train.ema is 1: it must be at least 0 and below 1"),
         (["optimizer.clip=-1"], "optimizer.clip is -1: it must be at least 0"),
         (["optimizer.learning_rate=nan"], "optimizer.learning_rate is nan: it must be above 0"),
@@ -191,6 +191,12 @@ def test_wrong_overrides_name_field_and_remedy(overrides, said):
     with pytest.raises(UserError) as error:
         parse(*overrides)
     assert str(error.value).startswith(said) and "\n" not in str(error.value)
+
+
+def test_a_field_is_read_by_its_earlier_name():
+    whole = config.complete(config.load("experiments/minimagen/super256.py"))
+    earlier = whole.to_dict() | {"low_res": {"size": 64, "most": 0.5}}
+    assert config.complete(earlier) == whole
 
 
 @pytest.mark.parametrize("file", TRAINED, ids=lambda file: file.stem)

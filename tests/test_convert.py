@@ -96,7 +96,7 @@ def test_diffusers_draws_the_same(converted):
 
 
 def test_a_conversion_converts_to_itself(converted, tmp_path):
-    convert.convert(str(converted[1]), tmp_path / "again")
+    convert.convert_model(str(converted[1]), tmp_path / "again")
     for file in ("unet/config.json", "unet/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json"):
         assert (tmp_path / "again" / file).read_bytes() == (converted[1] / file).read_bytes()
 

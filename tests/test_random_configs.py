@@ -12,7 +12,7 @@ from PIL import Image
 
 import diffjax
 from diffjax import config as configs
-from diffjax.convert import convert
+from diffjax.convert import convert_model
 from diffjax.evaluate import runs
 from diffjax.train import loop
 from diffjax.utils.errors import UserError
@@ -104,7 +104,7 @@ def live(settings, folder):
     assert images.shape == (1, SIZE, SIZE, 3) and np.isfinite(images).all()
     published = settings["network"] == "unet" and settings["process"]["name"] == "discrete"
     published = published and settings["prediction"]["name"] in ("eps", "x0", "v") and not settings["text"]
-    convert(str(run), folder / "out", "diffusers" if published else "orbax")
+    convert_model(str(run), folder / "out", "diffusers" if published else "orbax")
     if published:
         again = diffjax.load(folder / "out")
         one, other = (jax.tree.leaves(some.denoiser.params) for some in (model, again))

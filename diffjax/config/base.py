@@ -190,7 +190,7 @@ NEW: dict[str, Place] = {
             "of a stage of super-resolution: the pictures that it draws larger",
             {
                 "size": Field("their pixels a side; it divides data.size", int, "[1, inf)"),
-                "most": Field("largest noise augmentation level that it is trained on", 0.3, "[0, 1)"),
+                "max_level": Field("largest noise augmentation level that it is trained on", 0.3, "[0, 1)"),
             },
         ),
         "no stage of super-resolution",

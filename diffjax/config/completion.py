@@ -12,6 +12,9 @@ from diffjax.utils.errors import UserError, unknown
 
 Absent = Callable[[type], Any]
 
+RENAMED = {("low_res", "most"): "max_level"}
+"""(table, field) as earlier configs and runs have it, and what the field is called today."""
+
 
 def complete(config: Mapping[str, Any]) -> ConfigDict:
     """An experiment with every field that its config leaves out; what is no experiment as it is.
@@ -19,8 +22,16 @@ def complete(config: Mapping[str, Any]) -> ConfigDict:
     Raises `UserError`, naming the field, for one that does not exist or is missing, and for a value that it
     cannot have.
     """
-    config = plain(config)
+    config = _renamed(plain(config))
     return ConfigDict(completed("", config, base.table(config)) if trains(config) else config)
+
+
+def _renamed(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    for (table, old), new in RENAMED.items():
+        fields = config.get(table)
+        if isinstance(fields, Mapping) and old in fields:
+            config = {**config, table: {new if name == old else name: value for name, value in fields.items()}}
+    return config
 
 
 def trains(config: Mapping[str, Any]) -> bool:

@@ -63,7 +63,9 @@ class LowRes:
 
     def __post_init__(self):
         if self.size < 1 or not 0 <= self.max_level < 1:
-            raise UserError(f"low_res has size {self.size} and most {self.max_level}: above 0, and from 0 to below 1")
+            raise UserError(
+                f"low_res has size {self.size} and max_level {self.max_level}: above 0, and from 0 to below 1"
+            )
 
     def __call__(self, x0: Float[Array, "b h w c"], keys: Keys) -> dict[str, Array]:
         """`condition` of each picture; a row depends on its own key only."""

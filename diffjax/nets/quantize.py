@@ -79,7 +79,7 @@ class Scheme:
 SCHEMES = {"int8": Scheme(127), "int4": Scheme(7, 64)}
 
 
-def quantize(params: PyTree, scheme: Scheme) -> PyTree:
+def quantize_kernels(params: PyTree, scheme: Scheme) -> PyTree:
     """The parameters of a network with its large kernels in whole numbers."""
 
     def kept(path, leaf):

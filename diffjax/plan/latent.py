@@ -17,7 +17,7 @@ from diffjax.diffusion.process import Flow, Shift
 from diffjax.models import sd3
 from diffjax.models.model import Defaults
 from diffjax.models.options import Asked, sides
-from diffjax.nets.quantize import SCHEMES, quantize
+from diffjax.nets.quantize import SCHEMES, quantize_kernels
 from diffjax.plan.cost import Part, tree_size
 from diffjax.plan.programs import Job, Way, apply, calls, chosen, guided_share, titled
 from diffjax.weights.scheduler import FlowScheduler
@@ -101,5 +101,5 @@ def ways(parts: Mapping[str, Part]) -> tuple[Way, ...]:
 
 
 def _quantized(part: Part, bits: str) -> Part:
-    held = {"params": jax.eval_shape(lambda params: quantize(params, SCHEMES[bits]), part.held["params"])}
+    held = {"params": jax.eval_shape(lambda params: quantize_kernels(params, SCHEMES[bits]), part.held["params"])}
     return replace(part, held=held)

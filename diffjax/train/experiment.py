@@ -389,7 +389,7 @@ def planned(
     is_frozen = frozen.is_frozen(config.text)
     text = build.text(config.text, tokenize.size) if config.text and not is_frozen else None
     width = text.width if text else frozen.width(config.text) if is_frozen else 0
-    low_res = LowRes(config.low_res.size, config.low_res.most) if config.get("low_res") else None
+    low_res = LowRes(**config.low_res) if config.get("low_res") else None
     build.scale(config.sample.get("guidance"))
     build.guide(config.sample.get("guide") or "cfg")
     if low_res and shape[0] % low_res.size:

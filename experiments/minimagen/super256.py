@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     return imagen(
         name="minimagen_super256",
         data={"size": 256},
-        low_res={"size": 64, "most": 0.5},
+        low_res={"size": 64, "max_level": 0.5},
         imagen={**MINIMAGEN_SUPER, "dtype": "auto", "remat": True},
         train={"accumulate": 8},
         sample={"steps": 10, "guidance": 3.0, "level": 0.1},

@@ -91,7 +91,7 @@ def network(request, tmp_path_factory):
 def test_networks_read_quantised_kernels(network):
     module, params, _ = network
     call = jax.jit(lambda params: module.apply({"params": params}, *arguments(module)))
-    kept = quantize.quantize(params, INT4)
+    kept = quantize.quantize_kernels(params, INT4)
     meant = jax.tree.map(
         lambda leaf: leaf.astype(jnp.float32), kept, is_leaf=lambda leaf: isinstance(leaf, quantize.Quantized)
     )
@@ -105,7 +105,7 @@ def test_loading_quantises_layer_by_layer(network, scheme):
     module, params, folder = network
     loaded, kept = weights.load(folder, scheme=scheme)
     assert loaded == module
-    jax.tree.map(np.testing.assert_array_equal, kept, quantize.quantize(params, scheme))
+    jax.tree.map(np.testing.assert_array_equal, kept, quantize.quantize_kernels(params, scheme))
 
 
 def test_loading_onto_several_devices(network):
@@ -115,6 +115,6 @@ def test_loading_onto_several_devices(network):
         mesh, P(*[None] * (len(shape) - 1), "model") if "kernel/" in path else P()
     )
     _, kept = weights.load(folder, sharding=place, scheme=INT8)
-    jax.tree.map(np.testing.assert_array_equal, kept, quantize.quantize(params, INT8))
+    jax.tree.map(np.testing.assert_array_equal, kept, quantize.quantize_kernels(params, INT8))
     widths = {leaf.sharding.spec for leaf in jax.tree.leaves(kept) if leaf.dtype == jnp.int8}
     assert widths == {P(None, None, "model")}

@@ -8,7 +8,7 @@ from jax.sharding import SingleDeviceSharding
 
 from diffjax import weights
 from diffjax.nets.mmdit import MMDiT
-from diffjax.nets.quantize import SCHEMES, quantize
+from diffjax.nets.quantize import SCHEMES, quantize_kernels
 from diffjax.nets.t5 import T5Encoder
 from diffjax.parallel import sharding
 from diffjax.utils.errors import UserError
@@ -74,7 +74,7 @@ def test_a_text_encoder_on_one_of_the_devices_quantised(tmp_path):
     third = SingleDeviceSharding(jax.devices()[3])
     module, params = weights.load(tmp_path, sharding=lambda path, shape: third, scheme=SCHEMES["int8"])
     assert {device for leaf in jax.tree.leaves(params) for device in leaf.devices()} == {jax.devices()[3]}
-    exact = called(TEXT, quantize(drawn(TEXT), SCHEMES["int8"]))
+    exact = called(TEXT, quantize_kernels(drawn(TEXT), SCHEMES["int8"]))
     np.testing.assert_allclose(called(module, params), exact, rtol=1e-5, atol=1e-6)
     split = placed(params, sharding.over("tensor"))
     np.testing.assert_allclose(called(module, split), exact, rtol=1e-5, atol=1e-5)

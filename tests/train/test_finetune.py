@@ -73,7 +73,7 @@ def test_adapters_are_trained_beside_a_frozen_model(place, tmp_path):
     kernel = model.denoiser.params["blocks_0"]["attn"]["to_q"]["kernel"]
     assert isinstance(kernel, lora.LowRank) and np.abs(kernel.adapter.b).max() > 0
     np.testing.assert_array_equal(kernel.kernel, before["blocks_0"]["attn"]["to_q"]["kernel"])
-    convert.convert(str(tmp_path / "run"), tmp_path / "out")
+    convert.convert_model(str(tmp_path / "run"), tmp_path / "out")
     again = diffjax.load(place / "model", prompts=[], lora=tmp_path / "out" / lora_file.FILE)
     assert jax.tree.all(jax.tree.map(np.array_equal, again.denoiser.params, model.denoiser.params))
     with pytest.raises(
@@ -88,7 +88,7 @@ def test_all_of_a_model_is_trained(place, tmp_path):
     settings.train.update(steps=4, save_every=2)
     settings.prior.weight = 1.0
     train(settings, tmp_path / "run")
-    convert.convert(str(tmp_path / "run"), tmp_path / "out")
+    convert.convert_model(str(tmp_path / "run"), tmp_path / "out")
     module, params = weights.load(tmp_path / "out" / "transformer")
     trained = diffjax.load(tmp_path / "run", prompts=[]).denoiser.params
     assert jax.tree.all(jax.tree.map(np.array_equal, params, trained))
