@@ -111,7 +111,8 @@ def _prediction(prediction: predict.Prediction) -> str:
         if type(known) is type(prediction):
             return name
     raise UserError(
-        f"a DDPMPipeline predicts eps, v or x0, and this model {type(prediction).__name__}: --to orbax keeps its parameters"
+        f"a DDPMPipeline predicts eps, v or x0, and this model {type(prediction).__name__}: --to orbax "
+        "keeps its parameters"
     )
 
 

@@ -44,8 +44,8 @@ def load(
             raise UserError(f"revision {revision} of a run: give the step of one of its checkpoints")
         if finetune.is_one(folder) and (quantize or shard or lora):
             raise UserError(
-                f"{folder} is drawn with as it was trained: `diffjax convert {folder} OUT` it, and give fewer bits, split"
-                " parameters or adapters with the published model"
+                f"{folder} is drawn with as it was trained: `diffjax convert {folder} OUT` it, and give fewer bits, "
+                "split parameters or adapters with the published model"
             )
         _refuse_kept(str(folder), quantize, shard, lora)
         if variant:
@@ -84,7 +84,8 @@ def run_folder(name: str | Path) -> str:
 def _refuse_kept(name: str, *given: Any) -> None:
     if any(given):
         raise UserError(
-            f"{name} is no Stable Diffusion 3: fewer bits, split parameters and adapters are for its kind; leave them out"
+            f"{name} is no Stable Diffusion 3: fewer bits, split parameters and adapters are for its kind; "
+            "leave them out"
         )
 
 

@@ -2,7 +2,8 @@
 
     diffjax plan --config experiments/ddpm_cat256.py                    # what it will cost
     diffjax sample --config experiments/ddpm_cat256.py --out cats
-    diffjax sample --config experiments/ddpm_cat256.py --config.steps=1000 --config.sampler=ddpm --config.grid=leading --out as_published
+    diffjax sample --config experiments/ddpm_cat256.py --config.steps=1000 --config.sampler=ddpm \\
+        --config.grid=leading --out as_published
 
 Time: 25 steps take 163 s end to end on two cores without AVX512 (random weights of this network), 10 steps 67 s.
 """

@@ -15,7 +15,6 @@ from ml_collections import ConfigDict
 
 from diffjax.config.kinds import finetune
 
-
 KINDS = {
     "lora": {"lora": {"rank": 16}, "optimizer": {"learning_rate": 1e-4, "weight_decay": 0.0}},
     "full": {"optimizer": {"learning_rate": 1e-5}},

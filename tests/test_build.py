@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from diffjax import build
-from diffjax.diffusion import loss, predict, process
+from diffjax.diffusion import predict, process
 from diffjax.diffusion.denoise import Denoiser
 from diffjax.diffusion.refine import heun
 from diffjax.diffusion.sample import Sampler
@@ -109,9 +109,18 @@ def test_muon_takes_the_matrices_of_the_transformers_blocks_and_nothing_else():
 
 def test_muon_takes_the_convolutions_of_the_u_nets_blocks():
     module = build.network(
-        {"network": "unet", "classes": 3, "unet": dict(block_out_channels=[8, 16], norm_num_groups=4, layers_per_block=1,
-            down_block_types=["DownBlock2D", "AttnDownBlock2D"], up_block_types=["AttnUpBlock2D", "UpBlock2D"])}
-    )  # fmt: skip
+        {
+            "network": "unet",
+            "classes": 3,
+            "unet": {
+                "block_out_channels": [8, 16],
+                "norm_num_groups": 4,
+                "layers_per_block": 1,
+                "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+                "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+            },
+        }
+    )
     x = inputs()
     params = jax.eval_shape(module.init, jax.random.key(0), x["x"], x["t"], label=jnp.zeros(1, jnp.int32))["params"]
     left = [name for name, label in labels(params).items() if label == "adamw" and name.endswith("kernel")]

@@ -94,7 +94,11 @@ def test_every_field_can_be_overridden(file):
         (["loss.weight.name=min_snr"], "loss.weight", {"name": "min_snr", "gamma": 5.0}),
         (["loss.weight.gamma=3", "loss.weight.name=min_snr"], "loss.weight", {"name": "min_snr", "gamma": 3.0}),
         (["loss.weight={'name': 'p2', 'k': 2}"], "loss.weight", {"name": "p2", "gamma": 1.0, "k": 2.0}),
-        (["process.name=exploding", "process.sigma_max=9"], "process", {"name": "exploding", "shift": 1.0, "sigma_min": 0.01, "sigma_max": 9.0}),
+        (
+            ["process.name=exploding", "process.sigma_max=9"],
+            "process",
+            {"name": "exploding", "shift": 1.0, "sigma_min": 0.01, "sigma_max": 9.0},
+        ),
         (["optimizer.schedule.name=cosine"], "optimizer.schedule", {"name": "cosine", "warmup": 100, "final": 0.0}),
         (["data.flip=True"], "data.flip", True),
         (["data.templates=('a {}', '{}')"], "data.templates", ("a {}", "{}")),
@@ -316,7 +320,8 @@ def test_fields_of_ones_own_are_printed_by_the_name_of_what_they_are_of(tmp_path
     )
     (tmp_path / "mine.py").write_text(
         "from diffjax.config.kinds import pixels\n"
-        "def get_config(network='net'): return pixels(name='mine', data={'name': 'openmoji'}, network=f'own_shown:{network}',"
+        "def get_config(network='net'): return pixels(name='mine', data={'name': 'openmoji'},"
+        "    network=f'own_shown:{network}',"
         "    loss={'weight': {'name': 'own_shown:level', 'height': 1.5}}, train={'steps': 1, 'batch': 1},"
         "    **({'any_net': {'deep': 1}} if network == 'any_net' else {}))"
     )

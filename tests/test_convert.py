@@ -78,7 +78,7 @@ def by_diffusers(folder):
     x, told = init, {"class_labels": torch.ones(1, dtype=torch.long)} if pipeline.unet.config.num_class_embeds else {}
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         for i, t in enumerate(pipeline.scheduler.timesteps):
-            patch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *a, **k: noise[i])
+            patch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *a, i=i, **k: noise[i])
             x = pipeline.scheduler.step(pipeline.unet(x, t, **told).sample, t, x).prev_sample
     return x.permute(0, 2, 3, 1).numpy()
 

@@ -73,8 +73,8 @@ def legal(number, pictures):
     return {
         "name": f"random{number}",
         "seed": draw.randrange(2**31),
-        "data": {"name": "class_folder" if kind == "classes" else "captioned_folder", "path": str(pictures), "size": SIZE}
-        | {"flip": draw.random() < 0.5, "templates": draw.choice([("{}",), ("a {}", "{} and {}")])},
+        "data": {"name": "class_folder" if kind == "classes" else "captioned_folder", "path": str(pictures)}
+        | {"size": SIZE, "flip": draw.random() < 0.5, "templates": draw.choice([("{}",), ("a {}", "{} and {}")])},
         "classes": 2 if kind == "classes" else 0,
         "text": {"name": "words", "tokens": 4, "width": 8, "heads": 2, "hidden": 8} if kind == "text" else None,
         "low_res": {"size": SIZE // 2} if stage else None,
@@ -82,13 +82,17 @@ def legal(number, pictures):
         "prediction": {"name": draw.choice(predictions)},
         "network": network,
         network: NETWORKS[network] | {"dtype": draw.choice(["auto", "float32", "bfloat16"])},
-        "loss": {"weight": {"name": draw.choice(WEIGHTS)}, "times": {"name": draw.choice(["uniform", "logit_normal"] + ["table"] * table)}}
+        "loss": {"weight": {"name": draw.choice(WEIGHTS)}}
+        | {"times": {"name": draw.choice(["uniform", "logit_normal"] + ["table"] * table)}}
         | {"uniforms": draw.choice(["antithetic", "independent"]), "drop": draw.choice([0.1, 0.5])},
-        "optimizer": optimizer | {"clip": draw.choice([0.0, 1.0]), "schedule": {"name": draw.choice(["linear", "cosine"]), "warmup": 0}},
-        "train": {"steps": 2, "batch": 8, "accumulate": draw.choice([1, 2]), "ema": draw.choice([0.0, 0.9]), "log_every": 1},
+        "optimizer": optimizer
+        | {"clip": draw.choice([0.0, 1.0]), "schedule": {"name": draw.choice(["linear", "cosine"]), "warmup": 0}},
+        "train": {"steps": 2, "batch": 8, "log_every": 1}
+        | {"accumulate": draw.choice([1, 2]), "ema": draw.choice([0.0, 0.9])},
         "sample": {"steps": 2, "num": 2, "sampler": draw.choice(["ddim", "ddpm", "dpmpp_2m", "heun", "unipc"])}
-        | {"grid": draw.choice(["uniform", "logsnr", "karras"] + ["trailing"] * table), "guidance": draw.choice([1.0, 2.0])}
-        | {"clip": draw.choice([0.0, 1.0]), "prompts": draw.choice([(), ("picture 1",)])},
+        | {"grid": draw.choice(["uniform", "logsnr", "karras"] + ["trailing"] * table)}
+        | {"guidance": draw.choice([1.0, 2.0]), "clip": draw.choice([0.0, 1.0])}
+        | {"prompts": draw.choice([(), ("picture 1",)])},
     }  # fmt: skip
 
 
@@ -180,9 +184,8 @@ def test_a_few_illegal_configs_are_one_line(pictures, tmp_path):
 
 @pytest.mark.slow
 def test_many_legal_configs_live(pictures, tmp_path):
-    print(
-        f"{count_legal(range(300), pictures, tmp_path)} of 300 legal configs trained, drew, were converted and loaded again"
-    )
+    lived = count_legal(range(300), pictures, tmp_path)
+    print(f"{lived} of 300 legal configs trained, drew, were converted and loaded again")
 
 
 @pytest.mark.slow

@@ -51,7 +51,8 @@ def test_a_folder_of_classes_as_the_page_says_and_both_at_once_refused(tmp_path,
         for number in range(2):
             Image.new("L", (20, 20), shade + number).save(tmp_path / "pictures" / name / f"{number}.png")
     (own,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "your_pictures.md").read_text(), re.DOTALL)
-    start = f"from diffjax import config\ndef get_config():\n    settings = config.load({str(ROOT / 'experiments' / 'emoji.py')!r})\n"
+    emoji = str(ROOT / "experiments" / "emoji.py")
+    start = f"from diffjax import config\ndef get_config():\n    settings = config.load({emoji!r})\n"
     (tmp_path / "both.py").write_text(start + own.replace("settings.text = None", "pass") + "    return settings\n")
     for command in (["prepare"], ["train", "--workdir", "runs/both"]):
         assert cli.main([*command, "--config", "both.py"]) == 2

@@ -67,8 +67,8 @@ EXACT = Trace()
 
 @struct.dataclass
 class Hutchinson:
-    """An unbiased estimate of the divergence: the mean of v . J v over `probes` vectors v of random signs, the same ones
-    at all times (Grathwohl et al. 2019, section 3.1).
+    """An unbiased estimate of the divergence: the mean of v . J v over `probes` vectors v of random signs, the same
+    ones at all times (Grathwohl et al. 2019, section 3.1).
 
     Each image draws its v from its own key. The variance is the sum over i < j of (J_ij + J_ji)^2 / probes.
     """

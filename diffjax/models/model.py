@@ -24,7 +24,7 @@ NAMED = 20
 """How many classes an error lists."""
 
 LOW_RES = sample.START - np.uint32(1)
-"""The number folded into an image's key for the noise in its low-res picture (as `sample.START` for its start noise)."""
+"""The number folded into an image's key for the noise in its low-res picture, as `sample.START` for its start."""
 
 
 @dataclass(frozen=True)
@@ -174,8 +174,9 @@ class Model:
         grids.check(times, process)
         if build.is_blind(self.denoiser, times[0, 0]):
             raise UserError(
-                f"this grid begins at t = {times[0, 0]:g}, pure noise, of which {type(self.denoiser.prediction).__name__} prediction "
-                f"makes no picture: take the grid logsnr, karras or uniform, which begin at {build.start(self.denoiser):.4g}"
+                f"this grid begins at t = {times[0, 0]:g}, pure noise, of which "
+                f"{type(self.denoiser.prediction).__name__} prediction makes no picture: take the grid logsnr, karras "
+                f"or uniform, which begin at {build.start(self.denoiser):.4g}"
             )
         return times
 
@@ -264,7 +265,8 @@ class Model:
         if "null" in reads:
             if not self.has_null and (self.classes or negative_prompt is None):
                 raise UserError(
-                    f"{self._called} always knew its text or class in training, so guidance has nothing to lead away from: leave it out"
+                    f"{self._called} always knew its text or class in training, so guidance has nothing to lead away "
+                    "from: leave it out"
                 )
             instead = self.defaults.null_prompt if negative_prompt is None else negative_prompt
             branches["null"] = guides.null(cond) | ({} if instead is None else self._encoded(_repeat(instead, num)))
@@ -376,7 +378,8 @@ class Model:
         own = image.shape[1] * factor, image.shape[2] * factor
         if size is not None and own != tuple(sides(size)):
             raise UserError(
-                f"the image is {own[1]} pixels wide and {own[0]} high, and size is {size}: leave size out, or resize the image"
+                f"the image is {own[1]} pixels wide and {own[0]} high, and size is {size}: leave size out, or resize "
+                "the image"
             )
         return own
 
@@ -413,8 +416,8 @@ class Model:
         if small is None or small.shape[1:] != (self.low_res, self.low_res, self.shape[-1]):
             given = "none is given" if small is None else f"not {small.shape[1]} x {small.shape[2]} of {small.shape[3]}"
             raise UserError(
-                f"{self._called} enlarges pictures of {self.low_res} x {self.low_res} pixels in {self.shape[-1]} channels,"
-                f" and {given}: give `low_res`, or draw with a cascade"
+                f"{self._called} enlarges pictures of {self.low_res} x {self.low_res} pixels in {self.shape[-1]} "
+                f"channels, and {given}: give `low_res`, or draw with a cascade"
             )
         return _condition(small, self.shape[0], jnp.float32(level), _fold(keys, LOW_RES))
 
@@ -426,7 +429,8 @@ class Model:
         height, width = sides(size)
         if self.low_res and (height, width) != self.shape[:2]:
             raise UserError(
-                f"{self._called} enlarges to {self.shape[1]} x {self.shape[0]} pixels and to no other size: leave the size out"
+                f"{self._called} enlarges to {self.shape[1]} x {self.shape[0]} pixels and to no other size: "
+                "leave the size out"
             )
         largest = self.largest or max(height, width)
         if min(height, width) < 1 or height % self.multiple or width % self.multiple or max(height, width) > largest:
@@ -491,7 +495,7 @@ class Model:
         init: Float[Array, "num ..."] | None,
         noise: Float[Array, "steps num ..."] | None,
     ) -> Float[Array, "num h w c"]:
-        """The images: in batches of the model's own shape, or in one batch those of a start or a noise that is given."""
+        """The images: in batches of the model's own shape, or in one batch those of a given start or noise."""
         if init is not None or noise is not None:
             state = recipe.begin(inputs) if init is None else recipe.start(inputs, jnp.asarray(init))
             return self.images(recipe.advance(inputs, state, noise).x)
@@ -518,7 +522,8 @@ def checked_mask(mask: Float[Array, "b h w 1"]) -> Float[Array, "b h w 1"]:
     mask = np.asarray(mask, np.float32)
     if not (mask.min() >= 0 and mask.max() <= 1):
         raise UserError(
-            f"the mask holds values from {mask.min():g} to {mask.max():g}: give 1 where it is drawn anew, 0 where it stays"
+            f"the mask holds values from {mask.min():g} to {mask.max():g}: give 1 where it is drawn anew, "
+            "0 where it stays"
         )
     return jnp.asarray(mask)
 

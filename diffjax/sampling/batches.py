@@ -162,8 +162,8 @@ class Drawing:
         part = group[min(lane, len(group) - 1)]
         picture = part.pictures[min(row, len(part.pictures) - 1)]
         return UserError(
-            f"{picture.called} is not finite after step {step + 1} of {self.steps}: compute in float32 (--dtype), take another"
-            " sampler or a smaller guidance scale, or look at the model's weights"
+            f"{picture.called} is not finite after step {step + 1} of {self.steps}: compute in float32 (--dtype), take "
+            "another sampler or a smaller guidance scale, or look at the model's weights"
         )
 
     def images(self, stage: Stage) -> UInt8[np.ndarray, "n h w c"]:

@@ -148,8 +148,8 @@ class Checkpoints:
                 )
                 raise UserError(
                     f"checkpoint {step} in {self.folder} does not fit this config: of {name}, {first}"
-                    f"{f', and {len(lines) - 1} more differ' if lines[1:] else ''}; put the config back, or begin a new run"
-                    " from its weights by --init-from"
+                    f"{f', and {len(lines) - 1} more differ' if lines[1:] else ''}; put the config back, or begin a "
+                    "new run from its weights by --init-from"
                 )
 
     def _set_aside(self, failed: dict[int, str], good: int) -> None:

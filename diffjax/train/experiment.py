@@ -235,8 +235,9 @@ def check_conditions(config: ConfigDict) -> None:
     """Raises `UserError` for an experiment of both text and classes, which no network here is trained for."""
     if config.get("text") and config.get("classes"):
         raise UserError(
-            f"classes={config.classes} and text={config.text.name} are both set, and a run is told one of them: set text to None "
-            "to train by class, or classes to 0 to train by text (a picture without captions is captioned by its class)"
+            f"classes={config.classes} and text={config.text.name} are both set, and a run is told one of them: set "
+            "text to None to train by class, or classes to 0 to train by text (a picture without captions is captioned "
+            "by its class)"
         )
 
 

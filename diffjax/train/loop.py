@@ -226,7 +226,7 @@ def not_finite(broken: Pending, workdir: Path, checkpoints: Checkpoints) -> User
     )
     good = checkpoints.last()
     return UserError(
-        f"step {broken.step}: the loss is {numbers['loss']:g} and the gradient's norm {numbers['grad_norm']:g}, on the records"
-        f" {', '.join(map(str, broken.rows[:8]))}, ... (all in {path}); the last good checkpoint is"
+        f"step {broken.step}: the loss is {numbers['loss']:g} and the gradient's norm {numbers['grad_norm']:g}, on the "
+        f"records {', '.join(map(str, broken.rows[:8]))}, ... (all in {path}); the last good checkpoint is"
         f" {'none' if good is None else f'step {good}'}; lower the learning rate and train in another --workdir"
     )

@@ -111,7 +111,8 @@ def _meanings(there: dict, here: dict) -> list[str]:
 
 def _say(run: Run, taken: list[str], left: dict[str, str], configs: list[str], workdir: Path) -> None:
     print(
-        f"starting from {run.workdir}, step {run.step}: {len(taken)} arrays are taken (all are named in {workdir / FILE})"
+        f"starting from {run.workdir}, step {run.step}: {len(taken)} arrays are taken (all are named in "
+        f"{workdir / FILE})"
     )
     for name, why in list(left.items())[:SHOWN]:
         print(f"  {name}: {why}")

@@ -1,4 +1,4 @@
-"""Pages of the reference that are made when the site is built: the docstrings of all modules, and the commands' help."""
+"""Pages of the reference that are made when the site is built: docstrings of all modules, and the commands' help."""
 
 import ast
 import os

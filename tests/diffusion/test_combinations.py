@@ -106,8 +106,8 @@ def point(name, alpha, sigma, da, ds):
     """(a, b) of y = a x0 + b eps."""
     n = np.sqrt(sigma**2 + alpha**2 / 4)
     return {
-        "x0": (1, 0), "eps": (0, 1), "score": (0, -1 / sigma), "v": (-sigma, alpha), "flow": (da, ds), "straight": (-1, 1),
-        "edm": (2 * sigma / n, -alpha / 2 / n),
+        "x0": (1, 0), "eps": (0, 1), "score": (0, -1 / sigma), "v": (-sigma, alpha), "flow": (da, ds),
+        "straight": (-1, 1), "edm": (2 * sigma / n, -alpha / 2 / n),
     }[name]  # fmt: skip
 
 
@@ -186,7 +186,7 @@ class Loop:
         return [((self.clock(j) - self.clock(i)) / h, x0) for j, x0 in finite]
 
     def multistep(self, x, i, z, eta, order):
-        x0, eps = self.estimate(x, i)
+        x0, _ = self.estimate(x, i)
         refined = polynomial([(0.0, x0), *self.usable(i)[: order - 1]], (1 + eta) * (self.clock(i + 1) - self.clock(i)))
         self.past.append((i, x0))
         return self.exponential(x, i, refined, z, eta)

@@ -160,7 +160,7 @@ def test_inverted_noise_looks_like_noise():
 
 
 def test_grids_that_touch_an_end_are_refused():
-    of, variance = mixture(Flow())
+    of, _ = mixture(Flow())
     for rows in (grid.uniform(10), grid.uniform(10, 1.0, 0.01), grid.uniform(10, 0.99, 0.0)):
         with pytest.raises(UserError, match="neither alpha nor sigma is 0"):
             ode.invert(of, jnp.asarray(X), rows)
@@ -173,7 +173,7 @@ def test_bits_per_dimension():
 
 
 def test_likelihood_has_gradients():
-    process, start, stop = PROCESSES["flow"]
+    process, _, stop = PROCESSES["flow"]
     gauss = gaussian(process, jnp.zeros(2), jnp.asarray(VARIANCE, jnp.float32))
     rows = even(process, 0.999, stop, 20)
     slope = jax.grad(lambda x: jnp.sum(ode.log_likelihood(gauss, x, rows, VARIANCE.astype(np.float32))))

@@ -90,7 +90,9 @@ def outputs(name):
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         for i, t in enumerate(scheduler.timesteps):
             z = torch.from_numpy(noise[i]).permute(0, 3, 1, 2)
-            patch.setattr(sys.modules[type(scheduler).__module__], "randn_tensor", lambda *a, **k: z, raising=False)
+            patch.setattr(
+                sys.modules[type(scheduler).__module__], "randn_tensor", lambda *a, z=z, **k: z, raising=False
+            )
             y = module(scheduler.scale_model_input(x, t), t).sample
             x = scheduler.step(y, t, x, **arguments).prev_sample
     return {"x": x.permute(0, 2, 3, 1).numpy(), "times": np.asarray(scheduler.timesteps, np.float64)}
@@ -248,5 +250,6 @@ def test_a_publishers_variance_adds_no_noise_without_eta(variance, sampler):
 def test_ddim_keeps_eps_when_it_bounds_x0():
     for fields in ({"thresholding": True}, {}):
         model = of_scheduler(class_name="DDIMScheduler", **fields)
-        keeps = lambda name: model.recipe(steps=2, sampler=name).sampler.refine.links[0].keep_eps
-        assert keeps("ddim") and not keeps("ddpm") and not keeps("unipc")
+        recipes = {name: model.recipe(steps=2, sampler=name) for name in ("ddim", "ddpm", "unipc")}
+        keeps = {name: recipe.sampler.refine.links[0].keep_eps for name, recipe in recipes.items()}
+        assert keeps == {"ddim": True, "ddpm": False, "unipc": False}

@@ -165,7 +165,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send(path, self.hub.repositories[name].commits[sha][path], {})
 
     def send(self, path, content, told):
-        """A file, or the range of it that is asked for; a large one cut off after as many bytes as `hub.cuts` says next."""
+        """A file, or the range of it that is asked for; a large one cut off as `hub.cuts` says next."""
         found = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
         begin, status = (int(found[1]), 206) if found else (0, 200)
         if path in self.hub.spoil:

@@ -246,7 +246,10 @@ except checkpoint.UserError as error:
 def test_a_write_that_fails_is_one_line(tmp_path):
     arguments = [sys.executable, "-c", FAILING, str(Path(__file__).parent), str(tmp_path)]
     ended = subprocess.run(arguments, capture_output=True, text=True)
-    said = f"cannot write a checkpoint to {tmp_path}/checkpoints: File too large; make room there and run the same command again\n"
+    said = (
+        f"cannot write a checkpoint to {tmp_path}/checkpoints: File too large; make room there and run the same "
+        "command again\n"
+    )
     assert ended.stderr == said and kept(tmp_path) == [1]
 
 

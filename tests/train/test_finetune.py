@@ -89,7 +89,7 @@ def test_all_of_a_model_is_trained(place, tmp_path):
     settings.prior.weight = 1.0
     train(settings, tmp_path / "run")
     convert.convert_model(str(tmp_path / "run"), tmp_path / "out")
-    module, params = weights.load(tmp_path / "out" / "transformer")
+    _, params = weights.load(tmp_path / "out" / "transformer")
     trained = diffjax.load(tmp_path / "run", prompts=[]).denoiser.params
     assert jax.tree.all(jax.tree.map(np.array_equal, params, trained))
     before = diffjax.load(place / "model", prompts=[]).denoiser.params

@@ -119,7 +119,14 @@ def test_a_field_more_or_less_is_a_difference():
 
 
 def test_two_processes_cannot_train_in_one_workdir(tmp_path):
-    code = f"import fcntl, sys; f = open({str(tmp_path / '.lock')!r}, 'a+'); fcntl.flock(f, fcntl.LOCK_EX); f.write('77'); f.flush(); print(flush=True); sys.stdin.read()"
+    code = f"""
+import fcntl, sys
+file = open({str(tmp_path / ".lock")!r}, "a+")
+fcntl.flock(file, fcntl.LOCK_EX)
+print(77, end="", file=file, flush=True)
+print(flush=True)
+sys.stdin.read()
+"""
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
         with pytest.raises(UserError, match="process 77 is training in"):

@@ -167,9 +167,9 @@ def stop_at(number, signals=(signal.SIGINT,)):
 
 def check(whole, folder, number, signals, way="jit"):
     """Stopped at that site a run has lost nothing and, called again, ends as one that was not stopped."""
-    done = []
+    done, at = [], stop_at(number, signals)
 
-    def counted(name, at=stop_at(number, signals)):
+    def counted(name):
         done.append(name)
         at(name)
 

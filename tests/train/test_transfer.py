@@ -1,4 +1,6 @@
+import functools
 import json
+import operator
 from types import SimpleNamespace
 
 import jax
@@ -36,10 +38,9 @@ def write(folder, params, captions=(), classes=(), steps=(10, 20)):
     """A run whose averages are its parameters + step and whose raw ones are those + 100 steps."""
     checkpoints = Checkpoints(folder)
     for step in steps:
-        state = create(jax.tree.map(lambda leaf: leaf + 100 * step, params), optax.sgd(0.1), jax.random.key(0))
-        checkpoints.save(
-            state.replace(step=jnp.int32(step), ema=jax.tree.map(lambda leaf: leaf + step, params)), "", 1.0
-        )
+        raw, ema = (jax.tree.map(functools.partial(operator.add, number), params) for number in (100 * step, step))
+        state = create(raw, optax.sgd(0.1), jax.random.key(0))
+        checkpoints.save(state.replace(step=jnp.int32(step), ema=ema), "", 1.0)
     checkpoints.close()
     (folder / "config.json").write_text(config().to_json())
     (folder / "data.json").write_text(json.dumps({"shape": [8, 8, 3], "classes": classes}))
