@@ -5,11 +5,12 @@ a colon is the user's own: `my_losses:flat` is `flat` of the module `my_losses` 
 or argument raises `UserError`, naming the nearest one.
 """
 
+import dataclasses
 import functools
 import inspect
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -187,7 +188,7 @@ def sampler(choice: str | Refine | Sampler, eta: float | None = None) -> Sampler
             raise UserError(f"sampler {choice} is deterministic: leave eta out, or take ddpm, ddim or dpmpp_2m_sde")
     else:
         found = Sampler(choice) if isinstance(choice, Refine) else choice
-    return found if eta is None else found.replace(eta=float(eta))
+    return found if eta is None else dataclasses.replace(found, eta=float(eta))
 
 
 def grid(
@@ -278,8 +279,8 @@ def _apg(
     momentum: float = 0.0, radius: float = math.inf, parallel: float = 0.0, two_passes: bool = False
 ) -> Callable[..., guides.Guide]:
     ranges = {"momentum": (momentum, -1.0, 1.0), "radius": (radius, 0.0, math.inf), "parallel": (parallel, 0.0, 1.0)}
-    given = [within(f"{name} of the guide", *values) for name, values in ranges.items()]
-    return lambda denoiser, scale, weak: guides.APG(denoiser, scale, *map(jnp.float32, given), not two_passes)
+    given = {name: jnp.float32(within(f"{name} of the guide", *values)) for name, values in ranges.items()}
+    return lambda denoiser, scale, weak: guides.APG(denoiser, scale, **given, together=not two_passes)
 
 
 def _autoguidance(step: int = -1) -> Callable[..., guides.Guide]:
@@ -302,7 +303,7 @@ def optimizer(choice: Choice, steps: int) -> tuple[optax.GradientTransformation,
 
 def warmup_constant_linear(steps: int, warmup: int = 100, hold: float = 0.5, final: float = 0.0) -> optax.Schedule:
     """1 from step `warmup` (reached linearly) to step `hold * steps`, then linear to `final` at the last step."""
-    start = max(hold * steps, warmup)
+    start: Any = max(hold * steps, warmup)  # a fraction of a step will do, whatever optax declares
     return optax.join_schedules([_rise(warmup), optax.linear_schedule(1.0, final, steps - start)], [start])
 
 
@@ -336,7 +337,7 @@ def muon(
 ) -> optax.GradientTransformation:
     """Muon (Jordan et al. 2024; Nesterov, 5 Newton-Schulz steps) on the kernels of blocks, `adamw` elsewhere."""
     rate = lambda step: learning_rate * factor(step)
-    ways = {
+    ways: dict[Hashable, optax.GradientTransformation] = {
         "muon": optax.contrib.muon(
             rate, beta=momentum, weight_decay=weight_decay, muon_weight_dimension_numbers=matrix_axes
         ),

@@ -10,7 +10,7 @@ from typing import Any
 from diffjax import build
 from diffjax.config import base, kinds
 from diffjax.config.completion import join
-from diffjax.config.fields import KINDS, Choice, Field, Maybe, Place, Table, arguments_of, present
+from diffjax.config.fields import KINDS, Choice, Field, Maybe, Place, Table, arguments_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "configs.md"
 BEGIN, END = "<!-- begin: written by scripts/config_reference.py -->\n", "<!-- end -->\n"
@@ -34,7 +34,8 @@ def tables() -> Iterator[str]:
     yield _fields("Every experiment", "", Table("", first))
     for name, place in fields.items():
         if not isinstance(place, Field) and name not in build.NETWORKS:
-            yield _fields(f"`{name}`", present(place).meaning, place, name)
+            inner = place.of if isinstance(place, Maybe) else place
+            yield _fields(f"`{name}`", inner.meaning, place, name)
     for name in build.NETWORKS:
         yield _fields(f"`{name}`", base.network(name).meaning, base.network(name), name)
     said = "these instead of `classes` to the network's table, and in `sample` only `prompts`"

@@ -72,7 +72,7 @@ def table(config: Mapping[str, Any]) -> Table:
 
 
 def _networks(config: Mapping[str, Any]) -> dict[str, Table]:
-    chosen = config.get("network")
+    chosen = config.get("network", "")
     names = [name for name in build.NETWORKS if name in config or name == chosen] + [chosen] * user_code.is_own(chosen)
     return {build.table_of(name): network(name) for name in names}
 

@@ -16,14 +16,14 @@ RENAMED = {("low_res", "most"): "max_level"}
 """(table, field) as earlier configs and runs have it, and what the field is called today."""
 
 
-def complete(config: Mapping[str, Any]) -> ConfigDict:
+def complete(config: Mapping[str, Any] | ConfigDict) -> ConfigDict:
     """An experiment with every field that its config leaves out; what is no experiment as it is.
 
     Raises `UserError`, naming the field, for one that does not exist or is missing, and for a value that it
     cannot have.
     """
-    config = _renamed(plain(config))
-    return ConfigDict(completed("", config, base.table(config)) if trains(config) else config)
+    found = _renamed(plain(config))
+    return ConfigDict(completed("", found, base.table(found)) if trains(found) else found)
 
 
 def _renamed(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -92,11 +92,11 @@ def decided(config: ConfigDict, decide: Callable[[str], str]) -> ConfigDict:
     return ConfigDict(whole)
 
 
-def _tables(config: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, dict]]:
+def _tables(config: dict[str, Any], path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
     """Every table in a config, and itself, by its path."""
     yield path, config
     for name, value in config.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, dict):
             yield from _tables(value, join(path, name))
 
 

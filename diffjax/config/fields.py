@@ -83,7 +83,7 @@ class Choice:
     meaning: str
     makers: Mapping[str, Callable]
     arguments: Mapping[str, Mapping[str, Field]]
-    common: Mapping[str, "Place"] = field(default_factory=dict)
+    common: dict[str, "Place"] = field(default_factory=dict)
     given: tuple[str, ...] = ()
     default: str = ""
 
@@ -92,7 +92,7 @@ class Choice:
         maker = build.named(f"{path}.name", self.makers, name)
         found = arguments_of(maker, name, self.arguments.get(name, {}), self.given)
         first = {"name": Field("", self.default or str, tuple(self.makers)), **self.common}
-        return Table(self.meaning, first | found.fields, found.others)
+        return Table(self.meaning, {**first, **found.fields}, found.others)
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Maybe:
 Place = Field | Table | Choice | Maybe
 
 
-def present(place: Place | None) -> Place | None:
+def present(place: Place | None) -> Field | Table | Choice | None:
     """What stands there where it is not None."""
     return place.of if isinstance(place, Maybe) else place
 

@@ -104,7 +104,11 @@ def _over(base: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for name, value in fields.items():
         before = base.get(name)
-        tables = isinstance(before, Mapping) and isinstance(value, Mapping)
-        same = tables and value.get("name", before.get("name")) == before.get("name")
-        merged[name] = _over(before, value) if same else value
+        if (
+            isinstance(before, Mapping)
+            and isinstance(value, Mapping)
+            and value.get("name") in (None, before.get("name"))
+        ):
+            value = _over(before, value)
+        merged[name] = value
     return merged

@@ -1,13 +1,16 @@
 """A whole config in lines: `a.b.c = value  # meaning`."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from diffjax.config import base
 from diffjax.config.completion import join, plain, trains
-from diffjax.config.fields import Choice, Field, Maybe, Place, Table, present
+from diffjax.config.fields import Choice, Field, Maybe, Place, Table
 from diffjax.utils.errors import UserError, unknown
 
 COLUMN = 48
@@ -36,27 +39,27 @@ class Line:
         return f"# {'*' if self.differs else ' '} {said}".rstrip()
 
 
-def lines(config: Mapping[str, Any], request: type) -> Iterator[str]:
+def lines(config: Mapping[str, Any] | ConfigDict, request: type) -> Iterator[str]:
     """A whole config, a field a line with its meaning, as Python reads it; what differs from the base has a *.
 
     An experiment that only samples has the fields of the dataclass `request`, their meanings in its metadata (`help`).
     Raises `UserError` for what is no experiment, and for a field that there is not.
     """
-    config = plain(config)
-    if not trains(config) and ("train" in config or "model" not in config):
-        lacking = "data" if "train" in config else "train, nor a model to draw with"
+    whole = plain(config)
+    if not trains(whole) and ("train" in whole or "model" not in whole):
+        lacking = "data" if "train" in whole else "train, nor a model to draw with"
         raise UserError(
             f"the config has no {lacking}: begin with one of the experiments that `diffjax init DIR` writes"
         )
-    of = base.table(config) if trains(config) else Table("", _fields(request))
-    listed = list(_table("", config, of))
+    of = base.table(whole) if trains(whole) else Table("", _fields(request))
+    listed = list(_table("", whole, of))
     column = min(COLUMN, max(len(str(line)) for line in listed if isinstance(line, Line)))
     yield "# * is what differs from the default; change a field with --config.FIELD=VALUE"
     for line in listed:
         yield f"{line!s:{column}}  {line.comment}" if isinstance(line, Line) else f"\n# {line}"
 
 
-def _fields(request: type) -> dict[str, Field]:
+def _fields(request: type) -> dict[str, Place]:
     """The fields of a dataclass, with their meanings."""
     options = dataclasses.fields(request)
     found = {option.name: Field(option.metadata.get("help", ""), option.default) for option in options}
@@ -79,16 +82,16 @@ def _table(path: str, config: Mapping[str, Any], of: Table) -> Iterator[Line | s
                 where, value, place, differs, f"default {place.default!r}" if differs and not place.needed else ""
             )
         else:
-            inner.append((where, value, place))
-    for where, value, place in inner:
-        yield from _inner(where, value, place)
+            inner.append(_inner(where, value, place))
+    yield from itertools.chain.from_iterable(inner)
 
 
-def _inner(path: str, config: Mapping[str, Any], place: Place) -> Iterator[Line | str]:
+def _inner(path: str, config: Mapping[str, Any], place: Table | Choice | Maybe) -> Iterator[Line | str]:
     """The lines of a table under its heading; of one that the base does not have, the first line says so."""
-    found = present(place)
+    found = place.of if isinstance(place, Maybe) else place
     found = found.table(config["name"], path) if isinstance(found, Choice) else found
     yield f"{path}: {found.meaning}"
-    first, *rest = _table(path, config, found)
-    yield dataclasses.replace(first, differs=True, was=f"default {path} = None") if isinstance(place, Maybe) else first
-    yield from rest
+    for number, line in enumerate(_table(path, config, found)):
+        if isinstance(place, Maybe) and isinstance(line, Line) and number == 0:
+            line = dataclasses.replace(line, differs=True, was=f"default {path} = None")
+        yield line

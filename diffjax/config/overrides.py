@@ -90,7 +90,7 @@ def _put(config: dict[str, Any], path: str, text: str) -> Any:
     above, _, last = path.rpartition(".")
     place, inside = locate(base.table(config), path), locate(base.table(config), above) if above else None
     if path == "network":
-        if user_code.is_own(before := config.get("network")) and before != text:
+        if user_code.is_own(before := config.get("network", "")) and before != text:
             config.pop(build.table_of(before), None)
         config["network"] = text
     elif _is_open(inside):
@@ -142,7 +142,7 @@ def _overridden(config: ConfigDict, arguments: list[str]) -> tuple[ConfigDict, l
     try:
         rest = values(argv, known_only=True)[1:]
     except flags.IllegalFlagValueError as error:
-        key, value = re.match(r"flag --config\.(.*?)=(.*?): ", str(error), re.DOTALL).groups()
+        key, value = str(error).removeprefix("flag --config.").partition(": ")[0].split("=", 1)
         raise UserError(f"config key {key} takes {_kind(known[key])}, not {value}") from error
     except flags.Error as error:
         raise UserError(str(error)) from error
@@ -153,8 +153,8 @@ def _flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
     keys = {}
     for name in config:
         keys[prefix + name] = config.get_type(name)
-        if isinstance(config[name], ConfigDict):
-            keys |= _flatten(config[name], f"{prefix}{name}.")
+        if isinstance(inner := config[name], ConfigDict):
+            keys |= _flatten(inner, f"{prefix}{name}.")
     return keys
 
 

@@ -227,6 +227,7 @@ def test_durations_in_words(seconds, words):
 
 
 def test_parameters_are_those_of_the_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("DIFFJAX_HOME", str(tmp_path / "home"))
     folder, caption = tmp_path / "pictures", "a cat\nthe red cat\n"
     folder.mkdir()
     Image.new("RGB", (32, 32)).save(folder / "cat.png")
