@@ -10,7 +10,8 @@ sample    the move, and the loop over a grid
 ode       likelihood and inversion
 loss      what training minimises
 cascade   super-resolution with noise augmentation
-analytic  denoisers in closed form
+analytic  denoisers in closed form: mixtures, Wiener's filter
+local     denoisers in closed form: training pictures, compared whole or by windows
 
 It imports nothing of diffjax but `utils.struct` and `utils.errors`.
 """

@@ -1,10 +1,13 @@
-"""Distributions whose denoiser is known in closed form: what solvers, guides and likelihoods are certified against."""
+"""Distributions whose denoiser is known in closed form: what solvers, guides and likelihoods are certified against, and
+the Gaussian of a data set, the best linear denoiser.
+"""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
-from diffjax.diffusion.predict import Estimate
+from diffjax.diffusion.predict import X0, Estimate
 from diffjax.diffusion.process import Process, Time, expand
 from diffjax.utils import struct
 
@@ -58,3 +61,53 @@ def flow_map(gauss: Mixture, x: Float[Array, "b d"], t: Time, s: Time) -> Float[
     deviation = lambda t: jnp.sqrt(gauss.process.alpha(t) ** 2 * gauss.variances[0] + gauss.process.sigma(t) ** 2)
     mean = gauss.means[0]
     return gauss.process.alpha(s) * mean + deviation(s) / deviation(t) * (x - gauss.process.alpha(t) * mean)
+
+
+@struct.dataclass
+class Wiener:
+    """The best linear denoiser of a data set, exact for the Gaussian of its mean and covariance S = U diag(L) U^T:
+
+        x0 = mean + W (x_t - alpha mean) / alpha,    W = U diag(L / (L + 1 / SNR)) U^T
+
+    (Wiener 1949). `basis` holds the columns of U that belong to the k variances `L` other than 0.
+    """
+
+    process: Process
+    mean: Float[Array, "h w c"]
+    basis: Float[Array, "d k"]
+    variances: Float[Array, " k"]
+    prediction = X0()
+
+    def __call__(self, x: Float[Array, "b h w c"], t: Time, cond: object = None) -> Estimate:
+        """The pair (x0, eps) at x_t."""
+        t = jnp.broadcast_to(jnp.asarray(t, x.dtype), x.shape[:1])
+        alpha, sigma = expand(self.process.alpha(t), x), expand(self.process.sigma(t), x)
+        centred = x - alpha * self.mean
+        along = jnp.dot(centred.reshape(len(x), -1), self.basis, precision="highest")
+        back = lambda rows: jnp.dot(rows, self.basis.T, precision="highest").reshape(x.shape)
+        a, s = alpha.reshape(-1, 1), sigma.reshape(-1, 1)
+        total = a**2 * self.variances + s**2
+        eps = (centred - back(a**2 * self.variances / total * along)) / sigma
+        return Estimate(self.mean + back(a * self.variances / total * along), eps)
+
+    def filter(self, logsnr: Float[Array, ""]) -> Float[Array, "d d"]:
+        """W, the filter of pixels and channels."""
+        kept = self.variances / (self.variances + jnp.exp(-logsnr))
+        return jnp.dot(self.basis * kept, self.basis.T, precision="highest")
+
+
+def wiener(process: Process, images: Float[np.ndarray, "n h w c"]) -> Wiener:
+    """`Wiener` of the mean and the covariance of images, in float64 from their singular values."""
+    rows = np.asarray(images, np.float64).reshape(len(images), -1)
+    mean = rows.mean(0)
+    rows = (rows - mean) / len(rows) ** 0.5
+    if len(rows) < rows.shape[1]:
+        variances, left = np.linalg.eigh(rows @ rows.T)
+        kept = variances > 1e-10 * variances[-1]
+        basis = rows.T @ (left[:, kept] / np.sqrt(variances[kept]))
+    else:
+        variances, basis = np.linalg.eigh(rows.T @ rows)
+        kept = variances > 1e-10 * variances[-1]
+        basis = basis[:, kept]
+    arrays = (mean.reshape(images.shape[1:]), basis, variances[kept])
+    return Wiener(process, *(jnp.asarray(array, jnp.float32) for array in arrays))

@@ -38,9 +38,9 @@ class Denoise(Protocol):
 def null(cond: dict[str, Array]) -> dict[str, Array]:
     """The conditioning of the null branch: no token counts (`mask` is False) and the label is -1.
 
-    Networks take that for an image without text or class.
+    Networks take that for an image without text or class; what is known in closed form takes no logits (all 0) for it.
     """
-    empty = {"mask": jnp.zeros_like, "label": lambda label: jnp.full_like(label, -1)}
+    empty = {"mask": jnp.zeros_like, "label": lambda label: jnp.full_like(label, -1), "logits": jnp.zeros_like}
     return {name: empty.get(name, lambda value: value)(value) for name, value in cond.items()}
 
 
