@@ -15,6 +15,7 @@ All sums are exact: blocks of pictures are joined by log-sum-exp, distances are 
 numbers), and each image of a batch is computed by itself, so that it does not depend on its neighbours.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from diffjax.diffusion.grid import Grid
 from diffjax.diffusion.guide import Denoise
 from diffjax.diffusion.predict import X0, Estimate
 from diffjax.diffusion.process import Process, Time, expand
+from diffjax.diffusion.sample import DDIM, move
 from diffjax.utils import struct
 from diffjax.utils.errors import unknown
 
@@ -63,12 +65,12 @@ class Pictures:
 
 def pictures(images: Float[Array, "n h w c"], block: int = BLOCK) -> Pictures:
     """Training pictures, made ready; a block has at most `block` pixels, or is one picture."""
-    images = np.asarray(images, np.float32)
-    n, h, w, _ = images.shape
+    rows = np.asarray(images, np.float32)
+    n, h, w, _ = rows.shape
     blocks = -(-n // max(1, block // (h * w)))
     size = -(-n // blocks)
-    filled = np.pad(images, [(0, blocks * size - n), (0, 0), (0, 0), (0, 0)])
-    planes = filled.reshape(blocks, size, *images.shape[1:]).transpose(0, 4, 2, 1, 3)
+    filled = np.pad(rows, [(0, blocks * size - n), (0, 0), (0, 0), (0, 0)])
+    planes = filled.reshape(blocks, size, *rows.shape[1:]).transpose(0, 4, 2, 1, 3)
     return Pictures(jnp.asarray(planes), jnp.asarray(np.arange(blocks * size).reshape(blocks, size) < n), n)
 
 
@@ -230,15 +232,15 @@ class _Query(NamedTuple):
         found = self.total(data, prior)
         total = found.top + jnp.log(found.total)
 
-        def block(_: None, given: tuple[Array, Array]) -> tuple[None, Array]:
+        def block(given: tuple[Array, Array]) -> Float[Array, "h m w"]:
             def shifted(share: Array, shift: Array) -> tuple[Array, None]:
                 weight = jnp.exp(self.logits(*given, shift) - jnp.roll(total, shift, (1, 2))[:, :, None])
                 return share + jnp.roll(weight.mean(0), -shift, (0, 2)), None
 
             _, _, h, m, w = data.planes.shape
-            return None, jax.lax.scan(shifted, jnp.zeros((h, m, w)), self.shifts)[0]
+            return jax.lax.scan(shifted, jnp.zeros((h, m, w)), self.shifts)[0]
 
-        share = jax.lax.scan(block, None, self.blocks(data, prior))[1]
+        share = jax.lax.map(block, self.blocks(data, prior))
         return share.transpose(0, 2, 1, 3).reshape(-1, *self.x.shape[1:])[: data.count]
 
 
@@ -249,13 +251,15 @@ class Posterior:
     default each is as probable as any other. `cond["windows"]` is that of `Windows`.
     """
 
+    process: Process
+    data: Pictures
     prediction = X0()
 
     def query(self, x: Float[Array, "c h w"], scale: Array, logsnr: Array, factor: Array) -> _Query:
         """The comparison that one image asks for."""
         raise TypeError(f"{type(self).__name__} compares nothing")
 
-    def _each(self, function: Callable, x: Float[Array, "b h w c"], t: Time, cond: Any) -> Array:
+    def _each(self, function: Callable, x: Float[Array, "b h w c"], t: Time, cond: Any) -> Any:
         """`function(query, data, prior)` for every image, one after the other."""
         t = jnp.broadcast_to(jnp.asarray(t, x.dtype), x.shape[:1])
         cond = {"logits": jnp.zeros((len(x), self.data.count)), "windows": jnp.ones(len(x)), **(cond or {})}
@@ -278,7 +282,8 @@ class Posterior:
         return self._each(_Query.shares, x, t, cond)
 
 
-HERE = np.zeros((1, 2), np.int32)
+def _same_place() -> Int[Array, "1 2"]:
+    return jnp.zeros((1, 2), jnp.int32)
 
 
 def _nowhere(shift: Int[Array, "2"]) -> Float[Array, "1 1"]:
@@ -293,7 +298,7 @@ class Ideal(Posterior):
     data: Pictures
 
     def query(self, x: Float[Array, "c h w"], scale: Array, logsnr: Array, factor: Array) -> _Query:
-        return _Query(x, scale, lambda squares: squares.sum((0, 1, 3), keepdims=True), HERE, _nowhere)
+        return _Query(x, scale, lambda squares: squares.sum((0, 1, 3), keepdims=True), _same_place(), _nowhere)
 
 
 @struct.dataclass
@@ -307,7 +312,7 @@ class Local(Posterior):
     windows: Windows | Given
 
     def query(self, x: Float[Array, "c h w"], scale: Array, logsnr: Array, factor: Array) -> _Query:
-        return _Query(x, scale, self.windows.of(logsnr, factor), HERE, _nowhere)
+        return _Query(x, scale, self.windows.of(logsnr, factor), _same_place(), _nowhere)
 
 
 @struct.dataclass
@@ -328,10 +333,10 @@ class Equivariant(Posterior):
     def query(self, x: Float[Array, "c h w"], scale: Array, logsnr: Array, factor: Array) -> _Query:
         radius = self.windows.radius(logsnr, factor)
         barred = lambda shift: jnp.where(self._may(shift, radius, x.shape[1:]), 0.0, NEVER)
-        shifts = np.stack(np.indices(x.shape[1:]), -1).reshape(-1, 2).astype(np.int32)
+        shifts = jnp.asarray(np.argwhere(np.ones(x.shape[1:])), jnp.int32)
         return _Query(x, scale, self.windows.of(logsnr, factor), shifts, barred)
 
-    def _may(self, shift: Int[Array, "2"], radius: Array, shape: tuple[int, int]) -> Bool[Array, "h w"]:
+    def _may(self, shift: Int[Array, "2"], radius: Array, shape: tuple[int, ...]) -> Bool[Array, "h w"]:
         """Which pixels v may be compared with pixel v - shift of the image, round its ends."""
         rows, columns = (self._may_along(shift[axis], radius, shape[axis]) for axis in (0, 1))
         return rows[:, None] & columns
@@ -344,13 +349,16 @@ class Equivariant(Posterior):
         return (shift == 0) | (inside & jnp.roll(inside, shift))
 
 
+Windowed = Local | Equivariant
+
+
 def agreement(
-    machine: Posterior, network: Estimate, x: Float[Array, "b h w c"], t: Time, cond: Any, sides: Float[Array, " k"]
+    machine: Windowed, network: Estimate, x: Float[Array, "b h w c"], t: Time, cond: Any, sides: Float[Array, " k"]
 ) -> Float[Array, "k b"]:
     """The cosine of the machine's eps with that of a network's estimate at x_t, for windows of each side."""
 
     def cosine(side: Array) -> Float[Array, " b"]:
-        eps = machine.replace(windows=Windows(jnp.zeros(1), side[None]))(x, t, cond).eps
+        eps = dataclasses.replace(machine, windows=Windows(jnp.zeros(1), side[None]))(x, t, cond).eps
         dot = lambda a, b: jnp.sum(a * b, axis=(1, 2, 3))
         return dot(eps, network.eps) / jnp.sqrt(dot(eps, eps) * dot(network.eps, network.eps))
 
@@ -362,7 +370,7 @@ _called = jax.jit(lambda denoise, x, t, cond: denoise(x, t, cond))
 
 
 def calibrated(
-    machine: Local | Equivariant,
+    machine: Windowed,
     network: Denoise,
     x: Float[Array, "b h w c"],
     grid: Grid,
@@ -380,7 +388,7 @@ def calibrated(
         found = _called(network, x, t, told)
         cosines = _agreement(machine, found, x, t, cond, jnp.asarray(sides, jnp.float32))
         best.append(np.median(np.asarray(sides)[np.argmax(cosines, axis=0)]))
-        x = process.alpha(s) * found.x0 + process.sigma(s) * found.eps
+        x = move(process, found, t, s, DDIM, jnp.zeros_like(x))
     logsnr = process.logsnr(jnp.asarray(grid[:, 0], jnp.float32))
     finite = jnp.maximum(logsnr, -100.0)
     return Windows(finite, jnp.asarray(best, jnp.float32))

@@ -224,7 +224,7 @@ def drawn(made, sampler, steps=4, cond=None):
     x, first = NOISE[:2].astype(np.float32), build.start(made)
     keys = jax.random.split(jax.random.key(0), len(x))
     grid = grids.uniform(steps, first)
-    return sample.sample(made, made.process, x * made.process.sigma(first), grid, sampler, keys, cond)
+    return sample.solve(made, x * made.process.sigma(first), grid, sampler, keys, cond)
 
 
 @pytest.mark.parametrize("place, sampler", list(enumerate(build.SAMPLERS)))
@@ -273,6 +273,6 @@ def test_a_mask_keeps_the_rest():
     made = machine("broken", Flow(), local.falling(5))
     mask = jnp.zeros((2, H, W, 1)).at[:, :3].set(1.0)
     known = jnp.asarray(IMAGES[:2])
-    ended = drawn(made, sample.Sampler(inpainted(sample.Sampler().refine, known, mask)))
+    ended = drawn(made, sample.Sampler(inpainted(sample.DDIM.refine, known, mask)))
     np.testing.assert_allclose(ended[:, 3:], known[:, 3:], atol=1e-5)
     assert np.abs(ended[:, :3] - known[:, :3]).max() > 0.05
