@@ -197,7 +197,7 @@ class Words:
         return [leading, *self.split(caption)] if leading and caption else pieces
 
     def _parted(self, pieces: list[str]) -> tuple[str | None, list[str]]:
-        """The one leading word among the pieces, None without, and the other pieces."""
+        """The one leading word of the pieces as captions write it, or None without or with several, and the rest."""
         leading = {self._form(piece) for piece in pieces} & self._leading
         if len(leading) != 1:
             return None, pieces
