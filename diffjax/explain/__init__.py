@@ -97,8 +97,10 @@ def sections(about: Subject, recipe: Recipe, inputs: Inputs, steps: Sequence[Ste
 
 def title(about: Subject) -> str:
     """What was drawn, and by what."""
-    name = about.model.name if about.folder is None else about.folder.name
-    called = " ".join(filter(None, (about.prompt, about.label)))
+    path = Path(about.model.name)
+    name = path.name if path.exists() else about.model.name
+    label = f"class {about.label}" if (about.label or "").isdecimal() else about.label
+    called = " ".join(filter(None, (about.prompt, label)))
     return f"How {name} drew " + (
         f"\N{LEFT DOUBLE QUOTATION MARK}{called}\N{RIGHT DOUBLE QUOTATION MARK}" if called else "a picture"
     )
@@ -108,4 +110,5 @@ def footer(about: Subject) -> str:
     """How to draw the same picture."""
     request = about.request
     how = f"{request.sampler}, {request.steps} steps, guidance {request.guidance or 1:g}, seed {request.seed}"
-    return f"Written by diffjax explain: {about.model.name}, checkpoint {about.model.revision or 'none'}; {how}."
+    checkpoint = f", checkpoint {about.model.revision}" if about.model.revision else ""
+    return f"Written by diffjax explain: {about.model.name}{checkpoint}; {how}."

@@ -127,8 +127,8 @@ def _figure(
         Chart(says, "time t", "settled", tuple(lines), falling=True, dashed="as Gaussian data would be (Wiener)"),
         Table(("waves", "settled at t", f"step of {len(times)}"), order),
         Text(
-            f"L are the variances {of}. Above its dashed line the network knew more than waves alone tell: what the "
-            "text says, and that edges are sharp."
+            f"L are the variances {of}. Above its dashed line the network knew more than waves alone tell: that edges "
+            "are sharp, and what the text or class says."
         ),
     )
     return Figure("From coarse to fine", plain, exact, "diffjax/explain/frequencies.py", blocks)

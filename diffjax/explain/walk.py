@@ -167,7 +167,7 @@ def formulas(step: Step, of: Move, eta: float) -> tuple[str, ...]:
     return (
         f"t = {n(step.t)}: alpha_t = {n(of.alpha_t)}, sigma_t = {n(of.sigma_t)}, log-SNR = {n(of.logsnr)}",
         f"s = {n(step.s)}: alpha_s = {n(of.alpha_s)}, sigma_s = {n(of.sigma_s)}, r = {n(of.r)}, eta = {n(eta)}",
-        f"middle pixel, first channel: x_t = {n(of.x_t)}, x0 = {n(of.x0)}, eps = {n(of.eps)}"
+        f"in the middle, first channel: x_t = {n(of.x_t)}, x0 = {n(of.x0)}, eps = {n(of.eps)}"
         + (f", z = {n(of.z)}" if of.deviation else ""),
         f"x_s = {n(of.alpha_s)} · {n(of.x0)} + {n(of.sigma_s)} · {n(of.kept)} · {n(of.eps)}{fresh} = {n(of.x_s)}",
     )

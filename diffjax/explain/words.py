@@ -1,4 +1,4 @@
-"""What each word did: where the network looked at it, and the picture without it.
+"""What each word, or the class, did: where the network looked at it, and the picture without it.
 
 Attention is read off the network itself (`nets/layers.py`, `attention_weights`) at every state of the walk: of the
 image's token u to the text's token j, the mean over the heads and, for a word, the sum over its tokens. It says where a
@@ -109,20 +109,21 @@ def places(prompt: str, readers: Sequence[tuple["rules.Tokenizer", int, int]]) -
 
 def section(subject: Subject, recipe: Recipe, inputs: Inputs, steps: Sequence[Step]) -> Section:
     """Heat maps of attention, and the pictures without each word."""
-    name, title = "words", "What each word did"
-    if not subject.prompt:
+    name, title = "words", "What the class did" if subject.label and not subject.prompt else "What each word did"
+    if not subject.prompt and subject.label is None:
         return Section(name, title, left_out="This picture was drawn without words.")
-    final = steps[-1].after
-    numbers: dict[str, Any] = {"prompt": subject.prompt}
-    figures = [_looked_at(subject, recipe, inputs, steps, numbers), _without(subject, recipe, final, numbers)]
-    return Section(name, title, tuple(filter(None, figures)), numbers)
+    numbers: dict[str, Any] = {"prompt": subject.prompt, "label": subject.label}
+    looked, without = _looked_at(subject, recipe, inputs, steps, numbers), _without(subject, recipe, steps, numbers)
+    figures = tuple(filter(None, (looked, without)))
+    return Section(name, title, figures, numbers, "" if figures else "This model cannot draw without its class.")
 
 
 def _looked_at(
     subject: Subject, recipe: Recipe, inputs: Inputs, steps: Sequence[Step], numbers: dict[str, Any]
 ) -> Figure | None:
     """Heat maps of each word: of all steps, and of some of them."""
-    words = [(word, at) for word, at in places(subject.prompt, tokenized(subject.model)) if at][:WORDS]
+    words = places(subject.prompt, tokenized(subject.model)) if subject.prompt else []
+    words = [(word, at) for word, at in words if at][:WORDS]
     cond = inputs.cond["cond"] if recipe.reads else inputs.cond
     weights = attention(subject.model.denoiser, steps, cond) if words else None
     if weights is None:
@@ -136,6 +137,7 @@ def _looked_at(
     picture = look(subject, steps[-1].after)
     blocks: list[Block] = [_summed(words, maps, picture)]
     blocks += [_by_step(words, maps, steps, picture)] if len(steps) > 1 else []
+    blocks.append(Text(_shares(numbers["attention"])))
     plain = (
         "While it works, the network looks back at the words: bright is where it looked at this word most, dark where "
         "it did not. A word that is looked at everywhere alike says something of the whole picture."
@@ -150,12 +152,27 @@ def grid(tokens: int, shape: tuple[int, int]) -> tuple[int, int]:
     return shape[0] // side, shape[1] // side
 
 
+def _heat(values: Float[np.ndarray, "r c"], among: Float[np.ndarray, "..."], picture: np.ndarray) -> np.ndarray:
+    """A heat map, dark at the least and bright at the most of `among`."""
+    return pictures.heat(values - among.min(), picture.shape[:2], float(among.max() - among.min()))
+
+
+def _shares(attention: dict[str, Any]) -> str:
+    """Where all attention went."""
+    words = sum(of["share"] for of in attention["words"])
+    rest = max(0.0, attention["text"] - words)
+    return (
+        f"Of all attention, these words have {words:.1%}, the rest of the text (its begin and end, and what fills "
+        f"it up) {rest:.1%}, and the picture itself {1 - attention['text']:.1%}."
+    )
+
+
 def _summed(words: Sequence[tuple[str, Any]], maps: Float[np.ndarray, "k n r c"], picture: np.ndarray) -> Strip:
     mean = maps.mean(axis=0)
     shown = [
         Shown(
             f"words-{i:02d}-attention",
-            pictures.veiled(picture, pictures.heat(of, picture.shape[:2], mean.max())),
+            pictures.veiled(picture, _heat(of, of, picture)),
             f"{word}: {of.mean():.1%} of all attention",
             f"where the network looked at {word}",
         )
@@ -171,7 +188,7 @@ def _by_step(
     shown = [
         Shown(
             f"words-{i:02d}-step-{steps[k].index + 1:04d}",
-            pictures.heat(maps[k, i], picture.shape[:2], maps.max()),
+            _heat(maps[k, i], maps[:, i], picture),
             f"{word}, step {steps[k].index + 1}",
             f"where the network looked at {word} at step {steps[k].index + 1}",
         )
@@ -181,25 +198,28 @@ def _by_step(
     return Strip(tuple(shown), len(chosen), len(chosen) if len(chosen) < 5 else 3)
 
 
-def _without(subject: Subject, recipe: Recipe, final: Float[np.ndarray, "b ..."], numbers: dict[str, Any]) -> Figure:
-    """The picture without each word, and where it differs."""
-    picture, shown, found = look(subject, final), [], []
+def _without(subject: Subject, recipe: Recipe, steps: Sequence[Step], numbers: dict[str, Any]) -> Figure | None:
+    """The picture without each word, and where it differs; None where nothing can be left out."""
+    final, shown, found = steps[-1].after, [], []
+    picture = look(subject, final)
     for i, (word, prompt, x) in enumerate(_drawn_without(subject, recipe)):
         other, distance = look(subject, x), float(np.sqrt(np.mean((x - final) ** 2)))
         change = np.abs(other.astype(np.float32) - picture).mean(axis=-1) / 255
         map_ = pictures.heat(change, picture.shape[:2], 0.5)
-        left = f"\N{LEFT DOUBLE QUOTATION MARK}{prompt}\N{RIGHT DOUBLE QUOTATION MARK}" if prompt else "no words"
+        left = f"\N{LEFT DOUBLE QUOTATION MARK}{prompt}\N{RIGHT DOUBLE QUOTATION MARK}" if prompt else "nothing"
         shown += [
-            Shown(f"words-{i:02d}-without", other, f"without {word}: {left}", f"the picture drawn with {left}"),
+            Shown(f"words-{i:02d}-without", other, f"without {word}: of {left}", f"the picture drawn of {left}"),
             Shown(
                 f"words-{i:02d}-change", map_, f"what {word} changed: {distance:.2f}", f"where {word} made a difference"
             ),
         ]
         found.append({"word": word, "prompt": prompt, "distance": distance})
     numbers["without"] = found
+    if not found:
+        return None
     plain = (
-        "The only sure way to know what a word did is to leave it out: this is the picture from the very same noise, "
-        "without the word, and beside it, bright, where the two differ."
+        "The only sure way to know what a word did is to leave it out: here is the picture from the very same noise, "
+        "without it, and beside that, bright, where the two differ."
     )
     exact = "|x(c) - x(c without j)| from the same noise, and its root mean square"
     blocks = (Strip(tuple(shown), columns=4), Text(_verdict(found), strong=True))
@@ -208,7 +228,8 @@ def _without(subject: Subject, recipe: Recipe, final: Float[np.ndarray, "b ..."]
 
 def _drawn_without(subject: Subject, recipe: Recipe) -> Iterator[tuple[str, str, np.ndarray]]:
     """Each word, the prompt without it, and the state drawn with that; with "" where none of the rest can be read."""
-    for word, prompt in knocked_out(subject.prompt)[:WORDS]:
+    parts = knocked_out(subject.prompt)[:WORDS] if subject.prompt else [("the class", "")]
+    for word, prompt in parts:
         try:
             yield word, prompt, np.asarray(subject.draw(recipe, prompt))
         except UserError:
@@ -218,11 +239,9 @@ def _drawn_without(subject: Subject, recipe: Recipe) -> Iterator[tuple[str, str,
 
 def _verdict(found: Sequence[dict[str, Any]]) -> str:
     """Which word did most, in words."""
-    if not found:
-        return "No word of this prompt can be left out."
     idle = [of["word"] for of in found if of["distance"] < ALIKE]
     most = max(found, key=lambda of: of["distance"])
     if len(idle) == len(found):
-        return "No single word changes this picture: the others say the same."
-    said = f"The word {most['word']} did most" if len(found) > 1 else f"The word {most['word']} makes the picture"
+        return "Leaving out a single one changes nothing in this picture."
+    said = f"What did most: {most['word']}"
     return said + (f"; without {' or '.join(idle)} the picture is the same." if idle else ".")
