@@ -116,8 +116,9 @@ class Drawing:
             for name, read in (("prompt", self.model.text is not None), ("label", bool(self.model.classes)))
             if getattr(rows[0], name) is not None and (read or not self.model.low_res)
         }
-        common = {name: value(rows) if callable(value) else value for name, value in self.conditions.items()}
-        return self.model.inputs(self.key, [row.number for row in rows], reads=self.recipe.reads, **subject, **common)
+        subject |= {name: value(rows) if callable(value) else value for name, value in self.conditions.items()}
+        numbers = np.asarray([row.number for row in rows])
+        return self.model.inputs(self.key, numbers, reads=self.recipe.reads, **subject)
 
     def blank(self, part: Part) -> sample.State:
         """The shapes of a part's state; nothing is computed."""
