@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """The experiment: fields of `diffjax.generate.Request`; any can be overridden with --config.FIELD=VALUE."""
+    """The experiment: fields of `diffjax.models.options.Request`; any can be overridden with --config.FIELD=VALUE."""
     return ConfigDict(
         {
             "model": "google/ddpm-cat-256",
