@@ -33,5 +33,6 @@ def create(folder: str | Path) -> str:
     return (
         f"{folder / config.EXPERIMENTS} holds {len(texts) - 1} experiments; go on with\n"
         f"  cd {shlex.quote(str(folder))}\n"
+        "  diffjax config --config experiments/emoji.py      # every field, with its meaning\n"
         "  diffjax train --config experiments/emoji.py --workdir runs/emoji"
     )

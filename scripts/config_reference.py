@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from diffjax import build
-from diffjax.config import base, kinds
+from diffjax.config import base, kinds, listing
 from diffjax.config.completion import join
 from diffjax.config.fields import KINDS, Choice, Field, Maybe, Place, Table, arguments_of
+from diffjax.models.options import Request
 
 PAGE = Path(__file__).parents[1] / "docs" / "configs.md"
 BEGIN, END = "<!-- begin: written by scripts/config_reference.py -->\n", "<!-- end -->\n"
@@ -40,6 +41,8 @@ def tables() -> Iterator[str]:
         yield _fields(f"`{name}`", base.network(name).meaning, base.network(name), name)
     said = "these instead of `classes` to the network's table, and in `sample` only `prompts`"
     yield _fields("A published model that is trained on", said, Table("", base.PUBLISHED))
+    said = "the fields of an experiment that has a model and nothing to train; None is the model's own choice"
+    yield _fields("Sampling", said, Table("", listing.sampling_fields(Request)))
 
 
 def _of_kinds() -> Iterator[tuple[str, ...]]:

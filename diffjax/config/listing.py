@@ -51,7 +51,7 @@ def lines(config: Mapping[str, Any] | ConfigDict, request: type) -> Iterator[str
         raise UserError(
             f"the config has no {lacking}: begin with one of the experiments that `diffjax init DIR` writes"
         )
-    of = base.table(whole) if trains(whole) else Table("", _fields(request))
+    of = base.table(whole) if trains(whole) else Table("", sampling_fields(request))
     listed = list(_table("", whole, of))
     column = min(COLUMN, max(len(str(line)) for line in listed if isinstance(line, Line)))
     yield "# * is what differs from the default; change a field with --config.FIELD=VALUE"
@@ -59,8 +59,8 @@ def lines(config: Mapping[str, Any] | ConfigDict, request: type) -> Iterator[str
         yield f"{line!s:{column}}  {line.comment}" if isinstance(line, Line) else f"\n# {line}"
 
 
-def _fields(request: type) -> dict[str, Place]:
-    """The fields of a dataclass, with their meanings."""
+def sampling_fields(request: type) -> dict[str, Place]:
+    """The fields of an experiment that only samples: those of the dataclass `request`."""
     options = dataclasses.fields(request)
     found = {option.name: Field(option.metadata.get("help", ""), option.default) for option in options}
     return {"model": base.PUBLISHED["model"], **{name: field for name, field in found.items() if name != "model"}}

@@ -189,7 +189,9 @@ class Request(Asked):
         action="append",
         metavar="FILE[:STRENGTH]",
     )
-    prompts: tuple[str, ...] = option((), "can be repeated", flag="--prompt", action="append", metavar="TEXT")
+    prompts: tuple[str, ...] = option(
+        (), "what is drawn; can be repeated", flag="--prompt", action="append", metavar="TEXT"
+    )
     negative_prompt: str | None = option(None, "what guidance leads away from", metavar="TEXT")
     labels: tuple[str, ...] = option((), "a class by name or number", flag="--label", action="append")
     image: str | None = option(None, "start from this picture", metavar="FILE")
