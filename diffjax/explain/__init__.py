@@ -10,6 +10,7 @@ The modules, from what is shown to how:
     guidance     what the text adds at each step, and what more of it would do
     frequencies  large shapes first: when each octave of frequencies was settled
     nearest      where the picture comes from: the nearest training pictures, and a verdict
+    closed_form  the network beside the machine without one, from the same noise
     cost         evaluations, operations, bytes and seconds
     training     the run's losses, whether it learned and listens, its data
     section      what a page is made of
@@ -27,7 +28,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from diffjax.explain import cost, frequencies, guidance, nearest, page, subject, training, walk, words
+from diffjax.explain import closed_form, cost, frequencies, guidance, nearest, page, subject, training, walk, words
 from diffjax.explain.section import Section, Shown
 from diffjax.explain.subject import Subject
 from diffjax.explain.walk import Step
@@ -90,6 +91,7 @@ def sections(about: Subject, recipe: Recipe, inputs: Inputs, steps: Sequence[Ste
         guidance.section(about, steps, target, bill.numbers["seconds"] / bill.numbers["evaluations"]),
         frequencies.section(about, fine, *levels),
         nearest.section(about, picture),
+        closed_form.section(about, steps[-1].after),
         bill,
         training.section(about),
     ]

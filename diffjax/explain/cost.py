@@ -10,6 +10,7 @@ from diffjax import plan
 from diffjax.explain.chart import Chart, Line
 from diffjax.explain.section import Block, Figure, Section, Table, Text
 from diffjax.explain.subject import Subject, advance
+from diffjax.explain.walk import draw, witnessed
 from diffjax.models.model import Inputs, Recipe
 from diffjax.nets import Cost
 from diffjax.plan import rates
@@ -41,6 +42,7 @@ class Measured:
 
 def measure(subject: Subject, recipe: Recipe, inputs: Inputs) -> Measured:
     """The time of the run, drawn again."""
+    recipe = witnessed(recipe, inputs)
     run = lambda: advance(recipe, inputs, recipe.begin(inputs), recipe.grid)
     run()
     begin = time.perf_counter()
@@ -138,6 +140,6 @@ def _errors(subject: Subject, numbers: dict) -> Figure:
 def _drawn(subject: Subject, steps: int, how: dict) -> np.ndarray | None:
     """The last state of so many steps; None where the model's grid has not so many."""
     try:
-        return np.asarray(subject.draw(subject.recipe(**how, steps=steps)))
+        return draw(subject, subject.recipe(**how, steps=steps))
     except UserError:
         return None

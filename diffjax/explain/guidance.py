@@ -7,18 +7,17 @@ Classifier-free guidance draws with `u + w (c - u)`, c the estimate with the tex
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from diffjax import build
-from diffjax.diffusion.predict import Estimate
 from diffjax.explain import pictures
 from diffjax.explain.chart import Chart, Line
 from diffjax.explain.cost import PATIENCE
 from diffjax.explain.section import Figure, Section, Shown, Strip, Text
 from diffjax.explain.subject import Subject
-from diffjax.explain.walk import Step, look
+from diffjax.explain.walk import Step, draw, look
+from diffjax.explain.words import ask
 
 SCALES = (1.0, 1.5, 2.0, 3.0, 5.0, 8.0)
 USUAL = 3.0
@@ -53,20 +52,12 @@ def section(
     return Section(name, title, tuple(figures), numbers)
 
 
-@jax.jit
-def _evaluated(denoise: Any, x: Array, t: Array, cond: Any) -> tuple[Estimate, ...]:
-    return denoise(x, t, cond).branches[:2]
-
-
 def pairs(subject: Subject, steps: Sequence[Step]) -> list[Float[np.ndarray, "2 b ..."]]:
-    """x0 with and without the text or class at every step: those that the run's guidance had, or else evaluated now."""
+    """x0 with and without the text or class at every step: as guidance had them, or else the latter asked for now."""
     if steps[0].seen.est.branches:
         return [np.stack([branch.x0 for branch in step.seen.est.branches[:2]]) for step in steps]
-    recipe = subject.recipe(guidance=USUAL)
-    cond, state = subject.inputs(recipe).cond, recipe.begin(subject.inputs(recipe))
-    told = cond | ({"past": state.past} if jax.tree.leaves(state.past) else {})
-    found = [_evaluated(recipe.denoise, step.seen.x, np.float32(step.t), told) for step in steps]
-    return [np.stack([np.asarray(branch.x0) for branch in branches]) for branches in found]
+    null = subject.inputs(subject.recipe(guidance=USUAL, guide="cfg")).cond["null"]
+    return [np.stack([step.seen.est.x0, ask(subject.model.denoiser, step, null)[0]]) for step in steps]
 
 
 def _difference(subject: Subject, steps: Sequence[Step], own: float, numbers: dict[str, Any]) -> Figure:
@@ -106,7 +97,7 @@ def _scales(
     """Pictures of other scales, and their distance to the training picture, or to that without guidance."""
     usual = subject.request.steps
     drawn = {
-        steps: [np.asarray(subject.draw(subject.recipe(guidance=scale, steps=steps))) for scale in SCALES]
+        steps: [draw(subject, subject.recipe(guidance=scale, steps=steps)) for scale in SCALES]
         for steps in sorted({usual, MANY})
     }
     known = target is not None

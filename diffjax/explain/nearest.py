@@ -48,11 +48,14 @@ class Nearest:
 
 def target(subject: Subject) -> UInt8[np.ndarray, "h w c"] | None:
     """The training picture whose caption is the prompt, where exactly one has it and it has the picture's size."""
-    if subject.data is None or not subject.prompt or not subject.data.has_captions:
+    if not subject.prompt or not subject.captions:
         return None
     template = subject.data.config.templates[0]
-    captions = enumerate(subject.data.captions())
-    found = [i for i, group in captions if any(template.replace("{}", text) == subject.prompt for text in group)]
+    found = [
+        i
+        for i, group in enumerate(subject.captions)
+        if any(template.replace("{}", text) == subject.prompt for text in group)
+    ]
     if len(found) != 1:
         return None
     return subject.data.examples(found)["image"][0]

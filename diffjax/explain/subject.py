@@ -73,11 +73,6 @@ class Subject:
             given["negative_prompt"] = self.request.negative_prompt
         return self.model.inputs(seeds.key(self.request.seed), np.arange(1), reads=recipe.reads, **given)
 
-    def draw(self, recipe: Recipe, prompt: str | None = None) -> Float[Array, "b ..."]:
-        """The last state of the picture."""
-        inputs = self.inputs(recipe, prompt)
-        return advance(recipe, inputs, recipe.begin(inputs), recipe.grid).x
-
     def images(self, x: Float[Array, "b ..."]) -> Float[np.ndarray, "b h w c"]:
         """Pictures of states, in [-1, 1]."""
         return np.clip(np.asarray(self.model.images(x)), -1, 1)
@@ -92,6 +87,11 @@ class Subject:
         except UserError as error:
             warnings.warn(f"the page goes without the training pictures: {error}", stacklevel=2)
             return None
+
+    @cached_property
+    def captions(self) -> list[tuple[str, ...]]:
+        """Those of every training picture; none of data without."""
+        return self.data.captions() if self.data is not None and self.data.has_captions else []
 
 
 def advance(recipe: Recipe, inputs: Inputs, state: sample.State, rows: Float[np.ndarray, "n 2"]) -> sample.State:

@@ -35,7 +35,7 @@ def section(subject: Subject) -> Section:
     panel, plan = _panel(subject)
     figures = [_losses(subject.folder, plan, panel, numbers)] if panel else []
     figures += [_sanity(panel, numbers)] if panel else []
-    figures += [_data(subject.data, numbers)] if subject.data is not None else []
+    figures += [_data(subject, numbers)] if subject.data is not None else []
     left_out = "" if figures else "Neither this run's data nor what it has seen of them are here."
     return Section(name, title, tuple(filter(None, figures)), numbers, left_out)
 
@@ -126,8 +126,9 @@ def _sanity(panel: Panel, numbers: dict[str, Any]) -> Figure:
     return Figure("Does it see, does it listen", plain, exact, "diffjax/train/sanity.py", (chart, *said))
 
 
-def _data(data: Dataset, numbers: dict[str, Any]) -> Figure:
+def _data(subject: Subject, numbers: dict[str, Any]) -> Figure:
     """Some of the pictures with their captions, the captions' lengths, and twins."""
+    data = subject.data
     some = np.unique(np.linspace(0, len(data) - 1, min(SHEET, len(data))).astype(int))
     examples = data.examples(some)
     names = [_named(data, group, label) for group, label in zip(examples["captions"], examples["label"])]
@@ -137,7 +138,7 @@ def _data(data: Dataset, numbers: dict[str, Any]) -> Figure:
     )
     blocks: list[Block] = [Strip(shown, 8, 4)]
     said = [counted(len(data), "picture")]
-    captions = [group[0] for group in data.captions() if group] if data.has_captions else []
+    captions = [group[0] for group in subject.captions if group]
     if captions:
         words, same = Counter(len(caption.split()) for caption in captions), len(captions) - len(set(captions))
         x = np.arange(min(words), max(words) + 1)

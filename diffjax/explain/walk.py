@@ -59,11 +59,15 @@ class Witness(Refine):
         return (inner, Seen(step.x, jnp.asarray(step.t, jnp.float32), est, refined.x0, refined.eps)), refined, moved
 
 
+called = jax.jit(lambda denoise, x, t, cond: denoise(x, t, cond))
+"""A denoiser or a guide, called."""
+
+
 def witnessed(recipe: Recipe, inputs: Inputs) -> Recipe:
     """The recipe with a witness."""
     state = jax.eval_shape(recipe.begin, inputs)
     told = inputs.cond | ({"past": state.past} if jax.tree.leaves(state.past) else {})
-    est = jax.eval_shape(recipe.denoise, state.x, jax.ShapeDtypeStruct((), jnp.float32), told)
+    est = jax.eval_shape(called, recipe.denoise, state.x, jax.ShapeDtypeStruct((), jnp.float32), told)
     seen = Seen(state.x, jax.ShapeDtypeStruct((), jnp.float32), est, est.x0, est.eps)
     blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), seen)
     return recipe.replace(sampler=recipe.sampler.replace(refine=Witness(recipe.sampler.refine, blank)))
@@ -90,6 +94,13 @@ def walk(recipe: Recipe, inputs: Inputs, frames: int = FRAMES) -> list[Step]:
         seen = jax.tree.map(np.asarray, state.memory[1])
         steps.append(Step(index, float(seen.t), float(grid[index, 1]), seen, np.asarray(state.x)))
     return steps
+
+
+def draw(subject: Subject, recipe: Recipe, prompt: str | None = None) -> Float[np.ndarray, "b ..."]:
+    """The last state of the picture, or of that of another prompt, by the program of `walk`."""
+    inputs = subject.inputs(recipe, prompt)
+    recipe = witnessed(recipe, inputs)
+    return np.asarray(advance(recipe, inputs, recipe.begin(inputs), recipe.grid).x)
 
 
 class Move(NamedTuple):

@@ -15,10 +15,12 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from diffjax.diffusion.denoise import Denoiser
+from diffjax.diffusion.guide import Denoise
+from diffjax.diffusion.predict import estimate
 from diffjax.explain import pictures
 from diffjax.explain.section import Block, Figure, Section, Shown, Strip, Text
 from diffjax.explain.subject import Subject, knocked_out
-from diffjax.explain.walk import Step, look
+from diffjax.explain.walk import Step, called, draw, look
 from diffjax.models import sd3
 from diffjax.models.model import Encoded, Inputs, Model, Recipe
 from diffjax.text import tokenizers
@@ -52,19 +54,28 @@ class Watching:
 
 
 @jax.jit
-def _attention(denoiser: Denoiser, x: Array, t: Array, cond: dict[str, Array]) -> list[Array]:
-    return denoiser.network(x, t, cond)[1]
+def _asked(denoiser: Denoiser, x: Array, t: Array, cond: Any) -> tuple[Array, list[Array]]:
+    y, kept = denoiser.network(x, t, cond)
+    y = y[..., : x.shape[-1]].astype(x.dtype)
+    return estimate(denoiser.prediction, denoiser.process, x, y, t).x0, kept
+
+
+def ask(denoise: Denoise, step: Step, cond: Any) -> tuple[Float[np.ndarray, "b ..."], list[np.ndarray]]:
+    """The estimate of x0 at the x_t of a step, and what the attention of every layer keeps, (layers, b, image, text)
+    each; nothing of a network that keeps none, or where there is no network.
+    """
+    x, t = step.seen.x, np.float32(step.t)
+    if not isinstance(denoise, Denoiser):
+        return np.asarray(called(denoise, x, t, cond).x0), []
+    return jax.tree.map(np.asarray, _asked(denoise.replace(apply=Watching(denoise.apply.module)), x, t, cond))
 
 
 def attention(
-    denoiser: Denoiser, steps: Sequence[Step], cond: dict[str, Array]
+    denoise: Denoise, steps: Sequence[Step], cond: dict[str, Array]
 ) -> Float[np.ndarray, "steps layers image text"] | None:
-    """How much every token of the image attends to every token of the text; None of a network that does not say it."""
-    watching = denoiser.replace(apply=Watching(denoiser.apply.module))
-    found = [_attention(watching, step.seen.x, np.float32(step.t), cond) for step in steps]
-    if not found[0]:
-        return None
-    return np.stack([np.concatenate([np.asarray(layers)[:, 0] for layers in kept]) for kept in found])
+    """How much every token of the image attends to every token of the text; None of what does not say it."""
+    found = [ask(denoise, step, cond)[1] for step in steps]
+    return np.stack([np.concatenate(kept)[:, 0] for kept in found]) if found[0] else None
 
 
 def tokenized(model: Model) -> list[tuple["rules.Tokenizer", int, int]]:
@@ -231,10 +242,10 @@ def _drawn_without(subject: Subject, recipe: Recipe) -> Iterator[tuple[str, str,
     parts = knocked_out(subject.prompt)[:WORDS] if subject.prompt else [("the class", "")]
     for word, prompt in parts:
         try:
-            yield word, prompt, np.asarray(subject.draw(recipe, prompt))
+            yield word, prompt, draw(subject, recipe, prompt)
         except UserError:
             if subject.model.has_null:
-                yield word, "", np.asarray(subject.draw(recipe, ""))
+                yield word, "", draw(subject, recipe, "")
 
 
 def _verdict(found: Sequence[dict[str, Any]]) -> str:

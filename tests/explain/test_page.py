@@ -11,11 +11,12 @@ import pytest
 import tiny_run
 
 import diffjax
-from diffjax import cli
+import diffjax.data
+from diffjax import cli, config as configs
 from diffjax.plan import rates
 from diffjax.utils import image, seeds
 
-SECTIONS = ["walk", "words", "guidance", "frequencies", "nearest", "cost", "training"]
+SECTIONS = ["walk", "words", "guidance", "frequencies", "nearest", "closed_form", "cost", "training"]
 VOID = {"meta", "link", "img", "input", "br", "path", "circle"}
 
 
@@ -146,6 +147,17 @@ def test_pictures_and_numbers_stand_beside_the_page(page, folder):
     assert numbers["cost"]["error"]["steps"] == [1, 2, 4, 8, 16, 32] and min(numbers["cost"]["error"]["rms"]) > 0
     assert numbers["guidance"]["scales"]["against"] == "training picture"
     assert numbers["training"]["pictures"] == 8 and numbers["training"]["twins"] == 0
+
+
+def test_the_machine_of_one_picture_copies_it(run, folder):
+    """One caption has all words of the prompt, so that the machine of the text has one picture to take pixels from."""
+    every, one = json.loads((folder / "numbers.json").read_text())["closed_form"]["pairs"]
+    assert every["of"] == "everything" and one["of"] == "the 1 picture of this text"
+    data = diffjax.data.load(configs.read(run).data)
+    assert data.captions()[one["sources"][0]] == ("red heart",)
+    truth = image.read_png(run.parent / "data" / "0.png")[0]
+    np.testing.assert_array_equal(image.read_png(folder / "pictures" / "machine-1-1.png")[0], truth)
+    assert all(-1 <= pair["r"] <= 1 and pair["r_squared"] <= pair["r"] ** 2 + 1e-6 for pair in (every, one))
 
 
 def test_the_attention_is_that_of_the_network_at_the_first_step(run, folder):

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 import diffjax.data
-from diffjax.explain import chart, formula, frequencies, nearest, page, pictures, subject, words
+from diffjax.explain import chart, closed_form, formula, frequencies, nearest, page, pictures, subject, words
 from diffjax.explain.chart import Chart, Line
 from diffjax.text.learned import CaptionTokenizer
 
@@ -153,6 +153,20 @@ def test_a_copy_is_called_one_and_noise_is_new(data):
     assert nearest.judged(ratio(RANDOM.integers(0, 256, (8, 8, 3), np.uint8)), usual)[0] == "new"
     half = (every[7].astype(int) + RANDOM.integers(0, 256, (8, 8, 3))) // 2
     assert nearest.judged(ratio(half.astype(np.uint8)), usual)[0] == "close"
+
+
+def test_a_pair_is_measured_by_correlation_and_by_what_is_left():
+    network = RANDOM.normal(size=(8, 8, 3))
+    pair = lambda machine: closed_form.Pair("", network, machine, [])
+    assert np.isclose(pair(network).r, 1) and np.isclose(pair(network).r_squared, 1)
+    assert np.isclose(pair(2 * network + 1).r, 1) and pair(2 * network + 1).r_squared < 0
+    mean = np.full_like(network, network.mean())
+    assert np.isclose(pair(mean).r_squared, 0)
+    noisy = network + 0.5 * RANDOM.normal(size=network.shape)
+    assert (
+        np.isclose(pair(noisy).r, np.corrcoef(network.ravel(), noisy.ravel())[0, 1])
+        and 0.5 < pair(noisy).r_squared < 0.9
+    )
 
 
 def test_words_are_found_in_the_tokens_of_a_prompt():

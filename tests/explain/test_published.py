@@ -24,7 +24,7 @@ def test_a_class_is_left_out_and_guides(scale):
     assert told.title == "What the class did" and [of["word"] for of in told.numbers["without"]] == ["the class"]
     assert told.numbers["without"][0]["distance"] > 0.01
     found = guidance.section(subject, steps, None, 1e-3).numbers
-    apart = subject.draw(subject.recipe(guidance=1.0), "") - subject.draw(subject.recipe(guidance=1.0))
+    apart = walk.draw(subject, subject.recipe(guidance=1.0), "") - walk.draw(subject, subject.recipe(guidance=1.0))
     assert found["scale"] == scale and found["scales"]["error"][3][0] == 0 < found["scales"]["error"][3][1]
     if scale == 1:
         assert np.isclose(told.numbers["without"][0]["distance"], np.sqrt(np.mean(apart**2)), rtol=1e-5)
