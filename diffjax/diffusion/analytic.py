@@ -2,6 +2,8 @@
 the Gaussian of a data set, the best linear denoiser.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,7 +40,7 @@ class Mixture:
         """log p_t(x)."""
         return jax.nn.logsumexp(self._posterior(x, t)[-1], axis=-1)
 
-    def __call__(self, x: Float[Array, "b d"], t: Time, cond: object = None) -> Estimate:
+    def __call__(self, x: Float[Array, "b d"], t: Time, cond: Any = None) -> Estimate:
         """E[x0 | x_t] and E[eps | x_t]; `cond["logits"]`, (b, k), replaces the mixture's weights: a
         class-conditional model.
         """
@@ -78,7 +80,7 @@ class Wiener:
     variances: Float[Array, " k"]
     prediction = X0()
 
-    def __call__(self, x: Float[Array, "b h w c"], t: Time, cond: object = None) -> Estimate:
+    def __call__(self, x: Float[Array, "b h w c"], t: Time, cond: Any = None) -> Estimate:
         """The pair (x0, eps) at x_t."""
         t = jnp.broadcast_to(jnp.asarray(t, x.dtype), x.shape[:1])
         alpha, sigma = expand(self.process.alpha(t), x), expand(self.process.sigma(t), x)

@@ -36,7 +36,7 @@ def thousand_sigma(process: Process, t: Time) -> Time:
     return 1000 * process.sigma(t)
 
 
-def table_step(process: Process, t: Time) -> Time:
+def table_step(process: Any, t: Time) -> Time:
     """k = T t - 1: what networks read that were trained on a `Discrete` table of T steps."""
     return process.step(t)
 

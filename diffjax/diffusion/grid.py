@@ -99,7 +99,7 @@ def karras(process: Process, steps: int, sigma_min: float, sigma_max: float, rho
 def logsnr(process: Process, steps: int, start: float, stop: float) -> Grid:
     """Log-SNR evenly spaced between the times `start` and `stop`, then t = 0 (Lu et al. 2022, section 3.4)."""
     ends = np.asarray(process.logsnr(jnp.asarray([start, stop])), np.float64)
-    return _of_logsnr(process, np.linspace(*ends, steps))
+    return _of_logsnr(process, np.linspace(ends[0], ends[1], steps))
 
 
 def _of_logsnr(process: Process, values: np.ndarray) -> Grid:

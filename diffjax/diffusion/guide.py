@@ -30,9 +30,11 @@ class Denoise(Protocol):
     @property
     def process(self) -> Process:
         """The process of x."""
+        ...
 
     def __call__(self, x: Images, t: Time, cond: Any) -> Estimate:
         """The pair (x0, eps) at x_t."""
+        ...
 
 
 def null(cond: dict[str, Array]) -> dict[str, Array]:
@@ -68,7 +70,7 @@ def _dot(a: Array, b: Array) -> Array:
     return jnp.sum(a * b, axis=_axes(a), keepdims=True)
 
 
-def _over(a: Array, b: Array) -> Array:
+def _over(a: Array | Scale, b: Array) -> Array:
     """a / b, and a where b is 0."""
     return a / jnp.where(b == 0, 1.0, b)
 
@@ -76,6 +78,8 @@ def _over(a: Array, b: Array) -> Array:
 class Guide:
     """What guides have in common. `reads` are the branches of `cond` that a guide reads."""
 
+    denoise: Denoise
+    together: bool
     reads = ("cond", "null")
 
     @property
@@ -86,6 +90,10 @@ class Guide:
     def init(self, x: Images) -> Any:
         """The memory before the first step."""
         return ()
+
+    def __call__(self, x: Images, t: Time, cond: Any) -> Estimate:
+        """The guided pair (x0, eps) at x_t."""
+        raise TypeError(f"{type(self).__name__} defines no __call__")
 
     def alone(self, x: Array, t: Time, cond: dict[str, Any]) -> Estimate:
         """The conditional estimate alone: no other branch is evaluated."""
@@ -99,6 +107,7 @@ class Guide:
 class Over(Guide):
     """A guide that changes what another one, `guided`, returns; it reads the same branches."""
 
+    guided: Guide
     reads = property(lambda self: self.guided.reads)
     process = property(lambda self: self.guided.process)
 

@@ -10,6 +10,7 @@ So is a distribution of times, such as `uniform()`: a function `(process, u) -> 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -111,7 +112,11 @@ def uniform() -> Times:
 
 def table() -> Times:
     """t = (k + 1) / T: every step k of a `Discrete` table is as likely (Ho et al. 2020, algorithm 1)."""
-    return lambda process, u: (jnp.floor(u * process.steps) + 1) / process.steps
+
+    def steps(process: Any, u: Array) -> Array:
+        return (jnp.floor(u * process.steps) + 1) / process.steps
+
+    return steps
 
 
 def logit_normal(mean: float = 0.0, std: float = 1.0) -> Times:
@@ -121,4 +126,4 @@ def logit_normal(mean: float = 0.0, std: float = 1.0) -> Times:
 
 def lognormal_sigma(mean: float = -1.2, std: float = 1.2) -> Times:
     """log(sigma / alpha) = mean + std z, z normal (Karras et al. 2022, table 1)."""
-    return lambda process, u: process.inverse(-2 * (mean + std * jax.scipy.special.ndtri(u)))
+    return lambda process, u: jnp.asarray(process.inverse(-2 * (mean + std * jax.scipy.special.ndtri(u))))

@@ -114,7 +114,7 @@ def _integrate(
     denoise: Denoise, x0: Images, rows: Grid, variance: Variance, divergence: Divergence, cond: Any
 ) -> Array:
     process = denoise.process
-    log_rho = -process.logsnr(jnp.asarray(rows, x0.dtype)) / 2
+    log_rho = jnp.asarray(-process.logsnr(jnp.asarray(rows, x0.dtype)) / 2)
 
     def rate(z: Array, at: Array) -> tuple[Array, Array]:
         t = process.inverse(-2 * at)

@@ -27,7 +27,7 @@ Keys = Key[Array, " b"]
 """One key per image, so that what is drawn for an image never depends on its neighbours."""
 
 
-def expand(v: Float[Array, "*b"], x: Images) -> Float[Array, "..."]:
+def expand(v: Time, x: Images) -> Float[Array, "..."]:
     """Append axes to a value per image, (b,), so that it multiplies x of shape (b, ...); a scalar stays as it is."""
     v = jnp.asarray(v)
     return v.reshape(v.shape + (1,) * (x.ndim - v.ndim)) if v.ndim else v
@@ -48,7 +48,7 @@ def image_keys(key: Key[Array, ""], numbers: Int[Array, " b"]) -> Keys:
     return jax.vmap(lambda number: jax.random.fold_in(key, number))(jnp.asarray(numbers, jnp.uint32))
 
 
-def fold(keys: Keys, number: int | Array) -> Keys:
+def fold(keys: Keys, number: int | np.integer | Array) -> Keys:
     """`fold_in(key, number)` of every key: fresh keys for one more step or purpose."""
     return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
 

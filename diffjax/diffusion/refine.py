@@ -13,7 +13,8 @@ u_i = (clock_i - clock_t) / h, so that u = 0 at t and u = 1 at s, the integral i
 falls to 1.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from math import factorial
 from typing import Any
 
@@ -96,13 +97,13 @@ class Chain(Refine):
         for link, old in zip(self.links, state):
             new, est, x = link.update(old, est, step)
             states.append(new)
-            step = step.replace(x=x, denoise=_refined(link, old, step))
+            step = replace(step, x=x, denoise=_refined(link, old, step))
         return tuple(states), est, step.x
 
 
 def _refined(link: Refine, state: Any, step: Step) -> Callable[[Array, Time], Estimate]:
     """`step.denoise`, refined by one more link."""
-    return lambda x, t: link.update(state, step.denoise(x, t), step.replace(x=x, t=t))[1]
+    return lambda x, t: link.update(state, step.denoise(x, t), replace(step, x=x, t=t))[1]
 
 
 def chain(*links: Refine) -> Chain:
@@ -194,7 +195,7 @@ class Churn(Refine):
         grown = process.sigma(later) / jnp.where(active, process.alpha(later), 1.0)
         added = self.noise * root(grown**2 - ratio**2)
         z = unit_noise(fold(step.keys, 1), x.shape[1:], x.dtype)
-        return step.replace(x=jnp.where(active, process.alpha(later) * (x / alpha + added * z), x), t=later)
+        return replace(step, x=jnp.where(active, process.alpha(later) * (x / alpha + added * z), x), t=later)
 
 
 @struct.dataclass
@@ -226,7 +227,7 @@ class Line:
         return est._replace(x0=(d * step.x - b * end) / det, eps=(a * end - c * step.x) / det)
 
 
-def _where(ok: Array, new: Estimate, old: Estimate) -> Estimate:
+def _where(ok: Array | bool, new: Estimate, old: Estimate) -> Estimate:
     return jax.tree.map(lambda new, old: jnp.where(ok, new, old), new, old)
 
 
@@ -268,9 +269,10 @@ def moments(h: Float[Array, ""], order: int) -> list[Float[Array, ""]]:
     return [jnp.where(small, series[k] / series[0], recursion[k] / recursion[0]) for k in range(order)]
 
 
-def quadrature(nodes: list[Array], m: list[Array]) -> list[Array]:
+def quadrature(nodes: list[Array], m: Sequence[Array | float]) -> list[Any]:
     """Weights w with sum_i w_i u_i^k = m_k: a Vandermonde system in O(n^2) (Bjorck and Pereyra 1970)."""
-    n, w = len(nodes), list(m)
+    n = len(nodes)
+    w: list[Any] = list(m)
     for k in range(n - 1):
         for i in range(n - 1, k, -1):
             w[i] = w[i] - nodes[k] * w[i - 1]
@@ -333,7 +335,7 @@ class History:
         return out
 
 
-def _finite(clock: SolverClock, process: Process, time: Time) -> tuple[Array, Array]:
+def _finite(clock: SolverClock, process: Process, time: Time) -> tuple[Time, Array]:
     """The clock at a time, or at 0.5 where it is infinite (so that no derivative is), and whether it is finite."""
     ok = jnp.isfinite(clock(process, time))
     return clock(process, jnp.where(ok, time, 0.5)), ok
@@ -403,7 +405,7 @@ class UniPC(Refine):
         there = state.history.times[0] >= 0
         last = jnp.where(there, state.history.times[0], 1.0)
         now, older = state.history.values[0], History(state.history.values[1:], state.history.times[1:])
-        nodes, _, h = older.nodes(self.clock, step.replace(t=last, s=t))
+        nodes, _, h = older.nodes(self.clock, replace(step, t=last, s=t))
         ahead = History(jnp.concatenate([est.x0[None], older.values]), jnp.zeros(self.order))
         m = moments(h, self.order + 1)
         x0 = ahead.integral(now, [jnp.ones_like(h), *nodes], 1 + state.used, m, two=0.5)

@@ -22,8 +22,9 @@ from diffjax.diffusion.predict import Estimate
 from diffjax.diffusion.process import Images, Keys, Process, Time, fold, image_keys, root, unit_noise
 from diffjax.diffusion.refine import Chain, Refine, Step
 from diffjax.utils import struct
+from diffjax.utils.errors import UserError
 
-Law = Callable[[Array, Scale], tuple[Array, Array]]
+Law = Callable[[Time, Scale], tuple[Array, Array]]
 """(r, eta) -> (the factor of eps, tau, the share of fresh noise in the variance): factor^2 + tau = 1, each without the
 cancellation that 1 minus the other has in float32 where r is near 0 or 1."""
 
@@ -33,14 +34,14 @@ Deviation = Callable[[Process, Estimate, Time, Time, Array], Array]
 Noise = Float[Array, "steps b ..."]
 
 
-def power_law(r: Float[Array, ""], eta: Scale) -> tuple[Float[Array, ""], Float[Array, ""]]:
+def power_law(r: Time, eta: Scale) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """r^eta and tau = 1 - r^(2 eta); 0^0 = 1."""
     safe, still = jnp.where(r > 0, r, 1.0), jnp.asarray(eta) == 0
     tau = jnp.where(r > 0, -jnp.expm1(2 * eta * jnp.log(safe)), jnp.where(still, 0.0, 1.0))
     return jnp.where(r > 0, safe**eta, jnp.where(still, 1.0, 0.0)), tau
 
 
-def ddim_law(r: Float[Array, ""], eta: Scale) -> tuple[Float[Array, ""], Float[Array, ""]]:
+def ddim_law(r: Time, eta: Scale) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """sqrt(1 - eta^2 + eta^2 r^2) and tau = eta^2 (1 - r^2) (Song et al. 2020, eq. 16)."""
     eta2 = jnp.asarray(eta) ** 2
     return root(1 - eta2 + eta2 * r**2), eta2 * (1 - r**2)
@@ -68,15 +69,21 @@ def learned(process: Process, est: Estimate, t: Time, s: Time, tau: Array) -> Ar
     not its logarithm, as diffusers reads it.
     """
     fresh = 1 - ratio(process, t, s) ** 2
-    return root(est.variance) * root(tau / jnp.where(fresh > 0, fresh, 1)) * (process.sigma(s) > 0)
+    return root(_second_half(est)) * root(tau / jnp.where(fresh > 0, fresh, 1)) * (process.sigma(s) > 0)
 
 
 def learned_range(process: Process, est: Estimate, t: Time, s: Time, tau: Array) -> Array:
     """The logarithms of `small` and `large` mixed by the network's second half, -1 small, 1 large (Nichol and Dhariwal
     2021, eq. 15): sigma_t^share sigma_s^(1 - share) sqrt(tau), and 0 at sigma_s = 0.
     """
-    share, there = (est.variance + 1) / 2, process.sigma(s) > 0
+    share, there = (_second_half(est) + 1) / 2, process.sigma(s) > 0
     return process.sigma(t) ** share * jnp.where(there, process.sigma(s), 1) ** (1 - share) * root(tau) * there
+
+
+def _second_half(est: Estimate) -> Images:
+    if est.variance is None:
+        raise UserError("this network learns no variance: its output has the channels of x; take another deviation")
+    return est.variance
 
 
 @struct.dataclass
@@ -129,8 +136,8 @@ class State:
 
 def start(run: Run, x: Images) -> State:
     """The state before the first step, from x at the grid's first time."""
-    past = run.denoise.init(x) if hasattr(run.denoise, "init") else ()
-    return State(x, x, run.sampler.refine.init(x), jnp.zeros((), jnp.int32), past)
+    init = getattr(run.denoise, "init", None)
+    return State(x, x, run.sampler.refine.init(x), jnp.zeros((), jnp.int32), init(x) if init else ())
 
 
 def move(process: Process, est: Estimate, t: Time, s: Time, sampler: Sampler, z: Images) -> Images:
