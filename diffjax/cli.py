@@ -279,7 +279,7 @@ def _sample(parser: _Parser) -> Run:
     )
     options.add_flags(parser, Request, options.added(Request, Asked))
     parser.add_argument("--prompt-file", metavar="FILE", help="more prompts, one on a line")
-    num = {"default": 4, "help": "pictures of each prompt or label (default 4)"}
+    num = {"help": "pictures of each prompt or label (default 4)"}
     options.add_flags(parser, Asked, options.added(Asked, Method), num=num)
     parser.add_argument(
         "--quality",
@@ -314,8 +314,6 @@ def _draw(args: argparse.Namespace, parser: _Parser) -> int | None:
 
         devices.start()
         return cascade.draw(args)
-    if args.config:
-        _refuse_beside("--config", "as --config.NAME=value", args, parser)
     request = job.requested(args)
     devices.start()
     job.generate(job.preset(request), args.out, preview=args.preview, overwrite=args.overwrite)

@@ -7,9 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from diffjax import config as configs
 from diffjax.diffusion.denoise import Apply
-from diffjax.models import ddpm, sd3
+from diffjax.models import closed_form, ddpm, sd3
 from diffjax.models.model import Model
+from diffjax.models.options import Request
 from diffjax.train import experiment, finetune
 from diffjax.utils.errors import UserError
 from diffjax.weights import foreign, hub, lora as lora_file
@@ -25,7 +27,8 @@ def load(
     lora: lora_file.Given | None = None,
     variant: str | None = None,
 ) -> Model:
-    """The model of one of our runs, of a folder in a published layout, of a hub id, or of a single file of SD3.5.
+    """The model of one of our runs, of a folder in a published layout, of a hub id, of a single file of SD3.5, or of
+    the config file of a closed form.
 
     A path that exists or is absolute never asks the hub. With `dtype=None` parameters keep the file's dtype and the
     network computes as it was trained; else both are `dtype`. `revision` is the step of a run's checkpoint
@@ -39,6 +42,12 @@ def load(
     implemented.
     """
     folder = Path(name).expanduser()
+    if folder.suffix == ".py":
+        _refuse_kept(str(folder), quantize, shard, lora)
+        config = configs.load(str(folder))
+        if "closed_form" not in config:
+            raise UserError(f"{folder} is an experiment of no closed form: train it, or load the model that it names")
+        return closed_form.load(config.closed_form.to_dict())
     if is_run(folder):
         if revision is not None and not revision.isdigit():
             raise UserError(f"revision {revision} of a run: give the step of one of its checkpoints")
@@ -66,6 +75,14 @@ def load(
     else:
         raise UserError(f"{folder} {foreign.no_model(path.name for path in folder.iterdir())}")
     return model.replace(name=called, revision=commit or "")
+
+
+def requested(request: Request, texts: Iterable[str]) -> Model:
+    """The model of a sampling job; `texts` are all that its text encoders will read."""
+    if request.closed_form is not None:
+        return closed_form.load(request.closed_form)
+    kept = request.quantize, request.shard, request.lora, request.variant
+    return load(request.model, request.dtype, request.revision or None, texts, *kept)
 
 
 def is_run(folder: Path) -> bool:

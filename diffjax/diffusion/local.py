@@ -63,7 +63,7 @@ class Pictures:
         return h, w, c
 
 
-def pictures(images: Float[Array, "n h w c"], block: int = BLOCK) -> Pictures:
+def pictures(images: Float[np.ndarray, "n h w c"], block: int = BLOCK) -> Pictures:
     """Training pictures, made ready; a block has at most `block` pixels, or is one picture."""
     rows = np.asarray(images, np.float32)
     n, h, w, _ = rows.shape

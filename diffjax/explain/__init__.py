@@ -37,7 +37,6 @@ from diffjax.models.model import Inputs, Recipe
 from diffjax.models.options import Request, given
 from diffjax.sampling.job import configured, preset
 from diffjax.utils import image
-from diffjax.utils.errors import UserError
 
 LEAD = (
     "This picture was made out of noise by a network that has learned what pictures look like. The page shows, step by "
@@ -65,12 +64,10 @@ def write(request: Request, out: str | Path) -> Path:
 def requested(args: Namespace) -> Request:
     """The request of the command line's arguments: one picture.
 
-    Raises `UserError` for numbers that cannot be, for a run that is not there, and beside a config for what it says.
+    They win over what a config says. Raises `UserError` for numbers that cannot be, and for a run that is not there.
     """
     if args.config:
-        if beside := sorted(given(Request, args)):
-            raise UserError(f"--config takes {', '.join(beside)} as --config.NAME=value: leave them out")
-        return dataclasses.replace(configured(args.config), num=1)
+        return dataclasses.replace(configured(args.config, given(Request, args)), num=1)
     model = run_folder(args.workdir) if args.workdir else args.model
     return Request(**given(Request, args) | {"model": model})
 

@@ -12,9 +12,10 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 import diffjax.data
-from diffjax import build, config as configs
+from diffjax import build, config as configs, loading
 from diffjax.diffusion import sample
-from diffjax.loading import is_run, load
+from diffjax.loading import is_run
+from diffjax.models.closed_form import Captions
 from diffjax.models.model import Inputs, Model, Recipe
 from diffjax.sampling import job
 from diffjax.sampling.job import Request
@@ -108,8 +109,7 @@ def find(request: Request) -> Subject:
     if len(request.subjects) != 1:
         raise UserError("a page is about one picture: give one prompt, and one label")
     texts = [*request.texts, *(without for _, without in knocked_out(request.prompts[0]))] if request.prompts else []
-    kept = request.quantize, request.shard, request.lora, request.variant
-    model = load(request.model, request.dtype, request.revision or None, texts, *kept).against(request.guide)
+    model = loading.requested(request, texts).against(request.guide)
     if model.low_res:
         raise UserError(f"{model.name} is super-resolution, drawn from a picture: explain the base of its cascade")
     request = job.completed(request, model)
@@ -120,7 +120,7 @@ def find(request: Request) -> Subject:
 
 def read(model: Model, prompt: str) -> str:
     """A prompt in the words in which the model reads it. Raises `UserError` where it can read none of them."""
-    if not isinstance(model.text, Prompts):
+    if not isinstance(model.text, Prompts | Captions):
         return prompt
     reading = model.text.read(prompt)
     if reading.said:

@@ -83,7 +83,7 @@ class Table(argparse.Action):
 def option(default: Any, help: str, **how: Any) -> Any:
     """A field of that default; `help` and `how` are what `argparse`'s `add_argument` takes for its flag.
 
-    The flag is `--name`, or `flag` where it has another name.
+    The flag is `--name`, or `flag` where it has another name; None where it has none.
     """
     return field(default=default, metadata={"help": help, **how})
 
@@ -171,10 +171,14 @@ class Request(Asked):
     `image` is where to start from, `strength` how much of it may change; `mask` is white where it is drawn anew, and
     `feather` how many pixels around that pass over into the kept ones. A super-resolution model draws from the picture
     `low_res`, or from those of an earlier job in that folder, with noise of `level`. `revision`, `variant`,
-    `quantize`, `shard` and `lora` are those of `diffjax.load`. Raises `UserError` for what cannot go together.
+    `quantize`, `shard` and `lora` are those of `diffjax.load`, `closed_form` is the table of `models.closed_form`.
+    Raises `UserError` for what cannot go together.
     """
 
     model: str = field(kw_only=False)
+    closed_form: Mapping[str, Any] | None = option(
+        None, "the closed form that draws: data, machine, windows, mixing, process", flag=None
+    )
     revision: str = option("", "the step of a run's checkpoint; a branch, tag or commit of the hub")
     variant: str | None = option(
         None, "which of several forms of the weights: fp16, ema or the like, or a file's name", metavar="NAME"
@@ -256,8 +260,14 @@ def names(of: type[Method]) -> list[str]:
 
 
 def added(of: type[Method], to: type[Method]) -> list[str]:
-    """The options of a class that another has not, but for the model, which has flags of its own."""
-    return [name for name in names(of) if name not in ("model", *names(to))]
+    """The options of a class that another has not, but for those without a flag of their own: what the model is."""
+    return [name for name in _flags(of) if name not in names(to)]
+
+
+def _flags(of: type[Method]) -> dict[str, Mapping[str, Any]]:
+    """The options of a class that have a flag, with what `option` says of them."""
+    known = {field.name: field.metadata for field in dataclasses.fields(of) if field.metadata}
+    return {name: how for name, how in known.items() if how.get("flag", name)}
 
 
 def defaults(of: type[Method]) -> dict[str, Any]:
@@ -285,7 +295,7 @@ def add_flags(
 
     `others` are arguments of `add_argument` for some of them in place of their own.
     """
-    known = {field.name: field.metadata for field in dataclasses.fields(of) if field.metadata}
+    known = _flags(of)
     for name in only or known:
         how = {"flag": f"--{name.replace('_', '-')}", "default": None, **known[name], **others.get(name, {})}
         parser.add_argument(how.pop("flag"), dest=name, **how)

@@ -58,6 +58,8 @@ def config(settings: ConfigDict, asked: Asked) -> list[Job]:
     """The jobs of an experiment: training and drawing, or drawing alone where it only samples; what is asked
     for wins.
     """
+    if settings.get("closed_form"):
+        raise UserError("a closed form has no network to plan for: `diffjax sample --config` draws with it in seconds")
     if "train" in settings:
         return experiment(settings, asked)
     own = [field.name for field in dataclasses.fields(Asked) if getattr(asked, field.name) == field.default]

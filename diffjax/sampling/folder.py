@@ -3,6 +3,7 @@
 NAME.png          a finished picture, with all that made it in its metadata
 preview/NAME.png  what a picture under way looks like; gone once the picture is there
 .state/NAME.npz   a batch under way, named after its first picture; gone once its pictures are there
+provenance/NAME.png  which training pictures it is made of, of a closed form
 grid.png          all pictures with their prompts
 manifest.json     the recipe, the versions, and every picture with its checksum
 """
@@ -34,6 +35,7 @@ from diffjax.utils.provenance import description, differences
 log = logging.getLogger(__name__)
 
 ON_SHEET = 400
+PROVENANCE = "provenance"
 IN_METADATA = ("negative_prompt", "seed", *names(Method), "strength", "batch", "dtype", "revision", "checksum")
 
 Recipe = dict[str, Any]
@@ -80,6 +82,10 @@ class Gallery:
             if not self.path(picture).exists():
                 image.write_png(self.path(picture), pixels, self._metadata(picture))
             self._preview(picture).unlink(missing_ok=True)
+
+    def write_beside(self, kind: str, picture: Picture, shown: UInt8[np.ndarray, "h w 3"]) -> None:
+        """Write something that is shown of a finished picture, by its name in the folder `kind`."""
+        image.write_png(self.folder / kind / self.names[picture], shown, {"prompt": picture.prompt or ""})
 
     def preview(self, pictures: Sequence[Picture], images: UInt8[np.ndarray, "n h w c"]) -> None:
         """Write what pictures under way look like."""
@@ -149,7 +155,7 @@ class Gallery:
         listed = [entry["file"] for entry in manifest["images"]] if manifest else []
         for name in {*listed, *self.names.values(), "grid.png", "manifest.json"}:
             (self.folder / name).unlink(missing_ok=True)
-        for name in (".state", "preview"):
+        for name in (".state", "preview", PROVENANCE):
             shutil.rmtree(self.folder / name, ignore_errors=True)
 
     def _metadata(self, picture: Picture) -> dict[str, str]:

@@ -8,8 +8,9 @@ import json
 import time
 import warnings
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -19,14 +20,16 @@ from jax.experimental.multihost_utils import sync_global_devices
 from jaxtyping import Array, Float, UInt8
 from ml_collections import ConfigDict
 
-from diffjax import build
+from diffjax import build, loading
 from diffjax.data import images
-from diffjax.loading import load, run_folder
+from diffjax.loading import run_folder
+from diffjax.models import closed_form
 from diffjax.models.model import Encoded, Model
 from diffjax.models.options import FILES, Method, Request, given, names, tupled
 from diffjax.models.sd3 import SkipLayers
 from diffjax.sampling.batches import Drawing, Part, Picture, Stage, shown
 from diffjax.sampling.folder import (
+    PROVENANCE,
     Background,
     Gallery,
     file_name,
@@ -47,17 +50,23 @@ from diffjax.weights import lora as lora_file
 SAVE_SECONDS = 10.0
 PREVIEW_SECONDS = 3.0
 KEPT_STRENGTH = 0.6
+NUM = 4
+"""Pictures of each prompt that the command line draws when nothing is said."""
 
 
-def configured(config: ConfigDict) -> Request:
-    """The request of a sampling experiment: a config of fields of `Request`. Raises `UserError` for any
-    other config.
+def configured(config: ConfigDict, beside: Mapping[str, Any] = MappingProxyType({})) -> Request:
+    """The request of a sampling experiment: a config of fields of `Request`, but for what is given `beside` it.
+
+    Raises `UserError` for any other config.
     """
     if "model" not in config:
         raise UserError("this experiment names no published model: `diffjax train` it, then sample with --run")
     if wrong := next((name for name in config if name not in names(Request)), None):
         raise unknown("field of a sampling experiment", wrong, names(Request))
-    return Request(**whole_paths(config.to_dict()))
+    asked = config.to_dict() | dict(beside)
+    if asked.get("closed_form"):
+        asked["closed_form"] = closed_form.settled(asked["closed_form"])
+    return Request(**whole_paths(asked))
 
 
 def whole_paths(given: dict[str, Any]) -> dict[str, Any]:
@@ -70,19 +79,20 @@ def whole_paths(given: dict[str, Any]) -> dict[str, Any]:
 def requested(args: Namespace) -> Request:
     """The request of the command line's arguments, files named by their whole path.
 
-    What `--quality` stands for fills in what is not given. Raises `UserError` for numbers that cannot be, a run or a
-    prompt file that is not there, and a file without prompts.
+    They win over what a config says; what `--quality` stands for fills in what they do not say. Raises `UserError` for
+    numbers that cannot be, a run or a prompt file that is not there, and a file without prompts.
     """
-    if args.config:
-        return configured(args.config)
     if args.preview is not None and args.preview < 0:
         raise UserError(f"--preview is {args.preview}: give a number of steps, or 0 for none")
     asked = given(Request, args)
     chosen = build.QUALITIES[args.quality] if args.quality else {}
     read = read_prompts(args.prompt_file) if args.prompt_file else []
-    prompts = {"prompts": (*asked.get("prompts", ()), *read)}
+    if prompts := (*asked.get("prompts", ()), *read):
+        asked["prompts"] = prompts
+    if args.config:
+        return configured(args.config, chosen | asked)
     model = {"model": run_folder(args.workdir)} if args.workdir else {}
-    return Request(**whole_paths(chosen | asked | prompts | model))
+    return Request(**whole_paths({"num": NUM} | chosen | asked | model))
 
 
 def read_prompts(path: str | Path) -> list[str]:
@@ -101,7 +111,7 @@ def read_prompts(path: str | Path) -> list[str]:
 def preset(request: Request) -> Request:
     """The request with the command line's choice of dtype: bfloat16 for published models on accelerators."""
     is_run = (Path(request.model) / "run.json").exists()
-    if request.dtype or is_run or jax.default_backend() == "cpu":
+    if request.dtype or is_run or request.closed_form or jax.default_backend() == "cpu":
         return request
     return dataclasses.replace(request, dtype="bfloat16")
 
@@ -122,8 +132,7 @@ def generate(
     `out` holds something else, and when the recipe is not the `expected` one; `KeyboardInterrupt` once all is saved
     after Ctrl-C.
     """
-    kept = request.quantize, request.shard, request.lora, request.variant
-    model = load(request.model, request.dtype, request.revision or None, request.texts, *kept).against(request.guide)
+    model = loading.requested(request, request.texts).against(request.guide)
     request = completed(request, model)
     drawing = prepared(request, model)
     recipe = recipe_of(request, model)
@@ -160,7 +169,7 @@ def replay(
     listed = read_manifest(Path(manifest))
     recipe = with_places(listed["recipe"], Path(manifest).parent, whole)
     recipe["model"] = model or recipe["model"]
-    if recipe["checksum"] is not None and not Path(recipe["model"]).exists():
+    if recipe["checksum"] is not None and not recipe.get("closed_form") and not Path(recipe["model"]).exists():
         raise UserError(f"{recipe['model']} is not there: say with --run or --model where it is now")
     request = Request(**{name: tupled(recipe[name]) for name in names(Request) if name in recipe})
     gallery = generate(request, out, preview=preview, overwrite=overwrite, expected=listed["recipe"])
@@ -224,7 +233,12 @@ def method(request: Request) -> Method:
 
 
 def encoded(model: Model, prompts: Sequence[str]) -> Model:
-    """The model with the prompts encoded. Raises `UserError` for one that is longer than the encoder of a run reads."""
+    """The model with the prompts encoded, but for a closed form, whose captions remain. Raises `UserError` for a prompt
+    that is longer than the encoder of a run reads, or that names no training picture.
+    """
+    if isinstance(model.text, closed_form.Captions):
+        model.text(["", *prompts])
+        return model
     with warnings.catch_warnings():
         if isinstance(model.text, Prompts):
             warnings.simplefilter("error", UserWarning)
@@ -292,8 +306,9 @@ def recipe_of(request: Request, model: Model) -> dict[str, Any]:
     if request.low_res:
         named["low_res"] = drawn_in(Path(request.low_res))
     recipe = dataclasses.asdict(request) | {"checksum": None, "files": named}
-    if Path(model.name).exists():
-        recipe["checksum"] = int(checksum(model.replace(text=None) if isinstance(model.text, Encoded) else model))
+    if request.closed_form or Path(model.name).exists():
+        without_text = isinstance(model.text, Encoded | closed_form.Captions)
+        recipe["checksum"] = int(checksum(model.replace(text=None) if without_text else model))
     return json.loads(json.dumps(recipe | read(request, model)))
 
 
@@ -301,7 +316,7 @@ def read(request: Request, model: Model) -> dict[str, Any]:
     """The prompts that the text encoder of a run reads in other words (see `reading`), as `read`; nothing
     without any.
     """
-    if not isinstance(model.text, Prompts):
+    if not isinstance(model.text, Prompts | closed_form.Captions):
         return {}
     texts = {prompt: model.text.read(prompt).text for prompt in request.texts}
     changed = {prompt: text for prompt, text in texts.items() if text != prompt}
@@ -357,7 +372,17 @@ class Job:
     def finish(self, stage: Stage, images: UInt8[np.ndarray, "n h w c"]) -> None:
         """Write the pictures of a finished stage."""
         self.gallery.write(stage.pictures, images)
+        if isinstance(self.drawing.model.text, closed_form.Captions):
+            self.trace(stage.pictures, images)
         self.gallery.forget(stage.parts)
+
+    def trace(self, pictures: Sequence[Picture], images: UInt8[np.ndarray, "n h w c"]) -> None:
+        """Write where the pixels of a closed form are from."""
+        model = self.drawing.model
+        for picture, pixels in zip(pictures, images, strict=True):
+            cond = model.condition(1, picture.prompt)
+            found = closed_form.sources(model, image.from_uint8(pixels), cond)
+            self.gallery.write_beside(PROVENANCE, picture, closed_form.mosaic(model, pixels, found))
 
     def show(self, stage: Stage) -> None:
         """Write its previews: the estimates of x0."""

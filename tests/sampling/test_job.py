@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import toys
 
-from diffjax import build, cli
+from diffjax import build, cli, loading
 from diffjax.parallel import devices
 from diffjax.sampling import batches, job
 from diffjax.sampling.folder import Background, Gallery, file_name, read_manifest, sheet_columns
@@ -45,7 +45,7 @@ def models(monkeypatch, tmp_path_factory):
         (folder / Path(name).name).mkdir(exist_ok=True)
         return found[Path(name).name].replace(name=str(folder / Path(name).name), revision="7")
 
-    monkeypatch.setattr(job, "load", load)
+    monkeypatch.setattr(loading, "load", load)
     return found
 
 
@@ -408,8 +408,9 @@ def test_a_sampling_experiment(models, tmp_path, monkeypatch, capsys):
     assert cli.main(command) == 0
     recipe = read_manifest(tmp_path / "out" / "manifest.json")["recipe"]
     assert (recipe["num"], recipe["steps"], recipe["sampler"]) == (4, 2, build.QUALITIES["good"]["sampler"])
-    assert cli.main([*command, "--seed", "1"]) == 2
-    assert "--config takes seed as --config.NAME=value: leave them out" in capsys.readouterr().err
+    assert cli.main([*command, "--seed", "1", "--num", "1", "--overwrite"]) == 0
+    recipe = read_manifest(tmp_path / "out" / "manifest.json")["recipe"]
+    assert (recipe["num"], recipe["steps"], recipe["seed"]) == (1, 2, 1)
     assert cli.main(["train", "--config", str(experiment), "--workdir", str(tmp_path / "run")]) == 2
     assert "has nothing to train" in capsys.readouterr().err
     trained = experiment.with_name("emoji.py")
@@ -446,9 +447,10 @@ SCRIPT = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
 import toys
+from diffjax import loading
 from diffjax.sampling import job
 model = toys.model().replace(name="toy")
-job.load = lambda *_, **__: model
+loading.load = lambda *_, **__: model
 take = job.Job.take
 job.Job.take = lambda self, stage: (take(self, stage), time.sleep(1))
 job.generate(job.Request("toy", num=3, steps=40, sampler="dpmpp_2m_sde"), sys.argv[2], save_seconds=0)
@@ -465,7 +467,7 @@ def test_kill_9_then_the_same_command(models, tmp_path, monkeypatch):
     process.kill()
     process.wait()
     assert state.exists() and not pictures(tmp_path / "killed")
-    monkeypatch.setattr(job, "load", lambda *_, **__: models["plain"].replace(name="toy"))
+    monkeypatch.setattr(loading, "load", lambda *_, **__: models["plain"].replace(name="toy"))
     for name in ("killed", "whole"):
         job.generate(Request("toy", num=3, steps=40, sampler="dpmpp_2m_sde"), tmp_path / name)
     assert pictures(tmp_path / "killed") == pictures(tmp_path / "whole")
@@ -515,7 +517,7 @@ def test_a_prompt_that_says_nothing_is_not_drawn(reader, tmp_path, prompts, said
 
 def test_runs_and_what_they_drew_can_be_moved(models, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
-        job, "load", lambda name, *_: models["plain"].replace(name=str(Path(name).resolve()), revision="7")
+        loading, "load", lambda name, *_: models["plain"].replace(name=str(Path(name).resolve()), revision="7")
     )
     known = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     (tmp_path / "old" / "runs" / "mine").mkdir(parents=True)
