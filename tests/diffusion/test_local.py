@@ -276,3 +276,17 @@ def test_a_mask_keeps_the_rest():
     ended = drawn(made, sample.Sampler(inpainted(sample.DDIM.refine, known, mask)))
     np.testing.assert_allclose(ended[:, 3:], known[:, 3:], atol=1e-5)
     assert np.abs(ended[:, :3] - known[:, :3]).max() > 0.05
+
+
+def test_large_pictures_keep_their_channels(optimized):
+    """Sums of products with a broadcast went wrong beyond 32,768 outputs in the fused programs of jax 0.10.2."""
+    images = DRAW.uniform(-1, 1, (4, 128, 128, 3)).astype(np.float32)
+    x = (0.1 * images[:1] + 0.9 * DRAW.normal(size=images[:1].shape)).astype(np.float32)
+    apart = np.sum((x.astype(np.float64) - 0.1 * images) ** 2, axis=-1)
+    for axis in (1, 2):
+        padded = np.pad(apart, [(0, 0)] + [(3, 3) if other == axis else (0, 0) for other in (1, 2)])
+        apart = sum(np.take(padded, np.arange(128) + step, axis) for step in range(7))
+    weight = np.exp(-apart / (2 * 0.9**2))
+    x0 = np.sum(weight[..., None] * images, axis=0) / weight.sum(0)[..., None]
+    est = called(Local(Flow(), local.pictures(images), constant(7)), x, 0.9, {})
+    np.testing.assert_allclose(est.x0[0], x0, atol=2e-5)
