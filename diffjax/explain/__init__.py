@@ -25,9 +25,6 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax.numpy as jnp
-import numpy as np
-
 from diffjax.explain import closed_form, cost, frequencies, guidance, nearest, page, subject, training, walk, words
 from diffjax.explain.section import Section, Shown
 from diffjax.explain.subject import Subject
@@ -37,6 +34,8 @@ from diffjax.models.model import Inputs, Recipe
 from diffjax.models.options import Request, given
 from diffjax.sampling.job import configured, preset
 from diffjax.utils import image
+from diffjax.utils.errors import UserError
+from diffjax.utils.progress import track
 
 LEAD = (
     "This picture was made out of noise by a network that has learned what pictures look like. The page shows, step by "
@@ -48,9 +47,12 @@ LEAD = (
 def write(request: Request, out: str | Path) -> Path:
     """Draw what is asked for once more and write the page about it; its path.
 
-    Raises `UserError` for what cannot be drawn, for a request of several pictures, and where jinja2 is not installed.
+    Raises `UserError` for what cannot be drawn, for a request of several pictures, where jinja2 is not installed, and
+    for a file in the place of the folder.
     """
     page.check_installed()
+    if Path(out).is_file():
+        raise UserError(f"{out} is a file: give --out a folder")
     about = subject.find(preset(request))
     recipe = about.recipe()
     inputs = about.inputs(recipe)
@@ -74,24 +76,21 @@ def requested(args: Namespace) -> Request:
 
 def sections(about: Subject, recipe: Recipe, inputs: Inputs, steps: Sequence[Step]) -> list[Section]:
     """All sections, in the order in which the page is read."""
-    picture = walk.look(about, steps[-1].after)
-    bill = cost.section(about, recipe, inputs)
-    known = nearest.target(about)
+    picture, known = walk.look(about, steps[-1].after), nearest.target(about)
     target = None if known is None else image.from_uint8(known)[None]
-    many = about.recipe(steps=max(frequencies.STEPS, about.request.steps))
-    fine = walk.walk(many, inputs, frequencies.STEPS)
-    times = jnp.asarray([step.t for step in fine])
-    levels = np.asarray(recipe.process.alpha(times)), np.asarray(recipe.process.sigma(times))
-    return [
-        walk.section(about, recipe, inputs, steps),
-        words.section(about, recipe, inputs, steps),
-        guidance.section(about, steps, target, bill.numbers["seconds"] / bill.numbers["evaluations"]),
-        frequencies.section(about, fine, *levels),
-        nearest.section(about, picture),
-        closed_form.section(about, steps[-1].after),
-        bill,
-        training.section(about),
-    ]
+    bill = cost.section(about, recipe, inputs)
+    each = bill.numbers["seconds"] / bill.numbers["evaluations"]
+    makers = (
+        lambda: walk.section(about, recipe, inputs, steps),
+        lambda: words.section(about, recipe, inputs, steps),
+        lambda: guidance.section(about, steps, target, each),
+        lambda: frequencies.section(about, recipe, frequencies.finer(about, recipe, inputs, steps)),
+        lambda: nearest.section(about, picture),
+        lambda: closed_form.section(about, steps[-1].after),
+        lambda: bill,
+        lambda: training.section(about),
+    )
+    return [make() for make in track(makers, "explaining", len(makers))]
 
 
 def title(about: Subject) -> str:

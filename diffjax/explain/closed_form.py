@@ -29,7 +29,10 @@ PICTURES = 1024
 """Training pictures that the machine is made of at most: of more, so many, evenly chosen."""
 
 SOURCES = 3
-"""Training pictures that are shown as what it was made of."""
+"""Training pictures that are shown as what it was made of, at most."""
+
+LEAST = 0.01
+"""The share of all pixels that such a picture has at least."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def section(subject: Subject, drawn: Float[np.ndarray, "1 h w c"]) -> Section:
         for pair in found
     ]
     said = tuple(
-        Text(f"Drawn of {pair.what} the two agree with r = {pair.r:.2f} (R^2 = {pair.r_squared:.2f}).")
+        Text(f"Drawn of {pair.what} the two agree with r = {pair.r:.2f} (R\N{SUPERSCRIPT TWO} = {pair.r_squared:.2f}).")
         for pair in found
     )
     blocks = tuple(block for pair in zip(rows, said) for block in pair)
@@ -104,8 +107,9 @@ def _pairs(
     match = _matching(subject, records)
     if match.any() and not match.all():
         logits = np.where(match, 0.0, local.NEVER)
-        number = counted(int(match.sum()), "picture")
-        yield Pair(f"the {number} of this {subject.cause}", drawn[0], *_draw(subject, recipe, machine, logits))
+        number = int(match.sum())
+        what = "the picture" if number == 1 else f"the {number} pictures"
+        yield Pair(f"{what} of this {subject.cause}", drawn[0], *_draw(subject, recipe, machine, logits))
 
 
 def _matching(subject: Subject, records: np.ndarray) -> np.ndarray:
@@ -137,7 +141,7 @@ def _draw(
     after = advance(recipe, inputs, before, recipe.grid[-1:])
     share = np.asarray(_shares(machine, before.x, recipe.grid[-1, 0], inputs.cond))
     most = np.argsort(-share, kind="stable")[:SOURCES]
-    return np.asarray(after.x[0]), [(int(i), float(share[i])) for i in most]
+    return np.asarray(after.x[0]), [(int(i), float(share[i])) for i in most if share[i] >= LEAST]
 
 
 def _row(subject: Subject, pair: Pair, records: np.ndarray, name: str) -> Strip:

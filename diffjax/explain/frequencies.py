@@ -8,6 +8,7 @@ the variance L, the best guess (Wiener's filter) has settled a^2 L / (a^2 L + s^
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
@@ -15,7 +16,9 @@ from diffjax.explain.chart import COLOURS, Chart, Line
 from diffjax.explain.nearest import blocks, chosen
 from diffjax.explain.section import Figure, Section, Table, Text
 from diffjax.explain.subject import Subject
-from diffjax.explain.walk import Step
+from diffjax.explain.walk import Step, walk
+from diffjax.models.model import Inputs, Recipe
+from diffjax.utils.errors import UserError
 
 SETTLED = 0.95
 STEPS = 32
@@ -65,13 +68,24 @@ def wiener(
     )
 
 
-def section(subject: Subject, steps: Sequence[Step], alpha: np.ndarray, sigma: np.ndarray) -> Section:
+def finer(subject: Subject, recipe: Recipe, inputs: Inputs, steps: list[Step]) -> list[Step]:
+    """A walk of at least `STEPS` steps from the same noise; the given one where the model's grid has not so many."""
+    if len(recipe.grid) >= STEPS:
+        return steps
+    try:
+        return walk(subject.recipe(steps=STEPS), inputs, STEPS)
+    except UserError:
+        return steps
+
+
+def section(subject: Subject, recipe: Recipe, steps: Sequence[Step]) -> Section:
     """The octaves over a walk of many steps."""
     guesses = np.stack([step.seen.est.x0[0] for step in steps])
     found, power = settled(guesses), coefficients(guesses[-1]) ** 2
     variance = _variance(subject, guesses.shape[1:])
-    theory = wiener(power if variance is None else variance, power, alpha, sigma)
     times = np.array([step.t for step in steps])
+    alpha, sigma = (np.asarray(of(jnp.asarray(times))) for of in (recipe.process.alpha, recipe.process.sigma))
+    theory = wiener(power if variance is None else variance, power, alpha, sigma)
     first = commit(found)
     named = names(len(first))
     numbers: dict[str, Any] = {

@@ -87,7 +87,7 @@ def _difference(subject: Subject, steps: Sequence[Step], own: float, numbers: di
         "wants changed there and then, and guidance adds it w times. Bright is where that is much."
     )
     said = f"This picture was drawn with w = {own:g}" + (f": with the {cause}, and nothing added." if own == 1 else ".")
-    blocks = (Strip(shown, len(shown), min(len(shown), 3)), chart, Text(said))
+    blocks = (Strip(shown, len(shown), len(shown) if len(shown) < 5 else 3), chart, Text(said))
     return Figure(f"What the {cause} adds", plain, "x0 = u + w (c - u)", "diffjax/diffusion/guide.py", blocks)
 
 

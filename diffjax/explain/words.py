@@ -61,8 +61,8 @@ def _asked(denoiser: Denoiser, x: Array, t: Array, cond: Any) -> tuple[Array, li
 
 
 def ask(denoise: Denoise, step: Step, cond: Any) -> tuple[Float[np.ndarray, "b ..."], list[np.ndarray]]:
-    """The estimate of x0 at the x_t of a step, and what the attention of every layer keeps, (layers, b, image, text)
-    each; nothing of a network that keeps none, or where there is no network.
+    """The estimate of x0 at the x_t of a step, and what attention keeps, (layers, b, image, text) or without the first
+    axis each; nothing of a network that keeps none, or where there is no network.
     """
     x, t = step.seen.x, np.float32(step.t)
     if not isinstance(denoise, Denoiser):
@@ -72,10 +72,28 @@ def ask(denoise: Denoise, step: Step, cond: Any) -> tuple[Float[np.ndarray, "b .
 
 def attention(
     denoise: Denoise, steps: Sequence[Step], cond: dict[str, Array]
-) -> Float[np.ndarray, "steps layers image text"] | None:
-    """How much every token of the image attends to every token of the text; None of what does not say it."""
+) -> Float[np.ndarray, "steps rows columns text"] | None:
+    """How much every patch of the image attends to every token of the text, the mean over the layers; None of what does
+    not say it. Layers of fewer patches are enlarged to the grid of those of most.
+    """
     found = [ask(denoise, step, cond)[1] for step in steps]
-    return np.stack([np.concatenate(kept)[:, 0] for kept in found]) if found[0] else None
+    if not found[0]:
+        return None
+    shape = steps[0].after.shape[1:3]
+    return np.stack([_joined([_patched(kept, shape) for kept in layers]) for layers in found])
+
+
+def _patched(kept: np.ndarray, shape: tuple[int, int]) -> Float[np.ndarray, "layers r c text"]:
+    """What one place in a network keeps, of one layer or of a stack of them, as patches of the first image."""
+    layers = kept.reshape(-1, *kept.shape[-3:])[:, 0]
+    return layers.reshape(len(layers), *grid(layers.shape[1], shape), -1)
+
+
+def _joined(parts: Sequence[Float[np.ndarray, "layers _ _ text"]]) -> Float[np.ndarray, "r c text"]:
+    """The mean over all layers, each patch of a coarser one repeated."""
+    rows = max(part.shape[1] for part in parts)
+    larger = (part.repeat(rows // part.shape[1], axis=1).repeat(rows // part.shape[1], axis=2) for part in parts)
+    return np.concatenate(list(larger)).mean(axis=0)
 
 
 def tokenized(model: Model) -> list[tuple["rules.Tokenizer", int, int]]:
@@ -139,9 +157,7 @@ def _looked_at(
     weights = attention(subject.model.denoiser, steps, cond) if words else None
     if weights is None:
         return None
-    shape = steps[0].after.shape[1:3]
-    maps = np.stack([weights[..., at].sum(axis=-1).mean(axis=1) for _, at in words], axis=1)
-    maps = maps.reshape(len(steps), len(words), *grid(maps.shape[-1], shape))
+    maps = np.stack([weights[..., at].sum(axis=-1) for _, at in words], axis=1)
     share = maps.mean(axis=(0, 2, 3))
     every = [{"word": word, "tokens": at, "share": float(part)} for (word, at), part in zip(words, share)]
     numbers["attention"] = {"words": every, "text": float(weights.sum(-1).mean()), "maps": maps.round(6).tolist()}
@@ -161,6 +177,19 @@ def grid(tokens: int, shape: tuple[int, int]) -> tuple[int, int]:
     """Rows and columns of so many patches of a state of that height and width."""
     side = round((shape[0] * shape[1] / tokens) ** 0.5)
     return shape[0] // side, shape[1] // side
+
+
+def _heat(values: Float[np.ndarray, "r c"], among: Float[np.ndarray, "..."], picture: np.ndarray) -> np.ndarray:
+    """A heat map, dark at the least and bright at the most of `among`."""
+    return pictures.heat(values - among.min(), picture.shape[:2], float(among.max() - among.min()))
+
+
+def _shares(attention: dict[str, Any]) -> str:
+    """Where all attention went."""
+    words = sum(of["share"] for of in attention["words"])
+    rest = max(0.0, attention["text"] - words)
+    other = f", the rest of the text (its begin and end, and what fills it up) {rest:.1%}" if rest >= 0.001 else ""
+    return f"Of all attention, these words have {words:.1%}{other}, and the picture itself {1 - attention['text']:.1%}."
 
 
 def _heat(values: Float[np.ndarray, "r c"], among: Float[np.ndarray, "..."], picture: np.ndarray) -> np.ndarray:

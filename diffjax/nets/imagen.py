@@ -14,7 +14,7 @@ from einops import rearrange
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from diffjax.nets.layers import Dense, ResBlock, RMSNorm, UpConv, attention, timestep_embedding
+from diffjax.nets.layers import Dense, ResBlock, RMSNorm, UpConv, attention, keep_words, timestep_embedding
 from diffjax.utils.errors import UserError
 
 Dtype = Any
@@ -64,8 +64,8 @@ def unfold(x: Float[Array, "b h w p*p*c"], patch: int) -> Float[Array, "b h*p w*
 
 
 class Attention(nn.Module):
-    """Pre-norm attention of an image's positions over themselves, or over tokens, without the residual; 0 at
-    the start.
+    """Pre-norm attention of an image's positions over themselves, or over tokens, the first of which is the null token,
+    without the residual; 0 at the start.
     """
 
     heads: int
@@ -88,7 +88,10 @@ class Attention(nn.Module):
             Dense(width, use_bias=False, **policy, name=name)(z).reshape(*z.shape[:2], self.heads, self.head_dim)
             for name, z in read.items()
         )
-        y = attention(q, k, v, None if mask is None else mask[:, None, None])
+        seen = None if mask is None else mask[:, None, None]
+        if tokens is not None:
+            keep_words(self, q, k, seen, slice(None), slice(1, None))
+        y = attention(q, k, v, seen)
         return Dense(x.shape[-1], kernel_init=zeros, **policy, name="out")(y.reshape(*y.shape[:2], width))
 
 

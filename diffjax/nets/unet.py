@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from diffjax.nets.layers import Dense, GroupNorm, ResBlock, UpConv, attention, timestep_embedding
+from diffjax.nets.layers import Dense, GroupNorm, ResBlock, UpConv, attention, keep_words, timestep_embedding
 from diffjax.utils.errors import UserError
 
 Dtype = Any
@@ -74,7 +74,10 @@ class Attention(nn.Module):
             y = GroupNorm(self.groups, self.eps, **policy, name="group_norm")(y)
         read = y if context is None else context
         mask = None if mask is None else mask[:, None, None]
-        y = attention(project("to_q", y), project("to_k", read), project("to_v", read), mask)
+        q, k, v = project("to_q", y), project("to_k", read), project("to_v", read)
+        if context is not None:
+            keep_words(self, q, k, mask, slice(None), slice(None))
+        y = attention(q, k, v, mask)
         y = y.reshape(*y.shape[:2], heads * self.head_dim)
         return Dense(x.shape[-1], **policy, kernel_init=zeros, name="to_out_0")(y).reshape(x.shape)
 

@@ -152,7 +152,7 @@ def test_pictures_and_numbers_stand_beside_the_page(page, folder):
 def test_the_machine_of_one_picture_copies_it(run, folder):
     """One caption has all words of the prompt, so that the machine of the text has one picture to take pixels from."""
     every, one = json.loads((folder / "numbers.json").read_text())["closed_form"]["pairs"]
-    assert every["of"] == "everything" and one["of"] == "the 1 picture of this text"
+    assert every["of"] == "everything" and one["of"] == "the picture of this text"
     data = diffjax.data.load(configs.read(run).data)
     assert data.captions()[one["sources"][0]] == ("red heart",)
     truth = image.read_png(run.parent / "data" / "0.png")[0]
@@ -190,6 +190,13 @@ def test_what_cannot_be_explained_is_said_in_one_line(run, tmp_path, capsys, giv
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines[-1].startswith("diffjax: ") and said in lines[-1]
     assert not (tmp_path / "page").exists()
+
+
+def test_a_file_is_no_folder(run, tmp_path, capsys):
+    (tmp_path / "page").write_text("mine")
+    assert cli.main(["explain", "--run", str(run), "--prompt", "red", "--out", str(tmp_path / "page")]) == 2
+    assert "is a file: give --out a folder" in capsys.readouterr().err.splitlines()[-1]
+    assert (tmp_path / "page").read_text() == "mine"
 
 
 def test_without_jinja2_it_is_said_before_anything_is_drawn(run, tmp_path, capsys, monkeypatch):

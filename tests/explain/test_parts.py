@@ -182,6 +182,16 @@ def test_each_word_is_left_out_once():
     assert subject.knocked_out("heart") == [("heart", "")]
 
 
+def test_layers_of_several_resolutions_are_joined_on_the_finest():
+    fine, coarse = RANDOM.random((3, 2, 32, 5)), RANDOM.random((2, 8, 5))
+    found = words._joined([words._patched(kept, (8, 16)) for kept in (fine, coarse)])
+    assert found.shape == (4, 8, 5)
+    first = coarse[0].reshape(2, 4, 5)
+    for u in ((0, 0), (3, 5)):
+        expected = (fine[:, 0].reshape(3, 4, 8, 5)[:, *u].sum(0) + first[u[0] // 2, u[1] // 2]) / 4
+        np.testing.assert_allclose(found[u], expected)
+
+
 def test_the_grid_of_patches_is_that_of_the_state():
     assert words.grid(16, (32, 32)) == (4, 4) and words.grid(50, (40, 80)) == (5, 10)
 

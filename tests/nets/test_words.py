@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffjax.nets import layers, mmdit
+from diffjax.nets import imagen as nets_imagen, layers, mmdit, unet as nets_unet
 from diffjax.nets.dit import DiT
+from diffjax.nets.imagen import TINY_BASE, ImagenUNet
 from diffjax.nets.mmdit import MMDiT
+from diffjax.nets.unet import UNet
 
 B, L, D = 2, 5, 12
 
@@ -25,6 +27,16 @@ def latent_transformer(scan):
     fields = dict(sample_size=4, in_channels=3, out_channels=3, num_layers=3, attention_head_dim=8)
     fields |= dict(num_attention_heads=2, joint_attention_dim=D, pooled_projection_dim=6, pos_embed_max_size=8)
     return MMDiT(**fields, patch_size=4, scan=scan), dict(context=normal(1, B, L, D), pooled=normal(2, B, 6))
+
+
+def pixel_unet(scan):
+    fields = dict(sample_size=8, block_out_channels=(16, 16), layers_per_block=1, norm_num_groups=4, context_width=D)
+    fields |= dict(down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"))
+    return UNet(**fields), dict(context=normal(1, B, L, D), mask=jnp.arange(L) < jnp.array([[2], [L]]))
+
+
+def imagen(scan):
+    return ImagenUNet(**TINY_BASE, context_width=D), pixel_unet(scan)[1]
 
 
 def start(make, scan):
@@ -70,13 +82,26 @@ def test_every_layer_says_it_and_computes_the_same(make, scan):
         assert not found[:, 0, :, 2:].any() and (found[:, 1] > 0).all()
 
 
-@pytest.mark.parametrize("make", [pixel_transformer, latent_transformer])
+@pytest.mark.parametrize("make", [pixel_unet, imagen])
+def test_networks_of_pixels_keep_attention_at_every_resolution(make):
+    module, params, given = start(make, scan=False)
+    y = module.apply({"params": params}, **given)
+    told, seen = module.apply({"params": params}, **given, mutable=["intermediates"])
+    np.testing.assert_array_equal(y, told)
+    found = jax.tree.leaves(seen)
+    assert found
+    for kept in found:
+        assert kept.shape[0] == B and 8 * 16 % kept.shape[1] == 0 and kept.shape[2] == L
+        assert not kept[0, :, 2:].any() and (kept[1] > 0).all() and (kept.sum(-1) < 1 + 1e-6).all()
+
+
+@pytest.mark.parametrize("make", [pixel_transformer, latent_transformer, pixel_unet, imagen])
 def test_a_network_that_is_not_asked_is_the_same_program(make, monkeypatch):
     """The traced program is that without the line that keeps the weights; nor do they make parameters."""
     module, params, given = start(make, scan=False)
     program = lambda: str(jax.make_jaxpr(lambda params: module.apply({"params": params}, **given))(params))
     before = program()
     assert list(jax.eval_shape(module.init, jax.random.key(0), **given)) == ["params"]
-    for file in (layers, mmdit):
+    for file in (layers, mmdit, nets_unet, nets_imagen):
         monkeypatch.setattr(file, "keep_words", lambda *_: None)
     assert program() == before
