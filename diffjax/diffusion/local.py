@@ -215,6 +215,20 @@ class _Query(NamedTuple):
         prior = jnp.maximum(jnp.pad(prior, (0, data.real.size - data.count)), NEVER)
         return data.planes, jnp.where(data.real, prior.reshape(data.real.shape), NEVER)
 
+    def nearest(self, data: Pictures, prior: Float[Array, " n"], keep: int) -> tuple[Pictures, Float[Array, " keep"]]:
+        """The pictures that are nearest as a whole, and their logits."""
+
+        def block(given: tuple[Array, Array]) -> Float[Array, " m"]:
+            planes, prior = given
+            return prior - jnp.sum((self.x[:, :, None] - self.scale * planes) ** 2, axis=(0, 1, 3))
+
+        planes, priors = self.blocks(data, prior)
+        whole = jax.lax.map(block, (planes, priors))
+        _, place = jax.lax.top_k(whole.reshape(-1), keep)
+        row, column = jnp.divmod(place, whole.shape[1])
+        chosen = planes[row, :, :, column].transpose(1, 2, 0, 3)[None]
+        return Pictures(chosen, jnp.ones((1, keep), bool), keep), priors[row, column]
+
     def total(self, data: Pictures, prior: Float[Array, " n"]) -> _Sum:
         """The sums over all pictures and shifts, in the places of the image's pixels."""
 
@@ -226,7 +240,8 @@ class _Query(NamedTuple):
             return found.join(jax.tree.map(lambda leaf: jnp.roll(leaf, -shift, (1, 2)), part)), None
 
         def block(found: _Sum, given: tuple[Array, Array]) -> tuple[_Sum, None]:
-            return jax.lax.scan(lambda found, shift: shifted(found, shift, *given), found, self.shifts)
+            over = lambda found: jax.lax.scan(lambda found, shift: shifted(found, shift, *given), found, self.shifts)[0]
+            return jax.lax.cond(jnp.any(given[1] > NEVER), over, lambda found: found, found), None
 
         blocks = self.blocks(data, prior)
         first = jax.tree.map(lambda leaf: leaf[0], blocks)
@@ -245,7 +260,8 @@ class _Query(NamedTuple):
                 return share + jnp.roll(weight.mean(0), -shift, (0, 2)), None
 
             _, _, h, m, w = data.planes.shape
-            return jax.lax.scan(shifted, jnp.zeros((h, m, w)), self.shifts)[0]
+            over = lambda share: jax.lax.scan(shifted, share, self.shifts)[0]
+            return jax.lax.cond(jnp.any(given[1] > NEVER), over, lambda share: share, jnp.zeros((h, m, w)))
 
         share = jax.lax.map(block, self.blocks(data, prior))
         return share.transpose(0, 2, 1, 3).reshape(-1, *self.x.shape[1:])[: data.count]
@@ -357,6 +373,37 @@ class Equivariant(Posterior):
 
 
 Windowed = Local | Equivariant
+
+
+@struct.dataclass
+class Nearest(Posterior):
+    """A machine over the `keep` training pictures that are nearest to each x_t as a whole, those that `Ideal` gives the
+    largest weights: exact where no others have any, as at low noise, and the quicker the fewer (the idea of GoldDiff,
+    arXiv:2602.16498).
+    """
+
+    machine: Windowed
+    keep: int = struct.field(pytree_node=False)
+
+    @property
+    def process(self) -> Process:
+        """The machine's."""
+        return self.machine.process
+
+    @property
+    def data(self) -> Pictures:
+        """The pictures that are chosen from."""
+        return self.machine.data
+
+    def query(self, x: Float[Array, "c h w"], scale: Array, logsnr: Array, factor: Array) -> _Query:
+        return self.machine.query(x, scale, logsnr, factor)
+
+    def _each(self, function: Callable, x: Float[Array, "b h w c"], t: Time, cond: Any) -> Any:
+        def chosen(query: _Query, data: Pictures, prior: Float[Array, " n"]) -> Any:
+            found, prior = query.nearest(data, prior, self.keep)
+            return function(query, found, prior)
+
+        return super()._each(chosen, x, t, cond)
 
 
 def agreement(

@@ -10,7 +10,7 @@ import pytest
 from diffjax import build
 from diffjax.diffusion import grid as grids, guide as guides, local, sample
 from diffjax.diffusion.analytic import Mixture, wiener
-from diffjax.diffusion.local import Equivariant, Given, Ideal, Local, Windows
+from diffjax.diffusion.local import Equivariant, Given, Ideal, Local, Nearest, Windows
 from diffjax.diffusion.process import Cosine, Discrete, Exploding, Flow, Linear, Shift
 from diffjax.diffusion.refine import inpainted
 from diffjax.utils.errors import UserError
@@ -166,6 +166,25 @@ def test_pictures_that_are_ruled_out_have_no_share():
         shares = np.asarray(called(made, x, 0.7, {"logits": prior}, "shares"))
         assert (shares[:, 2] > 0.99999).all() and (np.delete(shares, 2, axis=1) == 0).all()
         np.testing.assert_allclose(called(made, x, 0.7, {}, "shares").sum(1), 1, atol=1e-5)
+
+
+def test_the_nearest_pictures_are_enough_where_others_have_no_weight():
+    cond = {"logits": jnp.asarray(PRIOR), "windows": jnp.full(3, 1.0)}
+    for t, exact in ((0.1, True), (0.95, False)):
+        x, *_ = noised(Flow(), t)
+        for kind in KINDS:
+            made = machine(kind, Flow(), constant(25))
+            near, whole = (called(of, x, t, cond).x0 for of in (Nearest(made, 2), made))
+            assert np.allclose(near, whole, atol=1e-5) == exact
+            np.testing.assert_allclose(called(Nearest(made, N), x, t, cond).x0, whole, atol=1e-5)
+
+
+def test_nearest_keeps_what_a_prior_allows():
+    x, *_ = noised(Flow(), 0.7)
+    prior = jnp.full((3, N), -jnp.inf).at[:, jnp.asarray([2, 5])].set(0.0)
+    made = machine("broken", Flow(), constant(3))
+    near, whole = (called(of, x, 0.7, {"logits": prior}).x0 for of in (Nearest(made, 3), made))
+    np.testing.assert_allclose(near, whole, atol=1e-5)
 
 
 def test_circular_moves_with_the_image():
