@@ -11,11 +11,12 @@ from PIL import Image
 
 from diffjax import cli, config, data, loading
 from diffjax.diffusion import cascade, loss
-from diffjax.diffusion.cascade import Cascade, LowRes
+from diffjax.diffusion.cascade import LowRes
 from diffjax.diffusion.denoise import Apply, Denoiser
 from diffjax.diffusion.predict import X0
 from diffjax.diffusion.process import Cosine, Flow
 from diffjax.evaluate import runs as evaluation
+from diffjax.models.cascade import Cascade
 from diffjax.models.model import Defaults, Model
 from diffjax.train import experiment, loop
 from diffjax.train.checkpoint import load_run

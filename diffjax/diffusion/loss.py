@@ -21,7 +21,8 @@ from diffjax.diffusion.predict import determinant, target
 from diffjax.diffusion.process import Images, Process, Time, image_keys, perturb, unit_noise
 
 Weight = Callable[[Denoiser, Time], Time]
-Times = Callable[[Process, Float[Array, " b"]], Float[Array, " b"]]
+Times = Callable[[Any, Float[Array, " b"]], Float[Array, " b"]]
+"""(process, u) -> t; those of a table read its `steps`."""
 
 
 def weighted_error(
@@ -112,11 +113,7 @@ def uniform() -> Times:
 
 def table() -> Times:
     """t = (k + 1) / T: every step k of a `Discrete` table is as likely (Ho et al. 2020, algorithm 1)."""
-
-    def steps(process: Any, u: Array) -> Array:
-        return (jnp.floor(u * process.steps) + 1) / process.steps
-
-    return steps
+    return lambda process, u: (jnp.floor(u * process.steps) + 1) / process.steps
 
 
 def logit_normal(mean: float = 0.0, std: float = 1.0) -> Times:

@@ -6,7 +6,7 @@ import dataclasses
 from argparse import Namespace
 from pathlib import Path
 
-from diffjax.diffusion.cascade import Cascade
+from diffjax.models.cascade import Cascade
 from diffjax.sampling.job import Request, generate, requested
 from diffjax.text import frozen
 from diffjax.train import experiment
