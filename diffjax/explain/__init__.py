@@ -25,6 +25,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+from diffjax.diffusion.denoise import Denoiser
 from diffjax.explain import closed_form, cost, frequencies, guidance, nearest, page, subject, training, walk, words
 from diffjax.explain.section import Section, Shown
 from diffjax.explain.subject import Subject
@@ -43,6 +44,11 @@ LEAD = (
     "in which it is computed."
 )
 
+FORMULA = (
+    "Here there is none: where the page says network, read the formula of diffjax/diffusion/local.py, which looks up "
+    "training pictures."
+)
+
 
 def write(request: Request, out: str | Path) -> Path:
     """Draw what is asked for once more and write the page about it; its path.
@@ -58,9 +64,9 @@ def write(request: Request, out: str | Path) -> Path:
     inputs = about.inputs(recipe)
     steps = walk.walk(recipe, inputs)
     picture = walk.look(about, steps[-1].after)
-    called = about.prompt or about.label or "a picture"
-    result = Shown("result", picture, "", f"the picture that was drawn: {called}")
-    return page.write(out, title(about), LEAD, footer(about), result, sections(about, recipe, inputs, steps))
+    result = Shown("result", picture, "", f"the picture that was drawn: {about.called or 'of nothing in particular'}")
+    lead = LEAD if isinstance(about.model.denoiser, Denoiser) else f"{LEAD} {FORMULA}"
+    return page.write(out, title(about), lead, footer(about), result, sections(about, recipe, inputs, steps))
 
 
 def requested(args: Namespace) -> Request:
@@ -97,8 +103,7 @@ def title(about: Subject) -> str:
     """What was drawn, and by what."""
     path = Path(about.model.name)
     name = path.name if path.exists() else about.model.name
-    label = f"class {about.label}" if (about.label or "").isdecimal() else about.label
-    called = " ".join(filter(None, (about.prompt, label)))
+    called = f"class {about.called}" if (about.called or "").isdecimal() else about.called
     return f"How {name} drew " + (
         f"\N{LEFT DOUBLE QUOTATION MARK}{called}\N{RIGHT DOUBLE QUOTATION MARK}" if called else "a picture"
     )

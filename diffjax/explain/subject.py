@@ -31,7 +31,7 @@ ROWS = 32
 class Subject:
     """A model, a completed request of one picture, and the `prompt` as the model reads it.
 
-    Of a run, `folder` and `config` are its own.
+    Of a run, `folder` and `config` are its own; of a closed form, the latter is its table.
     """
 
     model: Model
@@ -44,6 +44,14 @@ class Subject:
     def label(self) -> str | None:
         """The class that is drawn."""
         return self.request.labels[0] if self.request.labels else None
+
+    @property
+    def called(self) -> str | None:
+        """The text, or the name of the class, that is drawn; None where it is neither."""
+        if self.prompt or self.label is None:
+            return self.prompt or None
+        number = self.model.condition(1, label=self.label)["label"][0]
+        return self.model.classes[number] if number >= 0 else None
 
     @property
     def cause(self) -> str:
@@ -115,7 +123,8 @@ def find(request: Request) -> Subject:
     request = job.completed(request, model)
     folder = Path(model.name) if is_run(Path(model.name)) else None
     prompt = read(model, request.prompts[0]) if request.prompts else None
-    return Subject(model, request, prompt, folder, configs.read(folder) if folder else None)
+    config = configs.read(folder) if folder else ConfigDict(request.closed_form) if request.closed_form else None
+    return Subject(model, request, prompt, folder, config)
 
 
 def read(model: Model, prompt: str) -> str:
@@ -131,4 +140,5 @@ def read(model: Model, prompt: str) -> str:
 def knocked_out(prompt: str) -> list[tuple[str, str]]:
     """Each word of a prompt, with the prompt that is left without it."""
     words = prompt.split()
-    return [(word, " ".join(words[:i] + words[i + 1 :])) for i, word in enumerate(words)]
+    left = [(word, " ".join(words[:i] + words[i + 1 :]).strip(" +,&")) for i, word in enumerate(words)]
+    return [(word, rest) for word, rest in left if any(map(str.isalnum, word))]

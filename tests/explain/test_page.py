@@ -150,11 +150,11 @@ def test_pictures_and_numbers_stand_beside_the_page(page, folder):
 
 
 def test_the_machine_of_one_picture_copies_it(run, folder):
-    """One caption has all words of the prompt, so that the machine of the text has one picture to take pixels from."""
+    """One caption is the prompt, so that the machine of the text has one picture to take pixels from."""
     every, one = json.loads((folder / "numbers.json").read_text())["closed_form"]["pairs"]
-    assert every["of"] == "everything" and one["of"] == "the picture of this text"
+    assert every["of"] == "everything" and one["of"] == "what this text names"
     data = diffjax.data.load(configs.read(run).data)
-    assert data.captions()[one["sources"][0]] == ("red heart",)
+    assert data.captions()[one["sources"][0]["record"]] == ("red heart",)
     truth = image.read_png(run.parent / "data" / "0.png")[0]
     np.testing.assert_array_equal(image.read_png(folder / "pictures" / "machine-1-1.png")[0], truth)
     assert all(-1 <= pair["r"] <= 1 and pair["r_squared"] <= pair["r"] ** 2 + 1e-6 for pair in (every, one))

@@ -180,6 +180,8 @@ def test_words_are_found_in_the_tokens_of_a_prompt():
 def test_each_word_is_left_out_once():
     assert subject.knocked_out("red  red heart") == [("red", "red heart"), ("red", "red heart"), ("heart", "red red")]
     assert subject.knocked_out("heart") == [("heart", "")]
+    assert subject.knocked_out("frog + red heart")[0] == ("frog", "red heart")
+    assert [word for word, _ in subject.knocked_out("frog + heart")] == ["frog", "heart"]
 
 
 def test_layers_of_several_resolutions_are_joined_on_the_finest():

@@ -5,12 +5,22 @@ import json
 import jax
 import numpy as np
 import pytest
+import tiny_run
 import toys
 
 from diffjax import cli
 from diffjax.explain import guidance, walk, words
 from diffjax.explain.subject import Subject
 from diffjax.models.options import Request
+
+CLOSED = """
+from ml_collections import ConfigDict
+
+def get_config():
+    data = {{"name": "captioned_folder", "path": {data!r}, "size": 8}}
+    table = {{"model": "closed_form", "closed_form": {{"data": data}}, "prompts": ("red heart + blue ball",)}}
+    return ConfigDict({{**table, "steps": 4}})
+"""
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
@@ -50,6 +60,19 @@ def test_what_does_not_apply_is_left_out_in_words():
     told = words.section(subject, recipe, subject.inputs(recipe), steps)
     assert told.left_out == "This picture was drawn without words." and not told.figures
     assert "nothing to guide by" in guidance.section(subject, steps, None, 1e-3).left_out
+
+
+def test_a_closed_form_is_explained_too(request, tmp_path):
+    data = tiny_run.make(request.config.rootpath, tmp_path).parent / "data"
+    (tmp_path / "closed.py").write_text(CLOSED.format(data=str(data)))
+    given = ["--config", str(tmp_path / "closed.py"), "--out", str(tmp_path / "page")]
+    assert cli.main(["explain", *given]) == 0
+    numbers = json.loads((tmp_path / "page" / "numbers.json").read_text())
+    assert [of["word"] for of in numbers["words"]["without"]] == ["red", "heart", "blue", "ball"]
+    assert "attention" not in numbers["words"] and numbers["nearest"]["pictures"] == 8
+    assert not numbers["cost"]["parts"] and numbers["cost"]["evaluations"] == 4
+    text = (tmp_path / "page" / "index.html").read_text()
+    assert "Here there is none" in text and "without a network in the first place" in text
 
 
 @pytest.mark.slow
