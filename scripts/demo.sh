@@ -15,9 +15,13 @@ for prompt in "$@"; do prompts+=(--prompt "$prompt"); done
 .venv/bin/diffjax train --config experiments/emoji.py --workdir $run
 .venv/bin/diffjax sample --run $run "${prompts[@]}" --num 2 --out "$pictures"
 .venv/bin/diffjax evaluate --run $run
+[ -f "$pictures-page/index.html" ] || .venv/bin/diffjax explain --run $run --prompt "$1" --out "$pictures-page"
 cat <<END
 
-Your pictures are in $PWD/$pictures: look at grid.png first. To go on:
+Your pictures are in $PWD/$pictures: look at grid.png first.
+How the first of them was made, open in a browser: $PWD/$pictures-page/index.html
+
+To go on:
 
     cd $(printf '%q' "$PWD")
     source .venv/bin/activate
