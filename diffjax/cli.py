@@ -267,7 +267,7 @@ def _sample(parser: _Parser) -> Run:
     """
     model = _add_model(parser, "a hub id, a folder in the layout of diffusers, or a single file of SD3.5")
     model.add_argument(
-        "--cascade", nargs="+", metavar="DIR", help="trainings whose pictures each enlarges those before"
+        "--cascade", nargs="+", metavar="DIR", help="the runs of a cascade, super-resolution stages last"
     )
     model.add_argument(
         "--config", metavar="FILE", help="a sampling experiment; fields are overridden by --config.NAME=value"
@@ -375,8 +375,8 @@ def _words(parser: _Parser) -> Run:
 
 
 def _evaluate(parser: _Parser) -> Run:
-    """Draw training prompts and compare with the training pictures: retrieval top-1 and PSNR. Of a stage that
-    enlarges: PSNR on the pictures of config.data.held_out, against bicubic interpolation.
+    """Draw training prompts and compare with the training pictures: retrieval top-1 and PSNR. Of a
+    super-resolution stage: PSNR on the pictures of config.data.held_out, against bicubic interpolation.
     It draws as the run's config says, but for what is given. The result goes to evaluation.json and
     evaluation.png in the run's folder.
 
@@ -391,13 +391,13 @@ def _evaluate(parser: _Parser) -> Run:
     parser.add_argument("--step", type=int, metavar="N", help="the checkpoint of this step (default: the newest)")
 
     def run(args: argparse.Namespace) -> None:
-        from diffjax.evaluate.runs import evaluate
+        from diffjax.evaluate import runs
         from diffjax.loading import run_folder
         from diffjax.parallel import devices
 
         workdir = run_folder(args.workdir)
         devices.start()
-        evaluate(workdir, args.num, seed=args.seed, step=args.step, **options.given(Method, args))
+        runs.measure(workdir, args.num, seed=args.seed, step=args.step, **options.given(Method, args))
 
     return run
 
@@ -527,7 +527,7 @@ COMMANDS = {
     "words": (_words, "list the words that a run can read, with how often its captions have them"),
     "evaluate": (
         _evaluate,
-        "measure how well a text-to-image run draws its training prompts, or a stage of a cascade enlarges",
+        "measure how well a run draws its training prompts, or a super-resolution stage held-out pictures",
     ),
     "plan": (_plan, "say what a job will cost before it runs: memory, operations, time"),
     "fit-grid": (_fit_grid, "fit the times of a few-step solver to a model"),

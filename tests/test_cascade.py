@@ -18,8 +18,9 @@ from diffjax.diffusion.process import Cosine, Flow
 from diffjax.evaluate import runs as evaluation
 from diffjax.models.cascade import Cascade
 from diffjax.models.model import Defaults, Model
-from diffjax.train import experiment, loop
+from diffjax.train import loop
 from diffjax.train.checkpoint import load_run
+from diffjax.train.experiment import Experiment
 from diffjax.train.step import Objective
 from diffjax.utils import image
 from diffjax.utils.errors import UserError
@@ -259,8 +260,7 @@ def test_runs_in_the_wrong_order_are_refused(runs, order, said, capsys):
 
 
 def test_previews_show_what_is_given_interpolation_the_model_and_the_truth(runs):
-    plan = experiment.recalled(runs / "emoji_tiny_super64")
-    preview = plan.preview(load_run(runs / "emoji_tiny_super64").params)
+    preview = Experiment.recall(runs / "emoji_tiny_super64").preview(load_run(runs / "emoji_tiny_super64").params)
     shown = preview.images.reshape(8, 4, 16, 16, 3)
     assert preview.columns == 4 and preview.captions[3] == "truth" and preview.captions[1].startswith("bicubic ")
     truth = np.stack([np.asarray(Image.open(runs / "pictures" / f"{i}.png")) for i in range(8)]) / 127.5 - 1
@@ -268,17 +268,17 @@ def test_previews_show_what_is_given_interpolation_the_model_and_the_truth(runs)
     np.testing.assert_allclose(shown[:, 1], cascade.upsample(cascade.downsample(shown[:, 3], 8), 16), atol=1e-5)
 
 
-def test_a_stage_that_enlarges_is_measured_on_pictures_it_was_not_shown(runs):
+def test_a_super_resolution_stage_is_measured_on_pictures_it_was_not_shown(runs):
     settings = config.load(str(EXPERIMENTS / "emoji_tiny_super64.py")).data
     settings.update(name="captioned_folder", path=str(runs / "pictures"), size=16, held_out="train[6:]")
     kept = data.load(ConfigDict(settings.to_dict() | {"split": "train[6:]"})).examples([0, 1])["image"]
     interpolated = image.to_uint8(cascade.upsample(cascade.downsample(image.from_uint8(kept), 8), 16))
     model = loading.load(runs / "emoji_tiny_super64")
-    found, _ = evaluation.enlargements(model, model.recipe(), settings, 64, 0)
+    found, _ = evaluation.of_low_res(model, model.recipe(), settings, 64, 0)
     assert (found["num"], found["held_out"]) == (2, True)
     assert found["bicubic_psnr"] == pytest.approx(image.psnr(interpolated, kept).mean(), abs=1e-3)
     assert found["psnr"] < found["bicubic_psnr"]
-    assert evaluation.evaluate(runs / "emoji_tiny_super64", num=8)["held_out"] is False
+    assert evaluation.measure(runs / "emoji_tiny_super64", num=8)["held_out"] is False
 
 
 def test_a_size_that_does_not_divide_and_a_network_without_low_res(runs, tmp_path):

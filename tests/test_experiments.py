@@ -10,7 +10,8 @@ import pytest
 
 from diffjax import build, cli, config
 from diffjax.parallel import devices
-from diffjax.train import experiment as experiments, record
+from diffjax.train import facts, record
+from diffjax.train.experiment import Experiment
 from diffjax.train.parallel import by_jit, by_pmap
 from diffjax.train.state import create
 from diffjax.train.step import make_step
@@ -71,16 +72,16 @@ def experiment(name, network, small=False):
     return settings
 
 
-def planned(settings, workdir):
-    return experiments.plan(settings, workdir, Data(settings.data.size, settings.classes))
+def begun(settings, workdir):
+    return Experiment.begin(settings, workdir, Data(settings.data.size, settings.classes))
 
 
-def batch(plan, size):
-    rows = {"image": np.zeros((size, *plan.shape), np.uint8)}
-    if plan.text:
-        rows |= plan.tokenize(["a red heart"] * size)
-    if plan.classes:
-        rows["label"] = np.arange(size, dtype=np.int32) % len(plan.classes)
+def batch(found, size):
+    rows = {"image": np.zeros((size, *found.shape), np.uint8)}
+    if found.text:
+        rows |= found.tokenize(["a red heart"] * size)
+    if found.classes:
+        rows["label"] = np.arange(size, dtype=np.int32) % len(found.classes)
     return rows
 
 
@@ -94,16 +95,14 @@ STEPPED = [
 @pytest.mark.parametrize("name, network", STEPPED)
 def test_an_experiment_has_the_size_it_says(name, network, tmp_path):
     settings = experiment(name, network)
-    plan = planned(settings, tmp_path)
-    optimizer, _ = build.optimizer(settings.optimizer, settings.train.steps)
-    state = jax.eval_shape(lambda: create(plan.init(jax.random.key(0)), optimizer, jax.random.key(1)))
+    found = begun(settings, tmp_path)
+    state = jax.eval_shape(lambda: create(found.init(jax.random.key(0)), found.optimizer, jax.random.key(1)))
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
     low, high = {"emoji": (6e6, 1.2e7), "emoji64": (4e7, 8e7), "cifar10": (2e7, 4.5e7), "ddpm_train": (3.5e7, 3.6e7)}[
         name
     ]
     assert low < parameters < high
-    step = make_step(plan.objective(), optimizer, settings.train.ema, settings.train.accumulate)
-    after, metrics = jax.eval_shape(step, state, batch(plan, settings.train.batch))
+    after, metrics = jax.eval_shape(found.step(), state, batch(found, settings.train.batch))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
     assert metrics["loss"].shape == ()
 
@@ -112,13 +111,12 @@ def test_an_experiment_has_the_size_it_says(name, network, tmp_path):
 def test_an_experiment_takes_a_step_and_draws(name, network, tmp_path):
     settings = experiment(name, network, small=True)
     settings.sample.update(steps=2, num=2, prompts=settings.sample.prompts[:2])
-    plan = planned(settings, tmp_path)
-    optimizer, _ = build.optimizer(settings.optimizer, settings.train.steps)
-    state = jax.jit(lambda: create(plan.init(jax.random.key(0)), optimizer, jax.random.key(1)))()
-    after, metrics = jax.jit(make_step(plan.objective(), optimizer))(state, batch(plan, 4))
+    found = begun(settings, tmp_path)
+    state = jax.jit(lambda: create(found.init(jax.random.key(0)), found.optimizer, jax.random.key(1)))()
+    after, metrics = jax.jit(make_step(found.objective(), found.optimizer))(state, batch(found, 4))
     assert metrics["finite"] and metrics["grad_norm"] > 0
     assert any(jax.tree.leaves(jax.tree.map(lambda old, new: bool(jnp.any(old != new)), state.params, after.params)))
-    images = plan.preview(after.ema).images
+    images = found.preview(after.ema).images
     assert images.shape == (2, 16, 16, 3) and np.isfinite(images).all()
 
 
@@ -126,14 +124,14 @@ def trained_on(way, number, workdir):
     """The parameters and the losses of a few steps of the small emoji experiment in float32."""
     settings = experiment("emoji", "dit", small=True)
     settings.dit.update(dtype="float32", depth=2)
-    plan = planned(settings, workdir)
-    optimizer, _ = build.optimizer(settings.optimizer, settings.train.steps)
-    parallel = way(make_step(plan.objective(), optimizer), devices.data_mesh(jax.devices()[:number]))
-    state = parallel.place(jax.jit(lambda: create(plan.init(jax.random.key(0)), optimizer, jax.random.key(1)))())
+    found = begun(settings, workdir)
+    parallel = way(make_step(found.objective(), found.optimizer), devices.data_mesh(jax.devices()[:number]))
+    new = lambda: create(found.init(jax.random.key(0)), found.optimizer, jax.random.key(1))
+    state = parallel.place(jax.jit(new)())
     losses = []
     for seed in range(4):
-        images = np.random.default_rng(seed).integers(0, 256, (16, *plan.shape), dtype=np.uint8)
-        state, metrics = parallel.step(state, parallel.feed(batch(plan, 16) | {"image": images}))
+        images = np.random.default_rng(seed).integers(0, 256, (16, *found.shape), dtype=np.uint8)
+        state, metrics = parallel.step(state, parallel.feed(batch(found, 16) | {"image": images}))
         losses.append(float(metrics["loss"]))
     return jax.device_get(parallel.gather(state).params), losses
 
@@ -152,29 +150,29 @@ def test_previews_leave_out_what_no_caption_says(tmp_path):
     settings = experiment("emoji", "dit", small=True)
     settings.sample.prompts = ("zebra", "a pizza")
     with pytest.warns(UserWarning, match="no caption has a word of 'zebra' in sample.prompts: previews go without"):
-        plan = planned(settings, tmp_path)
-    assert plan.prompts() == ["a pizza"]
+        found = begun(settings, tmp_path)
+    assert found.prompts() == ["a pizza"]
     settings.sample.prompts = ("zebra",)
-    assert plan.prompts() == ["red heart", "pizza"]
+    assert found.prompts() == ["red heart", "pizza"]
 
 
 def test_words_of_a_run_are_listed(tmp_path, capsys):
     settings = experiment("emoji", "dit", small=True)
     settings.sample.prompts = ("pizza",)
     with record.claim(tmp_path / "run", settings):
-        planned(settings, tmp_path / "run")
+        begun(settings, tmp_path / "run")
     assert cli.main(["words", "--run", str(tmp_path / "run")]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "      1  heart", "      1  love", "      1  pizza", "      1  red", "4 words of 3 captions"
     ]  # fmt: skip
     with record.claim(tmp_path / "classes", classes := experiment("cifar10", "unet", small=True)):
-        planned(classes, tmp_path / "classes")
+        begun(classes, tmp_path / "classes")
     assert cli.main(["words", "--run", str(tmp_path / "classes")]) == 2
     assert "learned no words from captions: it reads classes: class 0, class 1" in capsys.readouterr().err
 
 
 def test_words_of_templates_are_known():
-    words = experiments.tokenizer(experiment("emoji", "dit"), Data(16, 0).captions(), ("{}", "an icon of {}")).words
+    words = facts.learn_tokenizer(experiment("emoji", "dit"), Data(16, 0).captions(), ("{}", "an icon of {}")).words
     assert (words.counts["icon"], words.counts["pizza"]) == (3, 2) and words.read(
         "icon of a pizza"
     ).text == "an icon of pizza"
@@ -186,10 +184,10 @@ def test_words_of_templates_are_known():
 )
 def test_a_size_that_the_network_cannot_cut_is_refused_before_training(name, size):
     settings = config.load(str(Path(__file__).parents[1] / "experiments" / f"{name}.py"))
-    settings.text = None
+    settings.text, settings.data.size = None, size
     if settings.get("low_res"):
         settings.low_res.size = 33
     with pytest.raises(
         UserError, match=rf"data.size={size}: this {settings.network} reads multiples of \d+ pixels; change data.size"
     ):
-        experiments.planned(settings, (size, size, 3), tuple(map(str, range(settings.classes))), None)
+        Experiment.before_data(settings)

@@ -114,7 +114,7 @@ def live(settings, folder):
         one, other = (jax.tree.leaves(some.denoiser.params) for some in (model, again))
         assert sorted(float(np.abs(leaf).sum()) for leaf in one) == sorted(float(np.abs(leaf).sum()) for leaf in other)
     if settings["text"] or settings["low_res"]:
-        runs.evaluate(run, num=2)
+        runs.measure(run, num=2)
 
 
 def count_legal(numbers, pictures, folder):

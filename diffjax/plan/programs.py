@@ -25,15 +25,15 @@ from diffjax.nets.unet import UNet
 from diffjax.plan.cost import Part, tree_size
 from diffjax.text import frozen
 from diffjax.text.learned import CaptionTokenizer
-from diffjax.train import experiment as experiments
+from diffjax.train import facts
+from diffjax.train.experiment import Experiment
 from diffjax.train.state import create
-from diffjax.train.step import make_step
 from diffjax.utils.errors import UserError
 from diffjax.utils.progress import counted
 from diffjax.weights.folder import component
 from diffjax.weights.scheduler import read_scheduler
 
-AT_MOST = f"counted with {experiments.VOCABULARY} words: the captions are not here yet"
+AT_MOST = f"counted with {facts.VOCABULARY} words: the captions are not here yet"
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ def run(folder: str | Path, asked: Asked) -> list[Job]:
 
     Raises `UserError` when there is none.
     """
-    plan = experiments.recalled(Path(folder))
-    return [training(plan), drawing(plan, asked, str(folder))]
+    found = Experiment.recall(Path(folder))
+    return [training(found), drawing(found, asked, str(folder))]
 
 
 def experiment(config: ConfigDict, asked: Asked) -> list[Job]:
@@ -85,20 +85,20 @@ def experiment(config: ConfigDict, asked: Asked) -> list[Job]:
         )
     own = config.text and not frozen.is_frozen(config.text)
     tokenize = vocabulary(config) if own else None
-    plan = experiments.without_data(config, tokenize)
-    note = AT_MOST if own and isinstance(tokenize, experiments.Blank) else ""
-    return [replace(job, note=note) for job in (training(plan), drawing(plan, asked, config.name))]
+    found = Experiment.before_data(config, tokenize)
+    note = AT_MOST if isinstance(tokenize, facts.Blank) else ""
+    return [replace(job, note=note) for job in (training(found), drawing(found, asked, config.name))]
 
 
-def vocabulary(config: ConfigDict) -> "CaptionTokenizer | experiments.Blank":
+def vocabulary(config: ConfigDict) -> CaptionTokenizer | facts.Blank:
     """The tokenizer that a run will have, or the largest one where its captions are not at hand."""
     try:
         captions = dataset.captions(config.data)
     except UserError:
         captions = None
     if captions is None:
-        return experiments.Blank(config.text.tokens)
-    return experiments.tokenizer(config, captions, config.data.get("templates", ("{}",)))
+        return facts.Blank(config.text.tokens)
+    return facts.learn_tokenizer(config, captions, config.data.get("templates", ("{}",)))
 
 
 def published(folder: Path, asked: Asked, name: str) -> Job:
@@ -116,33 +116,27 @@ def published(folder: Path, asked: Asked, name: str) -> Job:
     return _drawing(name, shape, how, asked.num, module, process, label, [])
 
 
-def drawing(plan: experiments.Plan, asked: Asked, name: str) -> Job:
-    """Drawing with the model of a run."""
-    how, shape = chosen(asked, plan.defaults()), _sized(plan.shape, asked.size)
-    encoders = []
-    if plan.text:
-        read = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, plan.tokenize([""] * how.batch)))
-        encoders = [_network("text", plan.text, (read["tokens"], read["mask"]), {}, 1)]
-        cond = jax.eval_shape(encoders[0].call, encoders[0].held, *encoders[0].given)
-    else:
-        cond = jax.eval_shape(lambda: plan.encode({}, jax.tree.map(jnp.asarray, plan.blank())))
-    cond |= plan.blank_low_res()
-    return _drawing(name, shape, how, asked.num, plan.network, plan.process, cond, encoders)
+def drawing(experiment: Experiment, asked: Asked, name: str) -> Job:
+    """Drawing with the model of an experiment."""
+    how, denoiser = chosen(asked, experiment.defaults()), experiment.denoiser
+    shape = _sized(experiment.shape, asked.size)
+    encoders, params = [], {}
+    if experiment.text:
+        batch = experiment.batch_shapes(how.batch)
+        encoders = [_network("text", experiment.text, (batch["tokens"], batch["mask"]), {}, 1)]
+        params = {"text": encoders[0].held["params"]}
+    cond = jax.eval_shape(experiment.blank_cond, params)
+    return _drawing(name, shape, how, asked.num, denoiser.apply.module, denoiser.process, cond, encoders)
 
 
-def training(plan: experiments.Plan) -> Job:
-    """Training a run: its step, backward pass, optimizer and average included."""
-    config = plan.config
-    optimizer, _ = build.optimizer(config.optimizer, config.train.steps)
-    key = jax.random.key(0)
-    state = jax.eval_shape(lambda: create(plan.init(key), optimizer, key))
-    batch = {"image": jax.ShapeDtypeStruct((config.train.batch, *plan.shape), jnp.uint8)}
-    cond = plan.blank()
-    batch |= {k: jax.ShapeDtypeStruct((config.train.batch, *v.shape[1:]), v.dtype) for k, v in cond.items()}
-    step = make_step(plan.objective(), optimizer, config.train.ema, config.train.accumulate)
-    part = Part("training", step, state, (batch,), tree_size(state.params), config.train.steps, replaces=True)
-    title = f"training {config.name}: {counted(config.train.steps, 'step')} of {counted(config.train.batch, 'image')}"
-    return Job(title, (part,), "training", config.train.steps, config.train.batch)
+def training(experiment: Experiment) -> Job:
+    """Training an experiment: its step, backward pass, optimizer and average included."""
+    name, train, key = experiment.config.name, experiment.config.train, jax.random.key(0)
+    state = jax.eval_shape(lambda: create(experiment.init(key), experiment.optimizer, key))
+    batch = experiment.batch_shapes(train.batch)
+    part = Part("training", experiment.step(), state, (batch,), tree_size(state.params), train.steps, replaces=True)
+    title = f"training {name}: {counted(train.steps, 'step')} of {counted(train.batch, 'image')}"
+    return Job(title, (part,), "training", train.steps, train.batch)
 
 
 def _drawing(

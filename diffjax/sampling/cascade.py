@@ -1,5 +1,5 @@
-"""Drawing with a cascade of runs: each stage is a sampling job of its own, which enlarges the pictures of the
-one before.
+"""Drawing with a cascade of runs: each stage is a sampling job of its own; super-resolution stages begin with the
+pictures of the stage before.
 """
 
 import dataclasses
@@ -9,12 +9,13 @@ from pathlib import Path
 from diffjax.models.cascade import Cascade
 from diffjax.sampling.job import Request, generate, requested
 from diffjax.text import frozen
-from diffjax.train import experiment
+from diffjax.train import facts
+from diffjax.train.experiment import Experiment
 from diffjax.utils.errors import UserError
 
 
 def draw(args: Namespace) -> None:
-    """Draw as `diffjax sample --cascade` was told: the pictures go to `args.out`, those of stage i to its folder
+    """Draw as `diffjax sample --cascade` asks: the pictures go to `args.out`, those of stage i to its folder
     `stage_i`.
 
     Raises `UserError` for runs that do not fit together, before anything is drawn.
@@ -23,7 +24,8 @@ def draw(args: Namespace) -> None:
     stages = Cascade(tuple(outline(request) for request in asked)).stages
     if stages[0].low_res and not args.low_res:
         raise UserError(
-            f"{stages[0].name} enlarges pictures: begin with a run that draws small ones, or give --low-res"
+            f"{stages[0].name} is a super-resolution stage: begin with a run that draws small pictures, "
+            "or give --low-res"
         )
     if asked[0].prompts and not any(stage.text for stage in stages):
         raise UserError("no run of this cascade was trained with text: leave the prompt out")
@@ -33,15 +35,13 @@ def draw(args: Namespace) -> None:
         request = dataclasses.replace(request, seed=request.seed + i, low_res=before)
         request = request if i == 0 or request.mask else dataclasses.replace(request, image=None, strength=None)
         request = request if i + 1 == len(stages) else dataclasses.replace(request, feather=None)
-        generate(told(request, stage), folder, preview=args.preview, overwrite=args.overwrite)
+        generate(suited(request, stage), folder, preview=args.preview, overwrite=args.overwrite)
         before = str(folder.resolve())
 
 
 @dataclasses.dataclass(frozen=True)
 class Outline:
-    """What of a stage says whether it fits the others; its parameters are read when it draws, and only then
-    in memory.
-    """
+    """What of a stage says whether it fits the others. Its parameters are in memory only while it draws."""
 
     name: str
     shape: tuple[int, int, int]
@@ -51,24 +51,22 @@ class Outline:
 
 
 def outline(request: Request) -> Outline:
-    """A run as a stage. Raises `UserError` where it has no checkpoint, or another text encoder than it was
-    trained with.
-    """
+    """A run as a stage. Raises `UserError` where it has no checkpoint, or not the text encoder of its training."""
     folder = Path(request.model)
-    plan = experiment.recalled(folder)
+    experiment = Experiment.recall(folder)
     steps = [path.name for path in folder.glob("checkpoints/*") if path.name.isdigit()]
     if not steps or request.revision not in ("", *steps):
         raise UserError(f"{folder} holds no checkpoint {request.revision or 'yet'}: let the training reach it")
-    if frozen.is_frozen(plan.config.text):
-        experiment.encoder_folder(plan.config.text, folder)
-    return Outline(
-        str(folder), plan.shape, plan.low_res.size if plan.low_res else 0, bool(plan.config.text) or None, plan.classes
-    )
+    text = experiment.config.text
+    if frozen.is_frozen(text):
+        facts.encoder_folder(text, folder)
+    low_res = experiment.low_res.size if experiment.low_res else 0
+    return Outline(str(folder), experiment.shape, low_res, bool(text) or None, experiment.classes)
 
 
-def told(request: Request, stage: Outline) -> Request:
-    """The request without what this stage cannot be told: a level, a low-res picture, or what acts through a text
-    or class.
+def suited(request: Request, stage: Outline) -> Request:
+    """The request without what this stage has no use for: a low-res picture and its noise augmentation level, or what
+    acts through a text or class.
     """
     if not stage.low_res:
         request = dataclasses.replace(request, low_res=None, level=None)

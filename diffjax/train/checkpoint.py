@@ -146,10 +146,10 @@ class Checkpoints:
                 first = (
                     f"{lines[0]} has {there[name].get(lines[0], 'none')} there and {here.get(lines[0], 'none')} here"
                 )
+                more = f", and {len(lines) - 1} more differ" if lines[1:] else ""
                 raise UserError(
-                    f"checkpoint {step} in {self.folder} does not fit this config: of {name}, {first}"
-                    f"{f', and {len(lines) - 1} more differ' if lines[1:] else ''}; put the config back, or begin a "
-                    "new run from its weights by --init-from"
+                    f"checkpoint {step} in {self.folder} does not fit this config: of {name}, {first}{more}; "
+                    "put the config back, or begin a new run from its weights by --init-from"
                 )
 
     def _set_aside(self, failed: dict[int, str], good: int) -> None:
@@ -296,10 +296,9 @@ def _restore(manager: Any, step: int, shapes: dict[str, PyTree]) -> tuple[dict[s
         if checksum(item) != found["progress"]["checksums"][name]:
             raise ValueError(f"the checksum of {name} differs")
     progress = found["progress"]
-    told = progress.pop("checksum", None)
-    if (told is not None or "loss" in progress) and told != _checksum_of_json(
-        progress
-    ):  # early checkpoints have neither
+    own = progress.pop("checksum", None)
+    early = own is None and "loss" not in progress
+    if not early and own != _checksum_of_json(progress):
         raise ValueError("the checksum of its progress differs")
     return items, progress
 

@@ -9,19 +9,19 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from ml_collections import ConfigDict
 
 import diffjax.data
 from diffjax import build, config as configs, user_code
 from diffjax.data.pipeline import Prefetch
 from diffjax.parallel import devices
-from diffjax.train import experiment, finetune, record, sanity, transfer
+from diffjax.train import record, sanity, transfer
 from diffjax.train.checkpoint import Checkpoints, check_place
+from diffjax.train.experiment import Experiment, check_conditions
+from diffjax.train.finetune import FineTuning
 from diffjax.train.metrics import Log, Pending, check_installed
 from diffjax.train.parallel import Parallel, by_jit, by_pmap
 from diffjax.train.state import State, create
-from diffjax.train.step import make_step
 from diffjax.utils import files, seeds
 from diffjax.utils.errors import UserError
 from diffjax.utils.interrupt import Stop, stop_on_signal
@@ -44,37 +44,27 @@ def train(config: ConfigDict, workdir: str | Path, allow_change: bool = False) -
     config = configs.settle(configs.complete(config), workdir)
     check(config)
     if "model" not in config and not (workdir / "config.json").exists():
-        experiment.rehearse(config)
+        Experiment.before_data(config).rehearse()
     with record.claim(workdir, config, allow_change), contextlib.ExitStack() as stack:
         checkpoints = Checkpoints(workdir, config.train.keep_last, config.train.keep_best)
         stack.callback(checkpoints.close)
         done = checkpoints.last() or 0
         if not done:
             check_place(workdir)
-            record.forget_plan(workdir)
+            record.forget_facts(workdir)
         if done >= config.train.steps and not checkpoints.damage(done):
             print(f"{workdir} is finished: {done} of {config.train.steps} steps are done; raise train.steps to go on")
             return
         user_code.keep(config, workdir)
-        data = diffjax.data.load(config.data)
-        if "model" in config:
-            plan, data = finetune.plan(config, workdir, data)
-        else:
-            plan = experiment.plan(config, workdir, data)
-        optimizer, factor = build.optimizer(config.optimizer, config.train.steps)
-        step = make_step(plan.objective(), optimizer, config.train.ema, config.train.accumulate)
-        parallel = WAYS[config.train.parallel](step, devices.data_mesh())
+        kind = FineTuning if "model" in config else Experiment
+        experiment = kind.begin(config, workdir, diffjax.data.load(config.data))
+        parallel = WAYS[config.train.parallel](experiment.step(), devices.data_mesh())
         shard = (jax.process_index(), jax.process_count())
-        batches = Prefetch(
-            data.batches(config.train.batch, config.seed, plan.tokenize, shard),
-            functools.partial(place, parallel, plan),
-        )
+        batches = Prefetch(experiment.batches(shard), functools.partial(place, parallel, experiment))
         stack.callback(batches.close)
-        state = first_state(config, workdir, plan, optimizer, checkpoints, batches, allow_change)
-        log = stack.enter_context(Log(workdir, config, int(state.step), lambda step: float(factor(step))))
-        Training(
-            config, workdir, plan, parallel, batches, checkpoints, log, parallel.place(state), int(state.step)
-        ).run()
+        state = first_state(experiment, workdir, checkpoints, batches, allow_change)
+        log = stack.enter_context(Log(workdir, config, int(state.step), lambda step: float(experiment.schedule(step))))
+        Training(experiment, workdir, parallel, batches, checkpoints, log, parallel.place(state), int(state.step)).run()
 
 
 @dataclass
@@ -84,9 +74,8 @@ class Training:
     It is None while a step may spoil it, and for good once one has. The newest checkpoint is that of step `saved`.
     """
 
-    config: ConfigDict
+    experiment: Experiment
     workdir: Path
-    plan: experiment.Plan | finetune.Plan
     parallel: Parallel
     batches: Prefetch
     checkpoints: Checkpoints
@@ -102,7 +91,7 @@ class Training:
 
         However it ends, all steps that are done are in a checkpoint.
         """
-        every = self.config.train
+        every = self.experiment.config.train
         with self.log.compiling():
             self.parallel.step.lower(self.state, self.batches.peek()[0]).compile()
         with stop_on_signal() as stop, self.saving():
@@ -117,7 +106,7 @@ class Training:
 
     def due(self, every: int) -> bool:
         """Whether what is done every so many steps, 0 for never, and at the end, is due."""
-        return self.done == self.config.train.steps or bool(every and self.done % every == 0)
+        return self.done == self.experiment.config.train.steps or bool(every and self.done % every == 0)
 
     def advance(self) -> None:
         """Start the next step."""
@@ -161,9 +150,9 @@ class Training:
         """Draw the preview and the sanity panel; what cannot be shown is said and does not end the training."""
         ema = self.parallel.gather(self.state).ema
         try:
-            self.log.preview(self.done, self.plan.preview(ema))
-            if self.plan.seen and not stop.is_set():  # pictures, not latents
-                self.log.sanity(self.done, sanity.look(self.plan, ema))
+            self.log.preview(self.done, self.experiment.preview(ema))
+            if self.experiment.seen and not stop.is_set():  # pictures, not latents
+                self.log.sanity(self.done, sanity.look(self.experiment, ema))
         except UserError as error:
             self.log.terminal.say(f"step {self.done}: no preview: {error}")
 
@@ -176,7 +165,7 @@ def check(config: ConfigDict) -> None:
         raise UserError("the config has no data: add it, a table such as {'name': 'openmoji'}")
     check_installed(config)
     build.named("train.parallel", WAYS, config.train.parallel)
-    experiment.check_conditions(config)
+    check_conditions(config)
     parts = config.train.accumulate * jax.device_count()
     if config.train.batch % parts:
         raise UserError(
@@ -186,35 +175,34 @@ def check(config: ConfigDict) -> None:
 
 
 def place(
-    parallel: Parallel, plan: experiment.Plan | finetune.Plan, batch: dict[str, np.ndarray]
+    parallel: Parallel, experiment: Experiment, batch: dict[str, np.ndarray]
 ) -> tuple[dict[str, Any], np.ndarray]:
     """What the step reads of a batch, on the devices, and the record numbers of its rows."""
-    return parallel.feed({name: batch[name] for name in ("image", *plan.conditions)}), batch["index"]
+    return parallel.feed({name: batch[name] for name in experiment.reads}), batch["index"]
 
 
 def first_state(
-    config: ConfigDict,
+    experiment: Experiment,
     workdir: Path,
-    plan: experiment.Plan | finetune.Plan,
-    optimizer: optax.GradientTransformation,
     checkpoints: Checkpoints,
     batches: Prefetch,
     allow_change: bool,
 ) -> State:
     """The state to start from, new or restored; a restored one moves `batches` to where it was."""
+    config = experiment.config
     init_key, key = jax.random.split(seeds.key(config.seed))
-    new = lambda params: create(params, optimizer, key)
-    restored = checkpoints.restore(jax.eval_shape(lambda: new(plan.init(init_key))))
+    new = lambda params: create(params, experiment.optimizer, key)
+    restored = checkpoints.restore(jax.eval_shape(lambda: new(experiment.init(init_key))))
     if restored is None:
-        params = plan.start(init_key)
+        params = experiment.init(init_key)
         if config.get("init_from"):
-            params = transfer.start(params, plan, config.init_from, workdir)
-        return jax.jit(new)(params).replace(frozen=plan.frozen)
+            params = transfer.start(params, experiment, config.init_from, workdir)
+        return jax.jit(new)(params).replace(frozen=experiment.frozen_params)
     state, position = restored
     if changed := batches.set_state(position.encode(), allow_change):
         record.note(workdir, changed)
     print(f"going on from step {int(state.step)} of {config.train.steps}")
-    return state.replace(frozen=plan.frozen)
+    return state.replace(frozen=experiment.frozen_params)
 
 
 def not_finite(broken: Pending, workdir: Path, checkpoints: Checkpoints) -> UserError:
@@ -226,7 +214,7 @@ def not_finite(broken: Pending, workdir: Path, checkpoints: Checkpoints) -> User
     )
     good = checkpoints.last()
     return UserError(
-        f"step {broken.step}: the loss is {numbers['loss']:g} and the gradient's norm {numbers['grad_norm']:g}, on the "
-        f"records {', '.join(map(str, broken.rows[:8]))}, ... (all in {path}); the last good checkpoint is"
+        f"step {broken.step}: the loss is {numbers['loss']:g} and the gradient's norm {numbers['grad_norm']:g}, on the"
+        f" records {', '.join(map(str, broken.rows[:8]))}, ... (all in {path}); the last good checkpoint is"
         f" {'none' if good is None else f'step {good}'}; lower the learning rate and train in another --workdir"
     )

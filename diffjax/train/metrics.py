@@ -20,7 +20,7 @@ from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 from diffjax.parallel import devices
-from diffjax.train.experiment import Preview
+from diffjax.train.preview import Preview
 from diffjax.train.sanity import Panel
 from diffjax.train.step import BIN_EDGES
 from diffjax.utils import files, image
@@ -31,7 +31,7 @@ Row = dict[str, Any]
 COMPILING_SECONDS = 60.0
 
 WARNING_STEPS = 1000
-"""Steps after which a stage is judged, whatever it has learned."""
+"""Steps after which a network is judged, whatever it has learned."""
 
 
 class Writer(Protocol):

@@ -28,7 +28,7 @@ KEPT = (
 )
 MAY_CHANGE = (*KEPT, "log.", "sample.", "data.path", "data.data_dir", "data.workers", "data.held_out")
 FILES = ("config.json", "run.json", "changes.json")
-PLAN = ("data.json", "tokenizer.json", "encoder.json", "seen.npz", "base.json", "init.json")
+FACTS = ("data.json", "tokenizer.json", "encoder.json", "seen.npz", "base.json", "init.json")
 
 
 @contextlib.contextmanager
@@ -94,10 +94,10 @@ def _newest(workdir: Path) -> int:
     )
 
 
-def forget_plan(workdir: Path) -> None:
-    """Remove what a run that has no checkpoint took from its data: it begins anew, maybe with others."""
+def forget_facts(workdir: Path) -> None:
+    """Remove the facts of a run that has no checkpoint: it begins anew, maybe with other data."""
     if not jax.process_index():
-        _remove({workdir / name for name in PLAN})
+        _remove({workdir / name for name in FACTS})
 
 
 def _begun_with(workdir: Path) -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""Is a stage learning? What it makes of noised training pictures, beside what needs no learning, and whether
-it listens.
+"""Is a network learning? What it makes of noised training pictures, beside what needs no learning, and whether it uses
+its conditioning.
 
 Errors are those of x0, |x0_hat - x0|^2 as a mean over pixels: at every log-SNR the loss is this times its weight, and a
-predictor that never looks at the noised picture is a level line. A stage that listens errs more when it is told what
-belongs to another picture; one that does not is reported.
+predictor that never looks at the noised picture is a level line. A network that uses its conditioning errs more with
+that of another picture; one that does not is reported.
 """
 
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Key, PyTree, UInt8
 from diffjax.diffusion import cascade
 from diffjax.diffusion.denoise import Cond, Denoiser
 from diffjax.diffusion.process import Discrete, Process, Time, perturb
-from diffjax.train.experiment import Plan
+from diffjax.train.experiment import Experiment
 from diffjax.utils import image, seeds
 
 LEVELS = (-6.0, -3.0, 0.0, 3.0, 6.0)
@@ -25,11 +25,11 @@ SHOWN = 4
 
 
 class Panel(NamedTuple):
-    """What a stage does with n training pictures at the log-SNRs `LEVELS`.
+    """What a network makes of n training pictures at the log-SNRs `LEVELS`.
 
-    `x0` are its estimates and `error` theirs; `trivial` has the errors of the mean picture and, of a stage that
-    enlarges, of interpolation; `swapped` those of the stage when it is told the text, the class or the low-res picture
-    of another one.
+    `x0` are its estimates and `error` theirs; `trivial` has the errors of the mean picture and, beside a
+    super-resolution stage, of interpolation; `swapped` those of the network with the text, the class or the low-res
+    picture of another one.
     """
 
     truth: Float[np.ndarray, "n h w c"]
@@ -39,20 +39,19 @@ class Panel(NamedTuple):
     swapped: dict[str, Float[np.ndarray, " levels"]]
 
     def ignored(self) -> list[str]:
-        """What the stage does not listen to: told another picture's, it errs no more than a hundredth more."""
+        """What the network does not use: with another picture's, it errs at most a hundredth more."""
         return [name for name, error in self.swapped.items() if error.mean() <= MARGIN * self.error.mean()]
 
     def learned(self) -> bool:
-        """Whether in pure noise the stage is about as good as the mean picture, which a new one is not."""
+        """Whether in pure noise the network is about as good as the mean picture, which a new one is not."""
         return self.error[0] <= LEARNED * self.trivial["mean picture"]
 
     def lines(self, early: bool = False) -> list[str]:
         """What there is to say, the warnings last; none where it is too early for any."""
         trivial = ", ".join(f"{name} {error:.4f}" for name, error in self.trivial.items())
-        swapped = "".join(f"; told another's {name}, {error.mean():.4f}" for name, error in self.swapped.items())
+        swapped = "".join(f"; with another's {name}, {error.mean():.4f}" for name, error in self.swapped.items())
         warnings = [
-            f"WARNING: the {name} is ignored: told another picture's, this stage errs no more"
-            for name in self.ignored()
+            f"WARNING: the {name} is ignored: with another picture's, the error is no larger" for name in self.ignored()
         ]
         warnings = [] if early else warnings
         return [f"error of x0 {self.error.mean():.4f}{swapped}; without learning: {trivial}", *warnings]
@@ -75,9 +74,9 @@ class Panel(NamedTuple):
 
         figure = Figure((6.8, 3.4), dpi=100, layout="constrained")
         axes = figure.subplots()
-        axes.semilogy(LEVELS, self.error, "o-", label="this stage")
+        axes.semilogy(LEVELS, self.error, "o-", label="this network")
         for name, error in self.swapped.items():
-            axes.semilogy(LEVELS, error, ".:", label=f"told another's {name}")
+            axes.semilogy(LEVELS, error, ".:", label=f"with another's {name}")
         for (name, error), colour in zip(self.trivial.items(), ("0.3", "0.6")):
             axes.axhline(error, linestyle="--", color=colour, label=name)
         axes.set(xlabel="log-SNR", ylabel="error of x0", xticks=LEVELS)
@@ -87,18 +86,18 @@ class Panel(NamedTuple):
         return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
-def look(plan: Plan, params: PyTree) -> Panel:
-    """The panel of parameters on the pictures that the plan has seen; the same noise every time."""
-    seen, model = plan.seen, plan.model(params)
+def look(experiment: Experiment, params: PyTree) -> Panel:
+    """The panel of parameters on the pictures that the experiment has seen; the same noise every time."""
+    seen, model = experiment.seen, experiment.model(params)
     truth = image.from_uint8(seen.image)
-    keys = jax.random.split(seeds.key(plan.config.seed), len(truth))
+    keys = jax.random.split(seeds.key(experiment.config.seed), len(truth))
     trivial, parts = {"mean picture": _square(seen.mean - truth)}, {}
-    if plan.config.text:
+    if experiment.config.text:
         parts["text"] = model.condition(len(truth), prompt=seen.caption)
-    elif plan.classes:
+    elif experiment.classes:
         parts["class"] = model.condition(len(truth), label=seen.label.tolist())
-    if plan.low_res:
-        small, size = cascade.downsample(truth, plan.low_res.size), plan.shape[0]
+    if experiment.low_res:
+        small, size = cascade.downsample(truth, experiment.low_res.size), experiment.shape[0]
         parts["low-res picture"] = cascade.condition(small, size, model.defaults.level, keys)
         trivial["bicubic"] = _square(cascade.upsample(small, size) - truth)
     own = {name: jnp.asarray(value) for part in parts.values() for name, value in part.items()}

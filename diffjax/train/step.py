@@ -36,10 +36,11 @@ LOW_RES = 2
 class Objective:
     """What is learned: the loss `E_t w(t) |x0 - x0_hat|^2` of a network and the text encoder that is trained with it.
 
-    `apply` as in `Denoiser`; `encode(params, cond) -> cond` turns a batch's conditions into the network's; `weight`,
-    `times` and `uniforms` (`independent` or `antithetic`) as in `diffjax.loss`. A share `drop` of the examples is
-    trained unconditionally. `low_res` makes the low-res pictures that a stage of a cascade is told of;
-    `whole(params, frozen)` are the parameters that `apply` reads, where some are not trained.
+    `apply` and `network_time` are as in `Denoiser`; `encode(params, cond) -> cond` turns a batch's conditioning into
+    the network's; `weight`, `times` and `uniforms` (`independent` or `antithetic`) are as in `diffjax.loss`. A share `drop`
+    of the examples is trained unconditionally. `low_res` makes the low-res pictures of a super-resolution stage, with
+    noise of a random augmentation level; `whole(params, frozen)` are the parameters that `apply` reads, where some are
+    not trained.
     """
 
     process: Process
@@ -59,15 +60,15 @@ class Objective:
         return Denoiser(self.process, self.prediction, params["network"], self.apply, self.network_time)
 
     def losses(self, params: PyTree, batch: Batch, t: Float[Array, " b"], keys: Key[Array, " b"]) -> Float[Array, " b"]:
-        """The loss of each example; `keys` give its noise, whether its condition is dropped, and its
-        low-res picture.
+        """The loss of each example; `keys` give its noise, whether its conditioning is dropped, and its low-res
+        picture.
         """
         noise_keys, drop_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
         x0 = normalize(batch["image"])
         eps = unit_noise(noise_keys, x0.shape[1:])
         keep = jax.vmap(jax.random.uniform)(drop_keys) >= self.drop
-        told = {name: value for name, value in batch.items() if name not in ("image", "weight")}
-        cond = self.encode(params, keep_conditions(told, keep))
+        cond = {name: value for name, value in batch.items() if name not in ("image", "weight")}
+        cond = self.encode(params, keep_conditions(cond, keep))
         if self.low_res is not None:
             cond = cond | self.low_res(x0, fold(keys, LOW_RES))
         return batch.get("weight", 1) * weighted_error(self.denoiser(params), x0, eps, t, cond, self.weight)
@@ -79,7 +80,7 @@ def normalize(image: UInt8[Array, "b h w c"] | Float[Array, "b h w c"]) -> Float
 
 
 def keep_conditions(cond: Batch, keep: Array) -> Batch:
-    """Conditions where `keep` (b,) is true; elsewhere no token counts (`mask` False) and the label is -1."""
+    """The conditioning where `keep` (b,) is true; elsewhere no token counts (`mask` False) and the label is -1."""
     cond = dict(cond)
     if "mask" in cond:
         cond["mask"] = cond["mask"] & keep[:, None]
@@ -93,7 +94,7 @@ def make_step(
 ) -> Step:
     """`step(state, batch, axis_name=None) -> (state, metrics)`.
 
-    `batch` holds `image` (b, h, w, c), uint8 or latents, and conditions: `tokens` and `mask` (b, l), or `context`
+    `batch` holds `image` (b, h, w, c), uint8 or latents, and conditioning: `tokens` and `mask` (b, l), or `context`
     (b, l, d), `mask` and `pooled` (b, p), or `label` (b,); and maybe a `weight` (b,) of each example's loss. With
     `axis_name` it is one device's share and gradients are averaged over that axis. `accumulate` micro-batches are
     differentiated one after the other; their mean is the gradient of the whole batch.

@@ -15,8 +15,9 @@ from jaxtyping import PyTree
 
 from diffjax import build
 from diffjax.text.learned import CaptionTokenizer
-from diffjax.train import experiment
+from diffjax.train import facts
 from diffjax.train.checkpoint import Run, load_run
+from diffjax.train.experiment import Experiment
 from diffjax.utils import files
 from diffjax.utils.errors import UserError
 from diffjax.utils.provenance import differences
@@ -26,7 +27,7 @@ SHOWN = 5
 WORDS, CLASSES = ("text/words/embedding",), ("network/label_embedding", "network/class_embedding")
 
 
-def start(params: PyTree, plan: Any, choice: Mapping[str, Any], workdir: Path) -> PyTree:
+def start(params: PyTree, experiment: Experiment, choice: Mapping[str, Any], workdir: Path) -> PyTree:
     """`params` with those of the run `choice["run"]` where they fit: its newest checkpoint, or that of `step`.
 
     `weights` is `ema` or `raw`. Prints what is not taken, and writes all of it to `WORKDIR/init.json`.
@@ -35,7 +36,7 @@ def start(params: PyTree, plan: Any, choice: Mapping[str, Any], workdir: Path) -
     averaged = build.named("init_from.weights", {"ema": True, "raw": False}, choice.get("weights", "ema"))
     run = load_run(choice["run"], choice.get("step") or None, averaged)
     new, old = (traverse_util.flatten_dict(tree, sep="/") for tree in (params, run.params))
-    tables = _tables(plan, run)
+    tables = _tables(experiment, run)
     merged, taken, left = {}, [], dict.fromkeys(old.keys() - new.keys(), "this run has none")
     for name, leaf in new.items():
         found, why = _taken(leaf, old.get(name), tables.get(name))
@@ -48,9 +49,9 @@ def start(params: PyTree, plan: Any, choice: Mapping[str, Any], workdir: Path) -
         raise UserError(
             f"nothing of {run.workdir} fits this network: start from a run of the same one, or leave init_from out"
         )
-    told = {"run": str(run.workdir), "step": run.step, "weights": choice.get("weights", "ema")}
-    configs = _meanings(run.config.to_dict(), plan.config.to_dict())
-    files.write_json(workdir / FILE, told | {"taken": sorted(taken), "not_taken": left, "other_meaning": configs})
+    source = {"run": str(run.workdir), "step": run.step, "weights": choice.get("weights", "ema")}
+    configs = _meanings(run.config.to_dict(), experiment.config.to_dict())
+    files.write_json(workdir / FILE, source | {"taken": sorted(taken), "not_taken": left, "other_meaning": configs})
     _say(run, taken, left, configs, workdir)
     return traverse_util.unflatten_dict(merged, sep="/")
 
@@ -81,16 +82,14 @@ def _by_row(new: np.ndarray, old: np.ndarray, here: Sequence[str], there: Sequen
     return merged, f"{len(unknown)} of its {len(new)} rows are new: {shown}" if unknown else ""
 
 
-def _tables(plan: Any, run: Run) -> dict[str, tuple[Sequence[str], Sequence[str]]]:
+def _tables(experiment: Experiment, run: Run) -> dict[str, tuple[Sequence[str], Sequence[str]]]:
     """What the rows of the tables of words and of classes stand for, here and there."""
     tables = {}
-    if (
-        isinstance(own := getattr(plan, "tokenize", None), CaptionTokenizer)
-        and (run.workdir / experiment.TOKENIZER).is_file()
-    ):
-        tables |= dict.fromkeys(WORDS, (_vocabulary(own), _vocabulary(experiment.own_tokenizer(run.workdir))))
-    if getattr(plan, "classes", ()) and (run.workdir / "data.json").is_file():
-        tables |= dict.fromkeys(CLASSES, (list(plan.classes), files.read_json(run.workdir / "data.json")["classes"]))
+    own = experiment.tokenize
+    if isinstance(own, CaptionTokenizer) and (run.workdir / facts.TOKENIZER).is_file():
+        tables |= dict.fromkeys(WORDS, (_vocabulary(own), _vocabulary(facts.tokenizer(run.workdir))))
+    if experiment.classes and (run.workdir / facts.DATA).is_file():
+        tables |= dict.fromkeys(CLASSES, (experiment.classes, facts.shape_and_classes(run.workdir)[1]))
     return tables
 
 
@@ -110,10 +109,8 @@ def _meanings(there: dict, here: dict) -> list[str]:
 
 
 def _say(run: Run, taken: list[str], left: dict[str, str], configs: list[str], workdir: Path) -> None:
-    print(
-        f"starting from {run.workdir}, step {run.step}: {len(taken)} arrays are taken (all are named in "
-        f"{workdir / FILE})"
-    )
+    where = f"(all are named in {workdir / FILE})"
+    print(f"starting from {run.workdir}, step {run.step}: {len(taken)} arrays are taken {where}")
     for name, why in list(left.items())[:SHOWN]:
         print(f"  {name}: {why}")
     if len(left) > SHOWN:

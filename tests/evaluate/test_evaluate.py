@@ -10,10 +10,10 @@ from PIL import Image
 import diffjax
 import diffjax.data
 from diffjax import config as configs, loading
-from diffjax.evaluate import runs
+from diffjax.evaluate import metrics, runs
 from diffjax.sampling import job
-from diffjax.train import experiment as experiments
 from diffjax.train.checkpoint import Checkpoints, checksum
+from diffjax.train.experiment import Experiment
 from diffjax.train.state import create
 from diffjax.utils import image
 from diffjax.utils.errors import UserError
@@ -47,10 +47,10 @@ def save(config, workdir, steps=(3, 5)):
     """A run that was never trained, its parameters drawn by the step."""
     workdir.mkdir(exist_ok=True)
     (workdir / "config.json").write_text(config.to_json())
-    plan = experiments.plan(config, workdir, diffjax.data.load(config.data))
+    experiment = Experiment.begin(config, workdir, diffjax.data.load(config.data))
     checkpoints = Checkpoints(workdir)
     for step in steps:
-        params = jax.jit(plan.init)(jax.random.key(step))
+        params = experiment.init(jax.random.key(step))
         checkpoints.save(create(params, optax.sgd(0.1), jax.random.key(0)).replace(step=step), "", 1.0)
     checkpoints.close()
     return workdir
@@ -121,14 +121,14 @@ def test_a_prompt_longer_than_the_encoder_reads_is_refused(run, tmp_path):
 
 
 def test_a_run_is_measured(run, capsys):
-    result = runs.evaluate(run, num=4, steps=2)
+    result = runs.measure(run, num=4, steps=2)
     assert result == json.loads((run / "evaluation.json").read_text())
     assert (result["step"], result["num"], result["training_pictures"]) == (5, 4, 7)
     assert 0 <= result["top1"] <= 1 and len(result["prompts"]) == 4
     assert np.isclose(np.mean([prompt["psnr"] for prompt in result["prompts"]]), result["psnr"])
     assert "retrieval top-1 among 7" in capsys.readouterr().out
     assert image.read_png(run / "evaluation.png")[0].ndim == 3
-    assert runs.evaluate(run, num=4, steps=2)["prompts"] == result["prompts"]
+    assert runs.measure(run, num=4, steps=2)["prompts"] == result["prompts"]
 
 
 def test_prompts_belong_to_one_picture_each(config):
@@ -147,16 +147,16 @@ def test_every_brace_of_a_template_is_the_caption(config):
 
 
 def test_a_run_is_measured_as_its_config_draws(run):
-    sampling = runs.evaluate(run, num=2)["sampling"]
+    sampling = runs.measure(run, num=2)["sampling"]
     assert sampling == {"sampler": "dpmpp_2m", "grid": "uniform", "guidance": 1.0, "steps": 4, "seed": 0}
-    assert runs.evaluate(run, num=2, steps=3, grid="logsnr")["sampling"] == sampling | {"steps": 3, "grid": "logsnr"}
+    assert runs.measure(run, num=2, steps=3, grid="logsnr")["sampling"] == sampling | {"steps": 3, "grid": "logsnr"}
 
 
 def test_perfect_pictures_and_the_floors(config):
     data = diffjax.data.load(config.data)
     chosen, _ = runs.training_prompts(data, 3, 0)
     every = data.examples(range(7))["image"]
-    found = runs.measures(every[chosen], every[chosen], data)
+    found = metrics.retrieval(every[chosen], every[chosen], data)
     assert found["top1"] == 1.0 and np.isinf(found["psnr"])
     mean = every.mean(axis=0)
     floors = [10 * np.log10(255**2 / np.mean((every[i] - mean) ** 2)) for i in chosen]
@@ -169,7 +169,7 @@ def test_perfect_pictures_and_the_floors(config):
 def test_pictures_of_other_prompts_are_not_retrieved(config):
     data = diffjax.data.load(config.data)
     every = data.examples(range(7))["image"]
-    found = runs.measures(every[[1, 0, 2]], every[[0, 1, 2]], data)
+    found = metrics.retrieval(every[[1, 0, 2]], every[[0, 1, 2]], data)
     assert np.isclose(found["top1"], 1 / 3)
 
 
@@ -177,18 +177,18 @@ def test_only_text_is_measured(config, tmp_path):
     plain = config.copy_and_resolve_references()
     plain.text = None
     with pytest.raises(UserError, match="without text"):
-        runs.evaluate(save(plain, tmp_path / "plain", steps=(1,)), num=1)
+        runs.measure(save(plain, tmp_path / "plain", steps=(1,)), num=1)
 
 
 def test_a_run_that_is_not_there_is_said(tmp_path):
     with pytest.raises(UserError):
-        runs.evaluate(tmp_path / "nowhere")
+        runs.measure(tmp_path / "nowhere")
     with pytest.raises(UserError, match="--num is 0"):
-        runs.evaluate(tmp_path, num=0)
+        runs.measure(tmp_path, num=0)
 
 
 def test_distances_are_exact():
     a, b = (np.random.default_rng(i).integers(0, 256, (3, 50)).astype(float) for i in (0, 1))
     exact = [[int(sum((int(x) - int(y)) ** 2 for x, y in zip(u, v))) for v in b] for u in a]
-    assert (runs.squared_distances(a, b) == exact).all()
+    assert (metrics.squared_distances(a, b) == exact).all()
     assert loading.load is diffjax.load

@@ -13,7 +13,7 @@ from diffjax import cli, config, data, plan
 from diffjax.nets import Cost
 from diffjax.nets.unet import UNet
 from diffjax.plan import rates
-from diffjax.train import experiment
+from diffjax.train.experiment import Experiment
 from diffjax.utils import files
 from diffjax.utils.errors import UserError
 from diffjax.weights import hub, published
@@ -234,14 +234,14 @@ def test_parameters_are_those_of_the_run(tmp_path, monkeypatch):
     (folder / "cat.txt").write_text(caption)
     emoji = config.load(str(EXPERIMENTS / "emoji.py"))
     emoji.data.update({"name": "captioned_folder", "path": str(folder)})
-    (planned, drawn) = plan.experiment(emoji, ASKED)
+    (training, drawn) = plan.experiment(emoji, ASKED)
     assert not list(files.home().glob("data/captioned_pictures/pictures-*")), "nothing is prepared"
-    run = experiment.plan(emoji, tmp_path, data.load(emoji.data))
-    assert planned.parts[0].parameters == plan.tree_size(jax.eval_shape(run.init, jax.random.key(0)))
-    assert sum(part.parameters for part in drawn.parts) == planned.parts[0].parameters and planned.note == ""
+    run = Experiment.begin(emoji, tmp_path, data.load(emoji.data))
+    assert training.parts[0].parameters == plan.tree_size(jax.eval_shape(run.init, jax.random.key(0)))
+    assert sum(part.parameters for part in drawn.parts) == training.parts[0].parameters and training.note == ""
     emoji.data.path = str(tmp_path / "not there")
     more = plan.experiment(emoji, ASKED)[0]
-    assert more.parts[0].parameters > planned.parts[0].parameters and "the captions are not here yet" in plan.report(
+    assert more.parts[0].parameters > training.parts[0].parameters and "the captions are not here yet" in plan.report(
         more, "h100"
     )
 

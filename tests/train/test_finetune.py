@@ -17,7 +17,7 @@ from diffjax.data.dataset import default_config
 from diffjax.data.pipeline import batches
 from diffjax.nets import lora
 from diffjax.plan.programs import experiment as experiment_jobs
-from diffjax.train import finetune
+from diffjax.train import latents
 from diffjax.train.loop import train
 from diffjax.utils.errors import UserError
 from diffjax.weights import lora as lora_file
@@ -98,15 +98,13 @@ def test_all_of_a_model_is_trained(place, tmp_path):
 
 def test_half_of_a_batch_is_of_the_class(tmp_path):
     def rows(first):
-        latents = finetune.Latents(tuple(paths[first : first + 3]), (("a",),) * 3)
-        return batches(
-            latents, default_config(), 2, 0, lambda texts: {"context": np.zeros((len(texts), 1))}, (0, 1), {}
-        )
+        read = latents.Latents(tuple(paths[first : first + 3]), (("a",),) * 3)
+        return batches(read, default_config(), 2, 0, lambda texts: {"context": np.zeros((len(texts), 1))}, (0, 1), {})
 
     paths = [tmp_path / f"{i}.npy" for i in range(6)]
     for i, path in enumerate(paths):
         np.save(path, np.full((1, 1, 1), i, np.float32))
-    both = finetune.Paired(rows(0), rows(3), 0.25)
+    both = latents.Paired(rows(0), rows(3), 0.25)
     first, state, second = next(both), both.get_state(), next(both)
     assert (first["image"].ravel() < 3).tolist() == [True, True, False, False]
     assert first["weight"].tolist() == [2, 2, 0.5, 0.5]
@@ -124,12 +122,12 @@ def test_what_cannot_be_precomputed_is_said(place, tmp_path):
         experiment_jobs(settings, None)
 
 
-def test_grey_pictures_are_told_in_three_channels(place, tmp_path):
+def test_grey_pictures_are_encoded_in_three_channels(place, tmp_path):
     Image.new("L", (16, 16), 77).save(tmp_path / "a.png")
     grey = diffjax.data.load({"name": "captioned_folder", "path": str(tmp_path), "size": 16})
     Image.new("RGB", (16, 16), (77, 77, 77)).save(tmp_path / "a.png")
     coloured = diffjax.data.load({"name": "captioned_folder", "path": str(tmp_path), "size": 16})
     base = diffjax.load(place / "model")
     assert (grey.channels, coloured.channels) == (1, 3)
-    found = [finetune.latents(base, data).paths[0].name for data in (grey, coloured)]
+    found = [latents.encode(base, data).paths[0].name for data in (grey, coloured)]
     assert found[0] == found[1]

@@ -19,8 +19,9 @@ from PIL import Image
 
 from diffjax import config as configs
 from diffjax.text.learned import CaptionTokenizer
-from diffjax.train import experiment, loop, metrics
+from diffjax.train import facts, loop, metrics
 from diffjax.train.checkpoint import load_run
+from diffjax.train.experiment import Experiment
 from diffjax.utils.errors import UserError
 
 
@@ -313,7 +314,7 @@ def test_damaged_files_of_a_run_are_one_line(tmp_path):
         for other, right in whole.items():
             (tmp_path / other).write_bytes(right)
         (tmp_path / name).write_bytes(content)
-        return experiment.recalled(tmp_path)
+        return Experiment.recall(tmp_path)
 
     assert read("data.json", whole["data.json"]).tokenize(["a dog"])["mask"].sum() == 2
     for name, right in whole.items():
@@ -327,10 +328,10 @@ def test_damaged_files_of_a_run_are_one_line(tmp_path):
         label=[-1],
         mean=np.zeros(3),
     )
-    assert experiment.seen(tmp_path).caption == ["a"]
+    assert facts.seen(tmp_path).caption == ["a"]
     for size in (0, 100, 400):
         (tmp_path / "seen.npz").write_bytes((tmp_path / "seen.npz").read_bytes()[:size])
-        assert experiment.seen(tmp_path) is None
+        assert facts.seen(tmp_path) is None
 
 
 @pytest.mark.parametrize(

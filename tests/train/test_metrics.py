@@ -8,7 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from diffjax.train import metrics
-from diffjax.train.experiment import Preview
+from diffjax.train.preview import Preview
 from diffjax.utils import image
 from diffjax.utils.errors import UserError
 from diffjax.utils.image import read_png

@@ -19,9 +19,9 @@ from diffjax.data.pipeline import Prefetch
 from diffjax.parallel import devices
 from diffjax.train import loop, metrics, sanity
 from diffjax.train.checkpoint import Checkpoints, load_run
-from diffjax.train.experiment import Preview
 from diffjax.train.loop import WAYS, Training
 from diffjax.train.metrics import Log
+from diffjax.train.preview import Preview
 from diffjax.train.state import create
 from diffjax.train.step import gradient
 from diffjax.utils.interrupt import Terminated, command
@@ -94,7 +94,8 @@ def run(workdir, at=lambda name: None, way="jit", steps=STEPS, place=None):
     sites = Sites(at)
     config = ConfigDict({"train": {"steps": steps, "batch": 8, "log_every": 2, "save_every": 3, "preview_every": 2}})
     config.update({"optimizer": {"learning_rate": 0.1}, "log": {"tensorboard": False, "wandb": ""}})
-    plan = SimpleNamespace(preview=lambda ema: Preview(np.zeros((1, 8, 8, 3)), 1, []), seen=True)
+    preview = lambda ema: Preview(np.zeros((1, 8, 8, 3)), 1, [])
+    experiment = SimpleNamespace(config=config, preview=preview, seen=True)
     parallel, checkpoints = WAY[way], Checkpoints(workdir)
     batches = Prefetch(Numbers(), place or (lambda batch: (parallel.feed(batch), np.arange(8))))
     state = create({"w": jnp.zeros(4)}, OPTIMIZER, jax.random.key(0))
@@ -103,7 +104,7 @@ def run(workdir, at=lambda name: None, way="jit", steps=STEPS, place=None):
         batches.set_state(position.encode())
     with Log(workdir, config, int(state.step), lambda step: 1.0) as log:
         here = Training(
-            config, workdir, plan, parallel, batches, checkpoints, log, parallel.place(state), int(state.step)
+            experiment, workdir, parallel, batches, checkpoints, log, parallel.place(state), int(state.step)
         )
         for owner, names in (
             (here, ("advance", "save", "show", "due")),
@@ -111,7 +112,7 @@ def run(workdir, at=lambda name: None, way="jit", steps=STEPS, place=None):
             (checkpoints.manager, ("save", "wait_until_finished")),
             (log, ("flush", "add", "picture")),
             (batches, ("wait", "get_state")),
-            (plan, ("preview",)),
+            (experiment, ("preview",)),
             (log.terminal, ("write",)),
         ):
             for name in names:
@@ -136,7 +137,7 @@ def losses(workdir):
 
 @pytest.fixture(autouse=True)
 def no_panel(monkeypatch):
-    monkeypatch.setattr(loop.sanity, "look", lambda plan, ema: PANEL)
+    monkeypatch.setattr(loop.sanity, "look", lambda experiment, ema: PANEL)
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +145,7 @@ def whole(tmp_path_factory):
     """What an uninterrupted run learns, and all the sites that it passes."""
     sites, results = [], {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sanity, "look", lambda plan, ema: PANEL)
+        patch.setattr(sanity, "look", lambda experiment, ema: PANEL)
         for way in WAYS:
             folder = tmp_path_factory.mktemp(way)
             run(folder, sites.append if way == "jit" else lambda name: None, way)

@@ -48,9 +48,9 @@ def write(folder, params, captions=(), classes=(), steps=(10, 20)):
         (folder / "tokenizer.json").write_text(CaptionTokenizer.train(captions, 4).to_json())
 
 
-def begin(tmp_path, params, plan=None, **choice):
-    plan = plan or SimpleNamespace(config=config(), tokenize=None, classes=())
-    found = transfer.start(params, plan, {"run": str(tmp_path / "old")} | choice, tmp_path)
+def begin(tmp_path, params, experiment=None, **choice):
+    experiment = experiment or SimpleNamespace(config=config(), tokenize=None, classes=())
+    found = transfer.start(params, experiment, {"run": str(tmp_path / "old")} | choice, tmp_path)
     return traverse_util.flatten_dict(found, sep="/"), json.loads((tmp_path / "init.json").read_text())
 
 
@@ -135,7 +135,7 @@ def test_the_rows_of_classes_follow_their_names(tmp_path, name):
 
 def test_another_meaning_of_the_same_numbers_is_said(tmp_path, capsys):
     write(tmp_path / "old", arrays(0, network__kernel=(3, 4)))
-    plan = SimpleNamespace(config=config(prediction={"name": "eps"}), tokenize=None, classes=())
-    _, told = begin(tmp_path, arrays(1, network__kernel=(3, 4)), plan)
+    experiment = SimpleNamespace(config=config(prediction={"name": "eps"}), tokenize=None, classes=())
+    _, told = begin(tmp_path, arrays(1, network__kernel=(3, 4)), experiment)
     assert told["other_meaning"] == ['prediction.name is "v" there and "eps" here']
     assert "note that prediction.name" in capsys.readouterr().out
