@@ -1,1 +1,5 @@
-"""How good a model is: runs measured by figures that need no other network."""
+"""How good a model is, by measures that need no other network:
+
+metrics   retrieval among training pictures, and PSNR
+runs      a run measured by the pictures that it draws
+"""
