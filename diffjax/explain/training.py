@@ -16,8 +16,9 @@ from diffjax.explain.chart import COLOURS, Chart, Line
 from diffjax.explain.nearest import chosen
 from diffjax.explain.section import Block, Figure, Section, Shown, Strip, Text
 from diffjax.explain.subject import Subject
-from diffjax.train import experiment, finetune, sanity
+from diffjax.train import finetune, sanity
 from diffjax.train.checkpoint import load_run
+from diffjax.train.experiment import Experiment
 from diffjax.train.sanity import LEVELS, Panel
 from diffjax.utils.progress import counted
 
@@ -32,33 +33,33 @@ def section(subject: Subject) -> Section:
     if subject.folder is None:
         return Section(name, title, left_out="This model was published; its training left no record here.")
     numbers: dict[str, Any] = {}
-    panel, plan = _panel(subject)
-    figures = [_losses(subject.folder, plan, panel, numbers)] if panel else []
+    panel, experiment = _panel(subject)
+    figures = [_losses(subject.folder, experiment, panel, numbers)] if panel else []
     figures += [_sanity(panel, numbers)] if panel else []
     figures += [_data(subject, numbers)] if subject.data is not None else []
     left_out = "" if figures else "Neither this run's data nor what it has seen of them are here."
     return Section(name, title, tuple(filter(None, figures)), numbers, left_out)
 
 
-def _panel(subject: Subject) -> tuple[Panel | None, Any]:
+def _panel(subject: Subject) -> tuple[Panel | None, Experiment | None]:
     """What the run makes of pictures that it has seen; nothing where these are not kept."""
     if finetune.is_one(subject.folder):
         return None, None
-    plan = experiment.recalled(subject.folder)
-    if plan.seen is None or (subject.config.text and plan.text is None):
-        return None, plan
+    experiment = Experiment.recall(subject.folder)
+    if experiment.seen is None or (subject.config.text and experiment.text is None):
+        return None, experiment
     params = load_run(subject.folder, int(subject.model.revision), True).params
-    return sanity.look(plan, params), plan
+    return sanity.look(experiment, params), experiment
 
 
-def _losses(folder: Path, plan: Any, panel: Panel, numbers: dict[str, Any]) -> Figure | None:
+def _losses(folder: Path, experiment: Experiment, panel: Panel, numbers: dict[str, Any]) -> Figure | None:
     """The loss of every log-SNR bin as a share of that of the mean picture, over the steps."""
     rows = _rows(folder / "metrics.jsonl")
     often = Counter(float(at) for row in rows for at in row.get("loss_by_logsnr", {}))
     bins = sorted(at for at, times in often.items() if 2 * times >= max(often.values()))
     if not bins:
         return None
-    weight = _weights(plan, np.array(bins))
+    weight = _weights(experiment, np.array(bins))
     floor = dict(zip(bins, weight * panel.trivial["mean picture"]))
     lines = []
     for place, at in enumerate(bins[:: -(-len(bins) // (COLOURS - 1))]):
@@ -82,9 +83,9 @@ def _losses(folder: Path, plan: Any, panel: Panel, numbers: dict[str, Any]) -> F
     return Figure("What it learned, and when", plain, exact, "diffjax/diffusion/loss.py", (chart,))
 
 
-def _weights(plan: Any, logsnr: np.ndarray) -> np.ndarray:
+def _weights(experiment: Experiment, logsnr: np.ndarray) -> np.ndarray:
     """The loss's weight of |dx0|^2 at each log-SNR."""
-    objective = plan.objective()
+    objective = experiment.objective()
     denoiser = objective.denoiser({"network": None})
     t = objective.process.inverse(jnp.asarray(logsnr, jnp.float32))
     per_x0 = jnp.square(determinant(objective.prediction, objective.process, t) / objective.process.sigma(t))

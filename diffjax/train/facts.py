@@ -1,9 +1,9 @@
 """What a run takes from its data before the first step, and keeps in its folder:
 
-    data.json        the shape of a picture, and the names of the classes
-    tokenizer.json   the words of the captions, where a text encoder is trained too
-    encoder.json     which text encoder it is, where that is frozen
-    seen.npz         some of the pictures, by which the run is judged
+data.json        the shape of a picture, and the names of the classes
+tokenizer.json   the words of the captions, where a text encoder is trained too
+encoder.json     which text encoder it is, where that is frozen
+seen.npz         some of the pictures, by which the run is judged
 """
 
 import itertools

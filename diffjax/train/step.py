@@ -37,10 +37,10 @@ class Objective:
     """What is learned: the loss `E_t w(t) |x0 - x0_hat|^2` of a network and the text encoder that is trained with it.
 
     `apply` and `network_time` are as in `Denoiser`; `encode(params, cond) -> cond` turns a batch's conditioning into
-    the network's; `weight`, `times` and `uniforms` (`independent` or `antithetic`) are as in `diffjax.loss`. A share `drop`
-    of the examples is trained unconditionally. `low_res` makes the low-res pictures of a super-resolution stage, with
-    noise of a random augmentation level; `whole(params, frozen)` are the parameters that `apply` reads, where some are
-    not trained.
+    the network's; `weight`, `times` and `uniforms` (`independent` or `antithetic`) are as in `diffjax.loss`. A share
+    `drop` of the examples is trained unconditionally. `low_res` makes the low-res pictures of a super-resolution stage,
+    with noise of a random augmentation level; `whole(params, frozen)` are the parameters that `apply` reads, where some
+    are not trained.
     """
 
     process: Process

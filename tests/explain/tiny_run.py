@@ -9,8 +9,8 @@ from PIL import Image
 
 import diffjax.data
 from diffjax import config as configs
-from diffjax.train import experiment
 from diffjax.train.checkpoint import Checkpoints
+from diffjax.train.experiment import Experiment
 from diffjax.train.state import create
 
 CAPTIONS = ("red heart", "blue heart", "green heart", "red ball", "blue ball", "green ball", "red star", "blue star")
@@ -41,8 +41,8 @@ def make(root, folder):
     config, run = configs.load(str(folder / "tiny.py")), folder / "run"
     run.mkdir()
     (run / "config.json").write_text(config.to_json())
-    plan = experiment.plan(config, run, diffjax.data.load(config.data))
-    params, draw = jax.jit(plan.init)(jax.random.key(0)), np.random.default_rng(1)
+    experiment = Experiment.begin(config, run, diffjax.data.load(config.data))
+    params, draw = jax.jit(experiment.init)(jax.random.key(0)), np.random.default_rng(1)
     params = jax.tree.map(lambda leaf: leaf + 0.2 * draw.standard_normal(leaf.shape, np.float32), params)
     checkpoints = Checkpoints(run)
     checkpoints.save(create(params, optax.sgd(0.1), jax.random.key(0)).replace(step=5), "", 1.0)
