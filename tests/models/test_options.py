@@ -11,7 +11,7 @@ import pytest
 import toys
 
 from diffjax import cli, fit_grid
-from diffjax.evaluate.runs import evaluate
+from diffjax.evaluate.runs import measure
 from diffjax.models import options
 from diffjax.models.model import Defaults
 from diffjax.models.options import Asked, Keywords, Method, Request
@@ -116,7 +116,7 @@ def test_the_recipe_of_a_job_holds_every_option_and_its_pictures_the_method(tmp_
         (lambda model: model.sample(jax.random.key(0), promt="a"), "argument of sample promt: did you mean prompt"),
         (lambda model: model.recipe(samplr="ddim"), "unknown argument of recipe samplr: did you mean sampler"),
         (lambda model: model.recipe(strenth=0.5), "unknown argument of recipe strenth: did you mean strength"),
-        (lambda model: evaluate("run", gidance=2.0), "unknown argument of evaluate gidance: did you mean guidance"),
+        (lambda model: measure("run", gidance=2.0), "unknown argument of measure gidance: did you mean guidance"),
     ],
 )
 def test_an_unknown_keyword_names_the_nearest(call, said):
