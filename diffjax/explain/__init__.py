@@ -7,6 +7,7 @@ The modules, from what is shown to how:
     subject      what the page is about: a model, a request, the data it was trained on
     walk         from noise to the picture, step by step, with the numbers of the move
     words        what each word did: attention, and the picture without it
+    attention    where a network looks, read off it
     guidance     what the text adds at each step, and what more of it would do
     frequencies  large shapes first: when each octave of frequencies was settled
     nearest      where the picture comes from: the nearest training pictures, and a verdict

@@ -12,12 +12,12 @@ from jaxtyping import Float
 
 from diffjax import build
 from diffjax.explain import pictures
+from diffjax.explain.attention import ask
 from diffjax.explain.chart import Chart, Line
 from diffjax.explain.cost import PATIENCE
 from diffjax.explain.section import Figure, Section, Shown, Strip, Text
 from diffjax.explain.subject import Subject
 from diffjax.explain.walk import Step, draw, look
-from diffjax.explain.words import ask
 
 SCALES = (1.0, 1.5, 2.0, 3.0, 5.0, 8.0)
 USUAL = 3.0

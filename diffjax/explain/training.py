@@ -30,6 +30,8 @@ HASHED = 4096
 def section(subject: Subject) -> Section:
     """The curves of the run's own record, the sanity panel of its parameters, and a sheet of its data."""
     name, title = "training", "How it was trained"
+    if subject.request.closed_form is not None:
+        return Section(name, title, left_out="There was no training.")
     if subject.folder is None:
         return Section(name, title, left_out="This model was published; its training left no record here.")
     numbers: dict[str, Any] = {}

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 import diffjax.data
-from diffjax.explain import chart, closed_form, formula, frequencies, nearest, page, pictures, subject, words
+from diffjax.explain import attention, chart, closed_form, formula, frequencies, nearest, page, pictures, subject
 from diffjax.explain.chart import Chart, Line
 from diffjax.text.learned import CaptionTokenizer
 
@@ -172,8 +172,8 @@ def test_a_pair_is_measured_by_correlation_and_by_what_is_left():
 def test_words_are_found_in_the_tokens_of_a_prompt():
     tokenizer = CaptionTokenizer.train(["red heart", "heart with arrow"], 8)
     readers = [(tokenizer.rules, 0, 8), (tokenizer.rules, 77, 1)]
-    assert words.places("heart with heart", readers) == [("heart", [0, 77]), ("with", [1]), ("heart", [2])]
-    spelled = dict(words.places("red xy", readers[:1]))
+    assert attention.places("heart with heart", readers) == [("heart", [0, 77]), ("with", [1]), ("heart", [2])]
+    spelled = dict(attention.places("red xy", readers[:1]))
     assert spelled["red"] == [0] and len(spelled["xy"]) >= 2 and 0 not in spelled["xy"]
 
 
@@ -186,7 +186,7 @@ def test_each_word_is_left_out_once():
 
 def test_layers_of_several_resolutions_are_joined_on_the_finest():
     fine, coarse = RANDOM.random((3, 2, 32, 5)), RANDOM.random((2, 8, 5))
-    found = words._joined([words._patched(kept, (8, 16)) for kept in (fine, coarse)])
+    found = attention._joined([attention._patched(kept, (8, 16)) for kept in (fine, coarse)])
     assert found.shape == (4, 8, 5)
     first = coarse[0].reshape(2, 4, 5)
     for u in ((0, 0), (3, 5)):
@@ -195,7 +195,7 @@ def test_layers_of_several_resolutions_are_joined_on_the_finest():
 
 
 def test_the_grid_of_patches_is_that_of_the_state():
-    assert words.grid(16, (32, 32)) == (4, 4) and words.grid(50, (40, 80)) == (5, 10)
+    assert attention.grid(16, (32, 32)) == (4, 4) and attention.grid(50, (40, 80)) == (5, 10)
 
 
 def test_every_formula_names_a_file_that_is_there(request):
