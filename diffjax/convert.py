@@ -90,7 +90,7 @@ def scheduler(model: Model) -> Scheduler:
 
     Raises `UserError` for a prediction that it does not know.
     """
-    bound, spacing = model.defaults.bound, model.defaults.grid
+    process, bound, spacing = model.denoiser.process, model.defaults.bound, model.defaults.grid
     fields: dict[str, Any] = {
         "clip_sample": isinstance(bound, Clip),
         "timestep_spacing": spacing if spacing in SPACINGS else "leading",
@@ -103,7 +103,8 @@ def scheduler(model: Model) -> Scheduler:
             "dynamic_thresholding_ratio": float(bound.quantile),
             "sample_max_value": min(float(bound.limit), 1e6),
         }
-    return Scheduler(prediction_type=_prediction(model.denoiser.prediction), **fields, **_table(model.denoiser.process))
+    assert isinstance(process, Discrete)
+    return Scheduler(prediction_type=_prediction(model.denoiser.prediction), **fields, **_table(process))
 
 
 def _prediction(prediction: predict.Prediction) -> str:

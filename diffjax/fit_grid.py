@@ -7,7 +7,7 @@ this error).
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import optax
 from jaxtyping import Array, Float
 
 from diffjax import build
+from diffjax.diffusion.guide import Denoise
 from diffjax.diffusion.process import Process
 from diffjax.models import fitted
 from diffjax.models.model import Inputs, Model, Recipe
@@ -47,10 +48,15 @@ class Fit:
 class Remembered:
     """A denoiser that is computed again in the backward pass, so that only its inputs are kept."""
 
-    denoise: Callable
+    denoise: Denoise
+
+    @property
+    def process(self) -> Process:
+        return self.denoise.process
 
     def init(self, x: Array) -> Any:
-        return self.denoise.init(x) if hasattr(self.denoise, "init") else ()
+        init = getattr(self.denoise, "init", None)
+        return init(x) if init else ()
 
     def __call__(self, x: Array, t: Array, cond: Any) -> Any:
         return jax.checkpoint(lambda denoise, *given: denoise(*given))(self.denoise, x, t, cond)
@@ -80,8 +86,8 @@ class Times:
 
 def between(process: Process) -> Times:
     """The times between the ends of the log-SNR grid."""
-    ends = process.logsnr(jnp.asarray(build.ends(process), jnp.float32))
-    return Times(process, *ends)
+    low, high = jnp.asarray(process.logsnr(jnp.asarray(build.ends(process), jnp.float32)))
+    return Times(process, low, high)
 
 
 def fit(
@@ -116,9 +122,9 @@ def fit(
         known["published"] = recipe()
     examples = solved(np.arange(seeds))
     best = min(known.values(), key=lambda one: error(one, examples))
-    times = between(model.denoiser.process).replace(first=build.start(model.denoiser))
+    times = replace(between(model.denoiser.process), first=build.start(model.denoiser))
     grid = np.asarray(times.grid(descend(best, times, times.theta(best.grid), examples, shown(range(iterations)))))
-    known[fitted.FITTED] = best.replace(grid=grid)
+    known[fitted.FITTED] = replace(best, grid=grid)
     others = solved(np.arange(seeds, 2 * seeds))
     return Fit(grid, {name: error(one, others) for name, one in known.items()}, fitted.fitted_to(model, method))
 
@@ -127,23 +133,23 @@ def descend(
     recipe: Recipe, times: Times, theta: Float[np.ndarray, " steps"], examples: list, turns: Iterable[int]
 ) -> Float[Array, " steps"]:
     """The parameters of least error among those that Adam passes from `theta` on; it descends the error's logarithm."""
-    recipe = recipe.replace(denoise=Remembered(recipe.denoise))
-    adam = optax.adam(RATE)
-    moments, best = adam.init(theta), (np.inf, theta)
+    recipe, adam = replace(recipe, denoise=Remembered(recipe.denoise)), optax.adam(RATE)
+    at: Any = jnp.asarray(theta)
+    moments, best = adam.init(at), (np.inf, at)
     for _ in turns:
-        parts = [_slope(theta, times, recipe, *example) for example in examples]
+        parts = [_slope(at, times, recipe, *example) for example in examples]
         total, slope = jax.tree.map(lambda *values: sum(values), *parts)
         if total < best[0]:
-            best = float(total), theta
+            best = float(total), at
         change, moments = adam.update(slope / total, moments)
-        theta = optax.apply_updates(theta, change)
+        at = optax.apply_updates(at, change)
     return best[1]
 
 
 @jax.jit
 @jax.value_and_grad
 def _slope(theta: Array, times: Times, recipe: Recipe, inputs: Inputs, solution: Array) -> Float[Array, ""]:
-    return _squares(recipe.replace(grid=times.grid(theta)), inputs, solution)
+    return _squares(replace(recipe, grid=times.grid(theta)), inputs, solution)
 
 
 def _squares(recipe: Recipe, inputs: Inputs, solution: Array) -> Float[Array, ""]:

@@ -58,7 +58,9 @@ def keep(config: Mapping[str, Any], workdir: Path) -> None:
     for name in dict.fromkeys(named(config)):
         module = name.partition(":")[0]
         home = _home(module, folder.resolve())
-        for path in _sources(module, home).values() if home else ():
+        if home is None:
+            continue
+        for path in _sources(module, home).values():
             copy, content = folder / path.relative_to(home), path.read_bytes()
             if copy.exists() and copy.read_bytes() != content:
                 raise UserError(
@@ -97,7 +99,8 @@ def _sources(module: str, home: Path) -> dict[str, Path]:
         finder.import_hook(module)
     except (ImportError, SyntaxError) as error:
         raise _broken(module, error) from error
-    return {name: Path(found.__file__).resolve() for name, found in finder.modules.items() if found.__file__}
+    found = {name: getattr(module, "__file__", None) for name, module in finder.modules.items()}
+    return {name: Path(file).resolve() for name, file in found.items() if file}
 
 
 def _imported(module: str) -> ModuleType:

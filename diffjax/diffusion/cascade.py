@@ -14,13 +14,14 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from diffjax.diffusion.process import Keys, Time, expand, unit_noise
 from diffjax.utils.errors import UserError
 
 
-def downsample(x: Float[Array, "b h w c"], size: int) -> Float[Array, "b {size} {size} c"]:
+def downsample(x: Float[Array | np.ndarray, "b h w c"], size: int) -> Float[Array | np.ndarray, "b {size} {size} c"]:
     """The mean over each square of h / size pixels a side. Raises `UserError` when `size` does not divide h and w, and
     when x has no four axes.
     """
@@ -32,18 +33,18 @@ def downsample(x: Float[Array, "b h w c"], size: int) -> Float[Array, "b {size} 
     return x.reshape(b, size, h // size, size, w // size, c).mean(axis=(2, 4))
 
 
-def upsample(x: Float[Array, "b h w c"], size: int) -> Float[Array, "b {size} {size} c"]:
+def upsample(x: Float[Array | np.ndarray, "b h w c"], size: int) -> Float[Array, "b {size} {size} c"]:
     """Bicubic interpolation (Keys 1981, a = -1/2)."""
     return jax.image.resize(x, (x.shape[0], size, size, x.shape[-1]), "cubic")
 
 
-def augment(small: Float[Array, "b h w c"], level: Time, keys: Keys) -> Float[Array, "b h w c"]:
+def augment(small: Float[Array | np.ndarray, "b h w c"], level: Time, keys: Keys) -> Float[Array, "b h w c"]:
     """sqrt(1 - level^2) small + level eps, each picture with noise from its own key."""
     eps = unit_noise(keys, small.shape[1:])
     return expand(jnp.sqrt(1 - jnp.square(level)), small) * small + expand(level, small) * eps
 
 
-def condition(small: Float[Array, "b h w c"], size: int, level: Time, keys: Keys) -> dict[str, Array]:
+def condition(small: Float[Array | np.ndarray, "b h w c"], size: int, level: Time, keys: Keys) -> dict[str, Array]:
     """The conditioning of a stage of `size` pixels: `low_res`, the augmented picture at its size, and `level`."""
     level = jnp.broadcast_to(jnp.asarray(level, jnp.float32), keys.shape)
     return {"low_res": upsample(augment(jnp.clip(small, -1, 1), level, keys), size), "level": level}

@@ -11,21 +11,22 @@ from jaxtyping import Array, Float
 from diffjax.diffusion.process import Discrete, Process
 from diffjax.utils.errors import UserError
 
-Grid = Float[np.ndarray | Array, "steps 2"]
+HostGrid = Float[np.ndarray, "steps 2"]
+Grid = HostGrid | Float[Array, "steps 2"]
 
 
-def pairs(times: Float[np.ndarray, " steps+1"]) -> Grid:
+def pairs(times: Float[np.ndarray, " steps+1"]) -> HostGrid:
     """The steps between consecutive times."""
     times = np.asarray(times, np.float64)
     return np.stack([times[:-1], times[1:]], axis=1)
 
 
-def uniform(steps: int, start: float = 1.0, stop: float = 0.0) -> Grid:
+def uniform(steps: int, start: float = 1.0, stop: float = 0.0) -> HostGrid:
     """Equal steps of t."""
     return pairs(np.linspace(start, stop, steps + 1))
 
 
-def leading(steps: int, table: int = 1000, offset: int = 0) -> Grid:
+def leading(steps: int, table: int = 1000, offset: int = 0) -> HostGrid:
     """N steps k = 0, T // N, 2 (T // N), ... of a table, from the largest down, then t = 0 (Song et al. 2020; Lin et
     al. 2024, table 2).
 
@@ -49,17 +50,17 @@ def most_leading(steps: int, table: int, offset: int) -> int:
     return next(n for n in range(min(steps, table), 0, -1) if _largest(n, table, offset) < table)
 
 
-def linspace(steps: int, table: int = 1000) -> Grid:
+def linspace(steps: int, table: int = 1000) -> HostGrid:
     """N steps k from T - 1 to 0, evenly spaced and rounded, then t = 0 (Lin et al. 2024, table 2)."""
     return _integers(np.round(np.linspace(0, table - 1, steps))[::-1], table)
 
 
-def trailing(steps: int, table: int = 1000) -> Grid:
+def trailing(steps: int, table: int = 1000) -> HostGrid:
     """N steps k = T - 1, T - 1 - T / N, ..., rounded, then t = 0 (Lin et al. 2024, table 2)."""
     return _integers(np.round(np.arange(table, 0, -table / steps)[:steps]) - 1, table)
 
 
-def _integers(k: np.ndarray, table: int) -> Grid:
+def _integers(k: np.ndarray, table: int) -> HostGrid:
     if len(k) > table:
         raise UserError(f"{len(k)} steps exceed the model's table: take at most {table}, or the grid logsnr or karras")
     return pairs(np.append((k + 1) / table, 0.0))
@@ -87,7 +88,7 @@ def check(grid: Grid, process: Process) -> None:
         )
 
 
-def karras(process: Process, steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Grid:
+def karras(process: Process, steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> HostGrid:
     """sigma^(1/rho) evenly spaced from sigma_max to sigma_min, then 0 (Karras et al. 2022, eq. 5).
 
     sigma is the process's sigma / alpha. rho = 1 is even in sigma, a large rho even in its logarithm.
@@ -96,13 +97,13 @@ def karras(process: Process, steps: int, sigma_min: float, sigma_max: float, rho
     return _of_logsnr(process, -2 * np.log(ramp))
 
 
-def logsnr(process: Process, steps: int, start: float, stop: float) -> Grid:
+def logsnr(process: Process, steps: int, start: float, stop: float) -> HostGrid:
     """Log-SNR evenly spaced between the times `start` and `stop`, then t = 0 (Lu et al. 2022, section 3.4)."""
     ends = np.asarray(process.logsnr(jnp.asarray([start, stop])), np.float64)
     return _of_logsnr(process, np.linspace(ends[0], ends[1], steps))
 
 
-def _of_logsnr(process: Process, values: np.ndarray) -> Grid:
+def _of_logsnr(process: Process, values: np.ndarray) -> HostGrid:
     return pairs(np.append(np.asarray(process.inverse(jnp.asarray(values)), np.float64), 0.0))
 
 

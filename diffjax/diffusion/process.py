@@ -27,7 +27,7 @@ Keys = Key[Array, " b"]
 """One key per image, so that what is drawn for an image never depends on its neighbours."""
 
 
-def expand(v: Time, x: Images) -> Float[Array, "..."]:
+def expand(v: Time, x: Images | np.ndarray) -> Float[Array, "..."]:
     """Append axes to a value per image, (b,), so that it multiplies x of shape (b, ...); a scalar stays as it is."""
     v = jnp.asarray(v)
     return v.reshape(v.shape + (1,) * (x.ndim - v.ndim)) if v.ndim else v

@@ -12,7 +12,6 @@ from jaxtyping import Array, Float, Int, Key
 from diffjax import build
 from diffjax.diffusion import cascade, grid as grids, guide as guides, sample
 from diffjax.diffusion.denoise import Denoiser
-from diffjax.diffusion.predict import Estimate
 from diffjax.diffusion.process import Process, fold, image_keys, perturb
 from diffjax.diffusion.refine import Chain, Clip, Extrapolate, Refine, SolverClock, Threshold, inpainted
 from diffjax.models import fitted
@@ -65,7 +64,7 @@ class Recipe:
     branches of its guide, () without one.
     """
 
-    denoise: Callable[[Array, Array, Any], Estimate]
+    denoise: guides.Denoise
     process: Process
     sampler: sample.Sampler
     grid: Float[np.ndarray, "steps 2"]
@@ -99,8 +98,8 @@ class Recipe:
     def _run(self, inputs: "Inputs") -> sample.Run:
         """The run of these images; of a picture with a mask its sampler draws only what the mask covers."""
         sampler = self.sampler
-        if inputs.mask is not None:
-            sampler = sampler.replace(refine=inpainted(sampler.refine, inputs.image, inputs.mask))
+        if inputs.mask is not None and inputs.image is not None:
+            sampler = replace(sampler, refine=inpainted(sampler.refine, inputs.image, inputs.mask))
         return sample.Run(self.denoise, self.process, sampler, inputs.keys, inputs.cond)
 
 
@@ -184,16 +183,16 @@ class Model:
         """The sampler with the publisher's bound and solver clock, and in ancestral steps its variance."""
         chosen = build.sampler(how.sampler, how.eta)
         if chosen.deviation is sample.small and sample.is_ancestral(chosen):
-            chosen = chosen.replace(deviation=how.deviation)
+            chosen = replace(chosen, deviation=how.deviation)
         if how.solver_clock is not None and isinstance(how.sampler, str) and isinstance(chosen.refine, Extrapolate):
-            chosen = chosen.replace(refine=chosen.refine.replace(clock=how.solver_clock))
+            chosen = replace(chosen, refine=replace(chosen.refine, clock=how.solver_clock))
         if (bound := how.bound) is None:
             return chosen
         if isinstance(bound, (Clip, Threshold)) and chosen.law is sample.ddim_law:
-            bound = bound.replace(keep_eps=True)
-        return chosen.replace(refine=Chain((bound, chosen.refine)))
+            bound = replace(bound, keep_eps=True)
+        return replace(chosen, refine=Chain((bound, chosen.refine)))
 
-    def _guided(self, how: Defaults) -> Callable:
+    def _guided(self, how: Defaults) -> guides.Denoise:
         """The guide over the denoiser, or that alone without guidance."""
         if callable(how.guidance):
             if how.guide is not None:
@@ -232,10 +231,10 @@ class Model:
                 f"{self._called} has no earlier checkpoints: autoguidance is for runs that were trained here"
             )
         weak = self.earlier(chosen["step"])
-        weak = weak if weak.text is not None else weak.replace(text=self.text)
+        weak = weak if weak.text is not None else replace(weak, text=self.text)
         like = lambda leaf, own: leaf.astype(own.dtype)
         params = jax.tree.map(like, weak.denoiser.params, self.denoiser.params)
-        return self.replace(weak=weak.replace(denoiser=self.denoiser.replace(params=params)))
+        return replace(self, weak=replace(weak, denoiser=replace(self.denoiser, params=params)))
 
     def condition(
         self,
@@ -246,7 +245,7 @@ class Model:
         reads: tuple[str, ...] = (),
     ) -> dict[str, Any]:
         """The conditioning of each of `num` images; as the branches of a guide where it `reads` any."""
-        cond: dict[str, Array] = {}
+        cond: dict[str, Any] = {}
         if self.text is not None:
             if prompt is None and not self.has_null:
                 raise UserError(f"{self._called} was never trained without a text: give a prompt")
@@ -270,7 +269,7 @@ class Model:
                 )
             instead = self.defaults.null_prompt if negative_prompt is None else negative_prompt
             branches["null"] = guides.null(cond) | ({} if instead is None else self._encoded(_repeat(instead, num)))
-        if "weak" in reads:
+        if "weak" in reads and self.weak is not None:
             branches["weak"] = self.weak.condition(num, prompt, label=label)
         return branches if reads else cond
 
@@ -288,7 +287,7 @@ class Model:
             raise UserError(f"{self._called} reads what it reads: leave max_sequence_length out")
         if tokens < 1:
             raise UserError(f"max_sequence_length is {tokens}: it must be at least 1")
-        return self.replace(text=self.text.replace(tokens=tokens))
+        return replace(self, text=replace(self.text, tokens=tokens))
 
     def with_encoded(self, prompts: Iterable[str]) -> "Model":
         """The model with these prompts encoded in place of its text encoder, whose memory is then free."""
@@ -296,8 +295,8 @@ class Model:
             return self
         text, weak = remembered(self.text, ["", *prompts], self.defaults.batch), self.weak
         if weak is not None:
-            weak = weak.replace(text=text) if weak.text is self.text else weak.with_encoded(text.prompts)
-        return self.replace(text=text, weak=weak)
+            weak = replace(weak, text=text) if weak.text is self.text else weak.with_encoded(text.prompts)
+        return replace(self, text=text, weak=weak)
 
     def _class(self, label: int | str | None) -> int:
         """A class's place: of a name, spelled with spaces or underscores; of a number, itself; -1 of None or -1:
@@ -365,7 +364,7 @@ class Model:
             raise UserError(
                 f"the image has the shape {np.shape(image)}: give (1, height, width, {many}), or one for each"
             )
-        return image if self._is_state(image) else self.encode(image)
+        return image if self.encode is None or self._is_state(image) else self.encode(image)
 
     def _is_state(self, image: Float[Array, "b h w c"]) -> bool:
         return self.encode is None or image.shape[-1] == self.shape[-1]
@@ -519,13 +518,13 @@ def checked_mask(mask: Float[Array, "b h w 1"]) -> Float[Array, "b h w 1"]:
     """The mask in float32. Raises `UserError` for another shape, and for values outside [0, 1]."""
     if np.ndim(mask) != 4 or np.shape(mask)[-1] != 1:
         raise UserError(f"the mask has the shape {np.shape(mask)}: give (1, height, width, 1), or one for each image")
-    mask = np.asarray(mask, np.float32)
-    if not (mask.min() >= 0 and mask.max() <= 1):
+    values = np.asarray(mask, np.float32)
+    if not (values.min() >= 0 and values.max() <= 1):
         raise UserError(
-            f"the mask holds values from {mask.min():g} to {mask.max():g}: give 1 where it is drawn anew, "
+            f"the mask holds values from {values.min():g} to {values.max():g}: give 1 where it is drawn anew, "
             "0 where it stays"
         )
-    return jnp.asarray(mask)
+    return jnp.asarray(values)
 
 
 def feathered(mask: Float[Array, "b h w 1"], width: int) -> Float[Array, "b h w 1"]:

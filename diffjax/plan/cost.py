@@ -86,5 +86,5 @@ def live_bytes(program: Any) -> int:
 def compiled_bytes(part: Part) -> int:
     """The bytes that the compiler allocates for a call beside its arguments: exact, at the price of compiling."""
     program = jax.jit(part.call, donate_argnums=0 if part.replaces else ())
-    memory = program.lower(part.held, *part.given).compile().memory_analysis()
+    memory: Any = program.lower(part.held, *part.given).compile().memory_analysis()
     return memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes

@@ -42,7 +42,7 @@ def drawing(folder: Path, asked: Asked, name: str) -> Job:
     return Job(title, tuple(parts.values()), "transformer", how.steps, asked.num, ways=ways(parts))
 
 
-def described(folder: Path, dtype: str) -> dict[str, nn.Module]:
+def described(folder: Path, dtype: str) -> dict[str, Any]:
     """The networks of a folder's configurations, in the order in which they run; T5 may be missing."""
     names = [name for name in (*TEXTS, "transformer", "vae") if name != sd3.T5 or (folder / name).is_dir()]
     chosen = build.named("dtype", build.DTYPES, dtype)

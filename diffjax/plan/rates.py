@@ -123,10 +123,10 @@ def calibrate() -> Rates:
     }
     for side, c in CONVOLUTIONS:
         x, w = random(1, side, side, c), random(3, 3, c, c)
-        programs[side] = functools.partial(convolve, x, w), 2 * 9 * (side * c) ** 2
+        programs[f"convolution {side}"] = functools.partial(convolve, x, w), 2 * 9 * (side * c) ** 2
     best = _best({name: program for name, (program, _) in programs.items()})
     speed = {name: work / best[name] for name, (_, work) in programs.items()}
-    sides = [side for side, _ in CONVOLUTIONS]
+    sides = [f"convolution {side}" for side, _ in CONVOLUTIONS]
     convolutions = sum(programs[side][1] for side in sides) / sum(best[side] for side in sides)
     return Rates(speed["products16"], speed["products32"], convolutions, speed["bandwidth"], 1 / speed["launch"])
 

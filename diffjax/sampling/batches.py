@@ -9,7 +9,7 @@ import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -128,7 +128,7 @@ class Drawing:
         """What the groups pass, one after the other; with `every`, a stage after each so many steps is among it."""
         mesh = None if _is_spread(self.recipe) else devices.data_mesh(jax.local_devices()[: max(map(len, groups))])
         recipe = devices.replicate(self.recipe, mesh) if mesh else self.recipe
-        pace, chunk = Pace(), lambda done, rows: recipe.replace(grid=_filled(self.recipe.grid[done : done + rows]))
+        pace, chunk = Pace(), lambda done, rows: replace(recipe, grid=_filled(self.recipe.grid[done : done + rows]))
         for group in groups:
             inputs = _placed([_plain(self.inputs(part)) for part in group], mesh)
             state = _placed([part.state for part in group], mesh) if group[0].state else None
@@ -254,11 +254,11 @@ def _finite(state: sample.State) -> Bool[np.ndarray, "devices b"]:
 
 def _plain(inputs: Inputs) -> Inputs:
     """In numpy arrays, keys as their bits."""
-    return jax.tree.map(np.asarray, inputs.replace(keys=jax.random.key_data(inputs.keys)))
+    return jax.tree.map(np.asarray, replace(inputs, keys=jax.random.key_data(inputs.keys)))
 
 
 def _typed(inputs: Inputs) -> Inputs:
-    return inputs.replace(keys=jax.random.wrap_key_data(inputs.keys))
+    return replace(inputs, keys=jax.random.wrap_key_data(inputs.keys))
 
 
 def _placed(lanes: list[PyTree], mesh: Mesh | None) -> PyTree:
