@@ -116,7 +116,7 @@ class Dataset:
         """Every record's captions, the main one first; none for a record that cannot be read."""
         return [self.pictures.captions(index) for index in track(range(len(self)), "reading the captions", len(self))]
 
-    def examples(self, indices: Sequence[int]) -> dict[str, Any]:
+    def examples(self, indices: Sequence[int] | np.ndarray) -> dict[str, Any]:
         """`image` uint8 (n, size, size, channels), `captions` n tuples, `label` int32 (n,), -1 where there is none."""
         found = [self.pictures.example(int(index)) for index in indices]
         return {

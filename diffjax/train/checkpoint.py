@@ -14,11 +14,12 @@ import shutil
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
@@ -126,8 +127,8 @@ class Checkpoints:
     def _read(self, step: int, state: State) -> tuple[State, Any]:
         items = {name: _as_numpy(getattr(state, name)) for name in ARRAYS}
         items, progress = _restore(self.manager, step, items)
-        key = jax.random.wrap_key_data(np.asarray(progress["key"], np.uint32))
-        return state.replace(step=np.int32(step), key=key, **items), progress["data"]
+        key = jax.random.wrap_key_data(jnp.asarray(progress["key"], jnp.uint32))
+        return replace(state, step=np.int32(step), key=key, **items), progress["data"]
 
     def _refuse_another(self, step: int, state: State) -> None:
         """Raises `UserError` where a checkpoint's arrays are others than the state's; one that cannot be
@@ -186,7 +187,7 @@ def check_place(workdir: str | Path) -> None:
     try:
         with contextlib.closing(Checkpoints(place)) as checkpoints:
             array = np.arange(3, dtype=np.float32)
-            checkpoints.save(State(np.int32(0), {"x": array}, {"x": array}, {"x": array}, jax.random.key(0)), "", 0.0)
+            checkpoints.save(State(jnp.int32(0), {"x": array}, {"x": array}, {"x": array}, jax.random.key(0)), "", 0.0)
     finally:
         shutil.rmtree(place, ignore_errors=True)
 
@@ -200,7 +201,7 @@ def load_run(workdir: str | Path, step: int | None = None, ema: bool = True) -> 
     config = configs.read(workdir)
     folder = workdir.absolute() / "checkpoints"
     manager = _manager(folder, clean=False)
-    steps = sorted(manager.all_steps())
+    steps: list[int] = sorted(manager.all_steps())
     if not steps:
         raise UserError(f"{workdir} holds no checkpoint yet; let the training reach its first one")
     if step is not None and step not in steps:

@@ -162,7 +162,7 @@ class Wandb:
     """A run of Weights & Biases in the project `log.wandb`; the same run again when training is resumed."""
 
     def __init__(self, workdir: Path, config: ConfigDict):
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]  no extra installs it
 
         path = workdir / "wandb.json"
         name = files.read_json(path) if path.exists() else None
@@ -179,7 +179,7 @@ class Wandb:
         self.run.log(flat(row), step=row["step"])
 
     def picture(self, step: int, path: Path) -> None:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
 
         self.run.log({path.parent.name: wandb.Image(str(path))}, step=step)
 
@@ -299,7 +299,9 @@ def summary(rows: Sequence[Row]) -> Row:
     examples.
     """
     mean = lambda name: float(np.mean([row[name] for row in rows], dtype=np.float64))
-    total, count = (np.sum([row[name] for row in rows], axis=0, dtype=np.float64) for name in ("bin_sum", "bin_count"))
+    total, count = (
+        np.asarray([row[name] for row in rows], np.float64).sum(axis=0) for name in ("bin_sum", "bin_count")
+    )
     middles = (BIN_EDGES[1:] + BIN_EDGES[:-1]) / 2
     by_logsnr = {f"{at:g}": float(s / n) for at, s, n in zip(middles, total, count) if n}
     return {"loss": mean("loss"), "grad_norm": mean("grad_norm"), "loss_by_logsnr": by_logsnr}

@@ -39,13 +39,14 @@ def by_jit(step: Step, mesh: Mesh) -> Parallel:
 def by_pmap(step: Step, mesh: Mesh) -> Parallel:
     """The step mapped over a leading axis of this host's devices: every leaf of the state is there once for each."""
     local = mesh.local_devices
-    split = NamedSharding(Mesh(np.asarray(local), ("data",)), PartitionSpec("data"))
+    own = Mesh(np.asarray(local), ("data",))
+    split = NamedSharding(own, PartitionSpec("data"))
 
     def replicate(leaf: np.ndarray) -> jax.Array:
         return jax.device_put(np.broadcast_to(leaf, (len(local), *leaf.shape)), split)
 
     def feed(batch: dict[str, np.ndarray]) -> Batch:
-        return jax.tree.map(lambda x: x.reshape(len(local), -1, *x.shape[1:]), devices.shard_batch(batch, split.mesh))
+        return jax.tree.map(lambda x: x.reshape(len(local), -1, *x.shape[1:]), devices.shard_batch(batch, own))
 
     mapped = jax.pmap(
         lambda state, batch: step(state, batch, axis_name="data"),

@@ -1,5 +1,7 @@
 """All that training changes from one step to the next, as one pytree."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -36,9 +38,9 @@ def average(ema: PyTree, params: PyTree, step: Int[Array, ""], decay: float) -> 
 
 def flat(state: State) -> State:
     """The state with its key as plain numbers, as files hold it."""
-    return state.replace(key=jax.random.key_data(state.key))
+    return replace(state, key=jax.random.key_data(state.key))
 
 
 def typed(state: State) -> State:
     """The inverse of `flat`."""
-    return state.replace(key=jax.random.wrap_key_data(state.key))
+    return replace(state, key=jax.random.wrap_key_data(state.key))

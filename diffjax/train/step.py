@@ -6,6 +6,7 @@ or `pmap` does the sharing.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -107,7 +108,7 @@ def make_step(
         t, keys = draw(objective, jax.random.fold_in(state.key, state.step), len(batch["image"]), axis_name)
         of_whole = lambda params, *part: objective.losses(objective.whole(params, state.frozen), *part)
         losses, gradients = gradient(of_whole, state.params, (batch, t, keys), accumulate)
-        metrics = {"loss": losses.mean()} | binned(losses, objective.process.logsnr(t))
+        metrics = {"loss": losses.mean()} | binned(losses, jnp.asarray(objective.process.logsnr(t)))
         if axis_name is not None:
             gradients, metrics["loss"] = jax.lax.pmean((gradients, metrics["loss"]), axis_name)
             metrics |= jax.lax.psum({name: metrics[name] for name in ("bin_sum", "bin_count")}, axis_name)
@@ -116,7 +117,7 @@ def make_step(
         updates, moments = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = average(state.ema, params, state.step, ema_decay)
-        return state.replace(step=state.step + 1, params=params, ema=ema, optimizer=moments), metrics
+        return replace(state, step=state.step + 1, params=params, ema=ema, optimizer=moments), metrics
 
     return step
 

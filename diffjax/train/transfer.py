@@ -35,7 +35,8 @@ def start(params: PyTree, experiment: Experiment, choice: Mapping[str, Any], wor
     """
     averaged = build.named("init_from.weights", {"ema": True, "raw": False}, choice.get("weights", "ema"))
     run = load_run(choice["run"], choice.get("step") or None, averaged)
-    new, old = (traverse_util.flatten_dict(tree, sep="/") for tree in (params, run.params))
+    new: dict[str, Any] = traverse_util.flatten_dict(params, sep="/")
+    old: dict[str, Any] = traverse_util.flatten_dict(run.params, sep="/")
     tables = _tables(experiment, run)
     merged, taken, left = {}, [], dict.fromkeys(old.keys() - new.keys(), "this run has none")
     for name, leaf in new.items():
