@@ -85,7 +85,7 @@ class Axis:
         low, high = min(low, ticks[0]), max(high, ticks[-1])
         return cls(low, high, start, stop, log, tuple(float(tick) for tick in ticks))
 
-    def place(self, value: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+    def place(self, value: Float[np.ndarray, "..."] | float) -> Float[np.ndarray, "..."]:
         """Where values stand."""
         scale = np.log if self.log else np.asarray
         share = (scale(value) - scale(self.low)) / ((scale(self.high) - scale(self.low)) or 1.0)

@@ -51,7 +51,7 @@ def measure(subject: Subject, recipe: Recipe, inputs: Inputs) -> Measured:
 
 
 def _evaluations(subject: Subject) -> int:
-    return evaluations(plan.Asked(sampler=subject.request.sampler))
+    return evaluations(subject.model.defaults.but(plan.Asked(sampler=subject.request.sampler)))
 
 
 def section(subject: Subject, recipe: Recipe, inputs: Inputs) -> Section:
@@ -123,7 +123,7 @@ def _errors(subject: Subject, numbers: dict) -> Figure:
     fine = _drawn(subject, FINE, how)
     found = {steps: x for steps in COUNTS if (x := _drawn(subject, steps, how)) is not None} if fine is not None else {}
     error = np.array([np.sqrt(np.mean((x - fine) ** 2)) for x in found.values()])
-    each = evaluations(plan.Asked(sampler=how["sampler"]))
+    each = evaluations(subject.model.defaults.but(plan.Asked(sampler=how["sampler"])))
     numbers["error"] = {"sampler": how["sampler"], "fine": FINE, "steps": list(found), "rms": error.tolist()}
     calls = each * np.array(list(found), float)
     line = Line(f"{how['sampler']}, against {FINE} steps of it", calls, error, 0)

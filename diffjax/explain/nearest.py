@@ -48,7 +48,7 @@ class Nearest:
 
 def target(subject: Subject) -> UInt8[np.ndarray, "h w c"] | None:
     """The training picture whose caption is the prompt, where exactly one has it and it has the picture's size."""
-    if not subject.prompt or not subject.captions:
+    if not subject.prompt or not subject.captions or subject.data is None:
         return None
     template = subject.data.config.templates[0]
     found = [
@@ -78,7 +78,7 @@ def _rows(pixels: UInt8[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n d"]:
 
 
 def nearest(
-    pixels: UInt8[np.ndarray, "n h w c"], data: Dataset, records: np.ndarray, but: Sequence[int] | None = None
+    pixels: UInt8[np.ndarray, "n h w c"], data: Dataset, records: np.ndarray, but: np.ndarray | None = None
 ) -> list[Nearest]:
     """The nearest of these records to each picture, record `but[i]` left out for picture i."""
     rows, found = _rows(pixels), []
@@ -86,7 +86,7 @@ def nearest(
         square = (rows**2).sum(1)[:, None] + (others**2).sum(1) - 2 * rows @ others.T
         distance = np.sqrt(np.maximum(square, 0) / rows.shape[1])
         if but is not None:
-            distance = np.where(np.asarray(but)[:, None] == part, np.inf, distance)
+            distance = np.where(but[:, None] == part, np.inf, distance)
         found.append(distance)
     return [_nearest(row, records) for row in np.concatenate(found, axis=1)]
 
@@ -99,9 +99,8 @@ def _nearest(distances: Float[np.ndarray, " n"], records: np.ndarray) -> Nearest
     return Nearest(records[order], distances[order], ratio)
 
 
-def usual(subject: Subject, records: np.ndarray) -> tuple[list[float], bool]:
+def usual(data: Dataset, held_out: str, records: np.ndarray) -> tuple[list[float], bool]:
     """Copy ratios of pictures that are no copies, and whether they were held out of the training."""
-    data, held_out = subject.data, subject.config.data.get("held_out", "")
     others = diffjax.data.load(ConfigDict(data.config.to_dict() | {"split": held_out})) if held_out else data
     some = np.unique(np.linspace(0, len(others) - 1, min(USUAL, len(others))).astype(int))
     found = nearest(others.examples(some)["image"], data, records, None if held_out else some)
@@ -111,7 +110,7 @@ def usual(subject: Subject, records: np.ndarray) -> tuple[list[float], bool]:
 def section(subject: Subject, picture: UInt8[np.ndarray, "h w c"]) -> Section:
     """The nearest training pictures, and the verdict."""
     name, title, data = "nearest", "Where it comes from", subject.data
-    if data is None:
+    if data is None or subject.config is None:
         return Section(
             name,
             title,
@@ -121,7 +120,7 @@ def section(subject: Subject, picture: UInt8[np.ndarray, "h w c"]) -> Section:
         return Section(name, title, left_out="This picture has another size than the training pictures.")
     records = chosen(data)
     found = nearest(picture[None], data, records)[0]
-    ratios, held_out = usual(subject, records)
+    ratios, held_out = usual(data, subject.config.data.get("held_out", ""), records)
     verdict, said = judged(found.ratio, ratios)
     numbers: dict[str, Any] = {
         "pictures": len(records),
@@ -131,7 +130,7 @@ def section(subject: Subject, picture: UInt8[np.ndarray, "h w c"]) -> Section:
         "held_out": held_out,
         "verdict": verdict,
     }
-    return Section(name, title, (_figure(subject, picture, found, ratios, held_out, said),), numbers)
+    return Section(name, title, (_figure(data, picture, found, ratios, held_out, said),), numbers)
 
 
 def judged(ratio: float, usual: Sequence[float]) -> tuple[str, str]:
@@ -144,9 +143,9 @@ def judged(ratio: float, usual: Sequence[float]) -> tuple[str, str]:
 
 
 def _figure(
-    subject: Subject, picture: np.ndarray, found: Nearest, ratios: Sequence[float], held_out: bool, said: str
+    data: Dataset, picture: np.ndarray, found: Nearest, ratios: Sequence[float], held_out: bool, said: str
 ) -> Figure:
-    examples = subject.data.examples(found.records[:SHOWN])
+    examples = data.examples(found.records[:SHOWN])
     names = [group[0] if group else f"record {i}" for group, i in zip(examples["captions"], found.records)]
     shown = [Shown("nearest-0", picture, "this picture", "the picture that was drawn")]
     shown += [
@@ -161,7 +160,7 @@ def _figure(
         (f"{who}, the middle", f"{middle:.3f}"),
         (f"{who}, the highest {CLOSE:.0%}", f"{high:.3f}"),
     )
-    looked = counted(len(chosen(subject.data)), "training picture")
+    looked = counted(len(chosen(data)), "training picture")
     plain = (
         f"These are the pictures that look most like this one, pixel by pixel, of {looked}. "
         "If one of them is far nearer than all the others, the network has drawn it from memory."

@@ -27,12 +27,12 @@ def uri(pixels: UInt8[np.ndarray, "h w c"], longest: int) -> str:
     return f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"
 
 
-def state(x: Float[Array, "h w c"], alpha: float, sigma: float) -> UInt8[np.ndarray, "h w c"]:
+def state(x: Float[Array | np.ndarray, "h w c"], alpha: float, sigma: float) -> UInt8[np.ndarray, "h w c"]:
     """A noised picture: divided by alpha + sigma, so that it is neither pale nor burnt at any time."""
     return image.to_uint8(np.asarray(x, np.float32) / np.float32(alpha + sigma))
 
 
-def noise(eps: Float[Array, "h w c"]) -> UInt8[np.ndarray, "h w c"]:
+def noise(eps: Float[Array | np.ndarray, "h w c"]) -> UInt8[np.ndarray, "h w c"]:
     """Noise of unit variance: grey is 0, black and white are two standard deviations."""
     return image.to_uint8(np.asarray(eps, np.float32) / 2)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
@@ -82,9 +83,9 @@ class Subject:
             given["negative_prompt"] = self.request.negative_prompt
         return self.model.inputs(seeds.key(self.request.seed), np.arange(1), reads=recipe.reads, **given)
 
-    def images(self, x: Float[Array, "b ..."]) -> Float[np.ndarray, "b h w c"]:
+    def images(self, x: Float[Array | np.ndarray, "b ..."]) -> Float[np.ndarray, "b h w c"]:
         """Pictures of states, in [-1, 1]."""
-        return np.clip(np.asarray(self.model.images(x)), -1, 1)
+        return np.clip(np.asarray(self.model.images(jnp.asarray(x))), -1, 1)
 
     @cached_property
     def data(self) -> diffjax.data.Dataset | None:
@@ -108,7 +109,7 @@ def advance(recipe: Recipe, inputs: Inputs, state: sample.State, rows: Float[np.
     for first in range(0, len(rows), ROWS):
         part = np.asarray(rows[first : first + ROWS], np.float32)
         filled = np.concatenate([part, np.zeros((ROWS - len(part), 2), np.float32)])
-        state = recipe.replace(grid=filled).advance_part(inputs, state)
+        state = replace(recipe, grid=filled).advance_part(inputs, state)
     return jax.block_until_ready(state)
 
 

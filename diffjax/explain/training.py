@@ -35,23 +35,24 @@ def section(subject: Subject) -> Section:
     if subject.folder is None:
         return Section(name, title, left_out="This model was published; its training left no record here.")
     numbers: dict[str, Any] = {}
-    panel, experiment = _panel(subject)
-    figures = [_losses(subject.folder, experiment, panel, numbers)] if panel else []
-    figures += [_sanity(panel, numbers)] if panel else []
-    figures += [_data(subject, numbers)] if subject.data is not None else []
+    seen, figures = _panel(subject, subject.folder), []
+    if seen is not None:
+        figures = [_losses(subject.folder, *seen, numbers), _sanity(seen[1], numbers)]
+    if subject.data is not None:
+        figures.append(_data(subject.data, subject.captions, numbers))
     left_out = "" if figures else "Neither this run's data nor what it has seen of them are here."
     return Section(name, title, tuple(filter(None, figures)), numbers, left_out)
 
 
-def _panel(subject: Subject) -> tuple[Panel | None, Experiment | None]:
-    """What the run makes of pictures that it has seen; nothing where these are not kept."""
-    if finetune.is_one(subject.folder):
-        return None, None
-    experiment = Experiment.recall(subject.folder)
-    if experiment.seen is None or (subject.config.text and experiment.text is None):
-        return None, experiment
-    params = load_run(subject.folder, int(subject.model.revision), True).params
-    return sanity.look(experiment, params), experiment
+def _panel(subject: Subject, folder: Path) -> tuple[Experiment, Panel] | None:
+    """The run's experiment, and what it makes of pictures that it has seen; None where these are not kept."""
+    if finetune.is_one(folder):
+        return None
+    experiment = Experiment.recall(folder)
+    if experiment.seen is None or (experiment.config.text and experiment.text is None):
+        return None
+    params = load_run(folder, int(subject.model.revision), True).params
+    return experiment, sanity.look(experiment, params)
 
 
 def _losses(folder: Path, experiment: Experiment, panel: Panel, numbers: dict[str, Any]) -> Figure | None:
@@ -70,7 +71,8 @@ def _losses(folder: Path, experiment: Experiment, panel: Panel, numbers: dict[st
             for row in rows
             if f"{at:g}" in row["loss_by_logsnr"]
         ]
-        lines.append(Line(f"log-SNR {at:g}", *map(np.array, zip(*points)), place % COLOURS))
+        x, y = map(np.array, zip(*points))
+        lines.append(Line(f"log-SNR {at:g}", x, y, place % COLOURS))
     numbers["loss"] = {line.label: {"step": line.x.tolist(), "share": line.y.tolist()} for line in lines}
     ends = np.array([min(line.x[0] for line in lines), max(line.x[-1] for line in lines)], float)
     lines.append(Line("the mean picture", ends, np.ones(2), COLOURS - 1, dashed=True))
@@ -129,9 +131,8 @@ def _sanity(panel: Panel, numbers: dict[str, Any]) -> Figure:
     return Figure("Does it see, does it listen", plain, exact, "diffjax/train/sanity.py", (chart, *said))
 
 
-def _data(subject: Subject, numbers: dict[str, Any]) -> Figure:
-    """Some of the pictures with their captions, the captions' lengths, and twins."""
-    data = subject.data
+def _data(data: Dataset, every: Sequence[tuple[str, ...]], numbers: dict[str, Any]) -> Figure:
+    """Some of the pictures with their captions, the lengths of `every` caption, and twins."""
     some = np.unique(np.linspace(0, len(data) - 1, min(SHEET, len(data))).astype(int))
     examples = data.examples(some)
     names = [_named(data, group, label) for group, label in zip(examples["captions"], examples["label"])]
@@ -141,7 +142,7 @@ def _data(subject: Subject, numbers: dict[str, Any]) -> Figure:
     )
     blocks: list[Block] = [Strip(shown, 8, 4)]
     said = [counted(len(data), "picture")]
-    captions = [group[0] for group in subject.captions if group]
+    captions = [group[0] for group in every if group]
     if captions:
         words, same = Counter(len(caption.split()) for caption in captions), len(captions) - len(set(captions))
         x = np.arange(min(words), max(words) + 1)

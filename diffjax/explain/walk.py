@@ -4,7 +4,8 @@ A step is `x_s = alpha_s x0 + sigma_s (r^eta eps + sqrt(1 - r^(2 eta)) z)` (`dif
 shown for one pixel, the middle one's first channel.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -67,10 +68,10 @@ def witnessed(recipe: Recipe, inputs: Inputs) -> Recipe:
     """The recipe with a witness."""
     state = jax.eval_shape(recipe.begin, inputs)
     told = inputs.cond | ({"past": state.past} if jax.tree.leaves(state.past) else {})
-    est = jax.eval_shape(called, recipe.denoise, state.x, jax.ShapeDtypeStruct((), jnp.float32), told)
-    seen = Seen(state.x, jax.ShapeDtypeStruct((), jnp.float32), est, est.x0, est.eps)
-    blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), seen)
-    return recipe.replace(sampler=recipe.sampler.replace(refine=Witness(recipe.sampler.refine, blank)))
+    t = jnp.zeros((), jnp.float32)
+    est = jax.eval_shape(called, recipe.denoise, state.x, t, told)
+    blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), Seen(state.x, t, est, est.x0, est.eps))
+    return replace(recipe, sampler=replace(recipe.sampler, refine=Witness(recipe.sampler.refine, blank)))
 
 
 @dataclass(frozen=True)
@@ -132,10 +133,10 @@ def move(recipe: Recipe, inputs: Inputs, step: Step) -> Move:
     middle = lambda x: float(jnp.broadcast_to(x, step.after.shape)[0, rows // 2, columns // 2, 0])
     of_t, of_s = (process.alpha(t), process.sigma(t), process.logsnr(t)), (process.alpha(s), process.sigma(s))
     values = step.seen.x, step.seen.x0, step.seen.eps, z, step.after
-    return Move(*map(float, (*of_t, *of_s, r, kept)), middle(deviation), *map(middle, values))
+    return Move._make([*map(float, (*of_t, *of_s, r, kept)), middle(deviation), *map(middle, values)])
 
 
-def section(subject: Subject, recipe: Recipe, inputs: Inputs, steps: list[Step]) -> Section:
+def section(subject: Subject, recipe: Recipe, inputs: Inputs, steps: Sequence[Step]) -> Section:
     """The picture, the walk as a slider, and how signal and noise change over it."""
     moves = [move(recipe, inputs, step) for step in steps]
     named = [{"step": step.index + 1, "t": step.t, "s": step.s, **of._asdict()} for step, of in zip(steps, moves)]
@@ -145,7 +146,7 @@ def section(subject: Subject, recipe: Recipe, inputs: Inputs, steps: list[Step])
     return Section("walk", "From noise to the picture", (slider, _levels(recipe, steps)), numbers)
 
 
-def _slider(subject: Subject, total: int, steps: list[Step], moves: list[Move], eta: Scale) -> Figure:
+def _slider(subject: Subject, total: int, steps: Sequence[Step], moves: list[Move], eta: Scale) -> Figure:
     frames = tuple(_frame(subject, step, of, total, eta) for step, of in zip(steps, moves))
     plain = (
         "The computer begins with pure noise; at each step a network looks at what there is, guesses the clean picture "
@@ -184,26 +185,26 @@ def formulas(step: Step, of: Move, eta: float) -> tuple[str, ...]:
     )
 
 
-def look(subject: Subject, x0: Float[Array, "b ..."]) -> np.ndarray:
+def look(subject: Subject, x0: Float[Array | np.ndarray, "b ..."]) -> np.ndarray:
     """Pixels of a clean state, which a latent model decodes."""
     return image.to_uint8(subject.images(x0))[0]
 
 
-def look_noisy(subject: Subject, x: Float[Array, "b ..."], alpha: float, sigma: float) -> np.ndarray:
+def look_noisy(subject: Subject, x: Float[Array | np.ndarray, "b ..."], alpha: float, sigma: float) -> np.ndarray:
     """Pixels of a noised state."""
     if subject.model.decode is not None:
         return look(subject, x)
     return pictures.state(x[0], alpha, sigma)
 
 
-def look_noise(subject: Subject, eps: Float[Array, "b ..."]) -> np.ndarray:
+def look_noise(subject: Subject, eps: Float[Array | np.ndarray, "b ..."]) -> np.ndarray:
     """Pixels of noise; of a latent model, its latents' first channel."""
     if subject.model.decode is not None:
         return pictures.noise(eps[0, ..., :1])
     return pictures.noise(eps[0])
 
 
-def _levels(recipe: Recipe, steps: list[Step]) -> Figure:
+def _levels(recipe: Recipe, steps: Sequence[Step]) -> Figure:
     process, fine = recipe.process, np.linspace(float(recipe.grid[-1, 1]), float(recipe.grid[0, 0]), 60)
     at = np.array([step.t for step in steps])
     curves = [("signal, alpha(t)", process.alpha), ("noise, sigma(t)", process.sigma)]
