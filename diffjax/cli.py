@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import errno
 import inspect
+import io
 import os
 import re
 import sys
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     warnings.formatwarning = _one_line
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal of another encoding
     try:
         with interrupt.command():

@@ -1,6 +1,7 @@
 """`diffjax.load`: whatever holds a model, as a `Model`."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,9 @@ def load(
                 f"{folder} is a run, which has no variant {variant}: leave it out, or give a step as revision"
             )
         step = None if revision is None else int(revision)
-        model = finetune.load(folder, step, prompts) if finetune.is_one(folder) else experiment.load(folder, step)
-        return _cast(model, dtype).replace(name=str(folder.resolve()))
+        texts = None if prompts is None else list(prompts)
+        model = finetune.load(folder, step, texts) if finetune.is_one(folder) else experiment.load(folder, step)
+        return replace(_cast(model, dtype), name=str(folder.resolve()))
     loras = lora_file.sources(lora)
     folder, commit = hub.fetch(name, revision, variant=variant)
     called = str(name) if commit else str(folder.resolve())
@@ -74,7 +76,7 @@ def load(
         model = ddpm.ddpm(folder, dtype, variant)
     else:
         raise UserError(f"{folder} {foreign.no_model(path.name for path in folder.iterdir())}")
-    return model.replace(name=called, revision=commit or "")
+    return replace(model, name=called, revision=commit or "")
 
 
 def requested(request: Request, texts: Iterable[str]) -> Model:
@@ -113,4 +115,4 @@ def _cast(model: Model, dtype: Any) -> Model:
     denoiser, dtype = model.denoiser, jnp.dtype(dtype)
     apply = Apply(denoiser.apply.module.clone(dtype=dtype, param_dtype=dtype))
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), denoiser.params)
-    return model.replace(denoiser=denoiser.replace(apply=apply, params=params))
+    return replace(model, denoiser=replace(denoiser, apply=apply, params=params))

@@ -284,7 +284,7 @@ def earlier(request: Request, model: Model, pictures: Sequence[Picture]) -> Floa
 
     Raises `UserError` when it is not there.
     """
-    folder = Path(request.low_res)
+    folder = Path(request.low_res or "")
     if folder.is_file():
         size = model.low_res, model.low_res
         return image.from_uint8(images.read(folder, size, model.shape[-1]))[None]
@@ -300,7 +300,8 @@ def recipe_of(request: Request, model: Model) -> dict[str, Any]:
 
     A model of the hub is known by its commit.
     """
-    named = {name: sha256(Path(path)) for name in ("image", "mask") if (path := getattr(request, name))}
+    pictures = {name: path for name in ("image", "mask") if (path := getattr(request, name))}
+    named: dict[str, Any] = {name: sha256(Path(path)) for name, path in pictures.items()}
     if request.lora:
         named["lora"] = [(source.digest, source.strength) for source in lora_file.sources(request.lora)]
     if request.low_res:
@@ -308,7 +309,7 @@ def recipe_of(request: Request, model: Model) -> dict[str, Any]:
     recipe = dataclasses.asdict(request) | {"checksum": None, "files": named}
     if request.closed_form or Path(model.name).exists():
         without_text = isinstance(model.text, Encoded | closed_form.Captions)
-        recipe["checksum"] = int(checksum(model.replace(text=None) if without_text else model))
+        recipe["checksum"] = int(checksum(dataclasses.replace(model, text=None) if without_text else model))
     return json.loads(json.dumps(recipe | read(request, model)))
 
 
