@@ -2,12 +2,13 @@
 # Set up, then run the tests:  bash scripts/test.sh [--reference] [pytest's own arguments]
 # --reference also installs torch, diffusers and transformers and compares with them live; torch comes as its CPU build
 # wherever the indexes or folders that pip is set to look in (PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS) offer one.
+# --notebooks also installs a kernel and runs the notebooks.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 extras="emoji test docs"
 for argument in "$@"; do
-    [ "$argument" = --reference ] && extras="$extras reference"
+    case $argument in --reference | --notebooks) extras="$extras ${argument#--}" ;; esac
 done
 bash scripts/setup.sh $extras
 export PYTHONUTF8=1 # names of files are UTF-8, whatever the locale says

@@ -29,6 +29,7 @@ MANY_MAPS = 20_000  # of the 65,530 that Linux allows
 OPTIONS = {
     "reference": "also run the comparisons with torch, diffusers and transformers",
     "slow": "also run the tests that take longer than a minute",
+    "notebooks": "also run the notebooks",
 }
 
 
