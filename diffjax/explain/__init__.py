@@ -100,19 +100,22 @@ def sections(about: Subject, recipe: Recipe, inputs: Inputs, steps: Sequence[Ste
     return [make() for make in track(makers, "explaining", len(makers))]
 
 
+def name(about: Subject) -> str:
+    """The model's name: a folder's, without where it lies, or a hub id."""
+    path = Path(about.model.name)
+    return path.name if path.exists() else about.model.name
+
+
 def title(about: Subject) -> str:
     """What was drawn, and by what."""
-    path = Path(about.model.name)
-    name = path.name if path.exists() else about.model.name
     called = f"class {about.called}" if (about.called or "").isdecimal() else about.called
-    return f"How {name} drew " + (
-        f"\N{LEFT DOUBLE QUOTATION MARK}{called}\N{RIGHT DOUBLE QUOTATION MARK}" if called else "a picture"
-    )
+    quoted = f"\N{LEFT DOUBLE QUOTATION MARK}{called}\N{RIGHT DOUBLE QUOTATION MARK}"
+    return f"How {name(about)} drew {quoted if called else 'a picture'}"
 
 
 def footer(about: Subject) -> str:
-    """How to draw the same picture."""
+    """How the picture was drawn."""
     request = about.request
     how = f"{request.sampler}, {request.steps} steps, guidance {request.guidance or 1:g}, seed {request.seed}"
     checkpoint = f", checkpoint {about.model.revision}" if about.model.revision else ""
-    return f"Written by diffjax explain: {about.model.name}{checkpoint}; {how}."
+    return f"Written by diffjax explain: {name(about)}{checkpoint}; {how}."

@@ -130,7 +130,7 @@ def _figure(
     says = "How much of each octave of the last picture is there at each time: coarse ones come before fine ones."
     plain = (
         "A picture is a sum of waves, slow ones for large shapes and quick ones for edges and specks. Each line shows "
-        "when the network had made up its mind about waves of one size: large shapes first, details last."
+        "when the network had made up its mind about waves of one size: mostly large shapes first, details last."
     )
     exact = (
         "1 - |B_b(x0_k) - B_b(x0_K)|^2 / |B_b(x0_K)|^2; dashed, for Gaussian data: alpha^2 L / (alpha^2 L + sigma^2)"
@@ -139,6 +139,7 @@ def _figure(
     order = tuple((name, f"{times[k]:.2f}", str(k + 1)) for name, k in zip(named, first))
     blocks = (
         Chart(says, "time t", "settled", tuple(lines), falling=True, dashed="as Gaussian data would be (Wiener)"),
+        Text(_order(first), strong=True),
         Table(("waves", "settled at t", f"step of {len(times)}"), order),
         Text(
             f"L are the variances {of}. Above its dashed line the network knew more than waves alone tell: that edges "
@@ -146,3 +147,12 @@ def _figure(
         ),
     )
     return Figure("From coarse to fine", plain, exact, "diffjax/explain/frequencies.py", blocks)
+
+
+def _order(first: Sequence[int]) -> str:
+    """What was decided before what, in words."""
+    if max(first[:-1], default=0) == 0:
+        return "Here almost all was decided in the first step: all that was asked for is one picture."
+    if list(first) == sorted(first):
+        return "Here it went from coarse to fine."
+    return "Here it did not simply go from coarse to fine."

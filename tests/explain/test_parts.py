@@ -108,6 +108,13 @@ def test_commit_is_the_step_from_which_a_band_stays():
     assert frequencies.commit(settled) == [1, 2, 3]
 
 
+@pytest.mark.parametrize(
+    ("first", "said"), [([0, 0, 0, 3], "first step"), ([0, 2, 4], "from coarse"), ([3, 1, 4], "not simply")]
+)
+def test_the_order_of_the_octaves_is_said(first, said):
+    assert said in frequencies._order(first)
+
+
 def test_wiener_is_what_the_best_guess_of_gaussian_data_settles():
     """E |x0_hat - x0|^2 of the posterior mean, coefficient by coefficient, drawn."""
     variance, (alpha, sigma) = RANDOM.uniform(0.1, 3.0, (4, 4, 1)), np.array([[0.3, 0.8], [0.9, 0.4]])
