@@ -1,12 +1,15 @@
-"""What a run has learned: whether its pictures of training prompts are those of the training set, or, of a
-super-resolution stage, how near its pictures come to those it was not trained on.
+"""What a run has learned: whether its pictures of training prompts are those of the training set, and of held-out
+prompts those that it was not shown; or, of a super-resolution stage, how near its pictures come to held-out ones.
 """
 
+import itertools
 import time
+import warnings
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 from jaxtyping import UInt8
@@ -20,15 +23,29 @@ from diffjax.loading import load
 from diffjax.models.model import Model, Recipe
 from diffjax.models.options import Keywords, Method, changed
 from diffjax.sampling.batches import Drawing, Picture, shown
+from diffjax.text.learned import Prompts
+from diffjax.text.reading import Reworded
 from diffjax.train.preview import beside
 from diffjax.utils import files, image, seeds
 from diffjax.utils.errors import UserError
 from diffjax.utils.progress import counted
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
 Sheet = UInt8[np.ndarray, "h w 3"]
+Split = diffjax.data.Dataset
 
 COLUMNS = 8
 SHOWN = 16
+
+
+@dataclass(frozen=True)
+class Found:
+    """Measures, and sheets of pictures by the names of their files."""
+
+    measures: dict[str, Any]
+    sheets: dict[str, Sheet]
 
 
 def measure(
@@ -53,39 +70,68 @@ def measure(
     config = configs.read(run).data
     how, recipe = model.defaults.but(method), model.recipe(method)
     of = of_low_res if model.low_res else of_prompts
-    found, sheet = of(model, recipe, config, num, seed)
+    found = of(model, recipe, config, num, seed)
     guide = {"guide": dict(model.rule(how.guide))} if recipe.reads else {}
     sampling = how.said() | {"steps": len(recipe.grid), "seed": seed} | guide
-    result = {"run": run.resolve().name, "step": int(model.revision), **found, "sampling": sampling}
+    result = {"run": run.resolve().name, "step": int(model.revision), **found.measures, "sampling": sampling}
     files.write_json(run / "evaluation.json", result)
-    image.write_png(run / "evaluation.png", sheet)
+    for name, sheet in found.sheets.items():
+        image.write_png(run / name, sheet)
     report(result, run)
     return result
 
 
-def of_prompts(model: Model, recipe: Recipe, config: ConfigDict, num: int, seed: int) -> tuple[dict[str, Any], Sheet]:
-    """The measures of pictures of training prompts, and a sheet of them, drawn above, true below."""
-    data = diffjax.data.load(config)
-    chosen, prompts = training_prompts(data, num, seed)
-    drawn, seconds = draw(
-        Drawing(model.with_encoded(prompts), recipe, seeds.key(seed), model.defaults.batch, {}), prompts
-    )
-    truth = data.examples(chosen)["image"]
-    each = zip(prompts, image.psnr(drawn, truth).tolist(), strict=True)
-    found = metrics.retrieval(drawn, truth, data) | {"seconds_per_image": seconds}
+def of_prompts(model: Model, recipe: Recipe, config: ConfigDict, num: int, seed: int) -> Found:
+    """The measures of pictures of training prompts; where the data have a split `held_out`, also of its prompts, which
+    no training picture has, both among the pictures of both splits.
+    """
+    splits = [diffjax.data.load(config), *_held_out(config)]
+    captions = [[said[0] if said else "" for said in split.captions()] for split in splits]
+    counts = Counter(itertools.chain.from_iterable(captions))
+    found = []
+    for data, texts in zip(splits, captions):
+        unique = [text if counts[text] == 1 else "" for text in texts]
+        found.append(recalled(model, recipe, data, splits, chosen_prompts(model, data, unique, num, seed), seed))
+    measures, sheets = found[0].measures, found[0].sheets
+    if splits[1:]:
+        measures = measures | {"held_out_prompts": found[1].measures}
+        sheets = sheets | {"held_out.png": found[1].sheets["evaluation.png"]}
+    return Found(measures, sheets)
+
+
+def _held_out(config: ConfigDict) -> list[Split]:
+    """The data's split `held_out`, if they have one."""
+    split = config.get("held_out", "")
+    return [diffjax.data.load(ConfigDict(config.to_dict() | {"split": split}))] if split else []
+
+
+def recalled(
+    model: Model, recipe: Recipe, data: Split, among: Sequence[Split], chosen: dict[int, str], seed: int
+) -> Found:
+    """The measures of pictures of the `chosen` records' prompts among the pictures of several splits, and a sheet of
+    them, drawn above, true below.
+    """
+    prompts = list(chosen.values())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Reworded)
+        model = model.with_encoded(prompts)
+    drawn, seconds = draw(Drawing(model, recipe, seeds.key(seed), model.defaults.batch, {}), prompts)
+    own = data.examples(list(chosen))
+    each = zip(prompts, image.psnr(drawn, own["image"]).tolist(), strict=True)
+    found = metrics.retrieval(drawn, own, among) | {"seconds_per_image": seconds}
     found["prompts"] = [{"prompt": prompt, "psnr": psnr} for prompt, psnr in each]
-    pairs = np.concatenate([drawn, np.full_like(drawn[:, :1], 255), truth], axis=1)
-    return found, image.sheet(pairs, COLUMNS, prompts)
+    pairs = np.concatenate([drawn, np.full_like(drawn[:, :1], 255), own["image"]], axis=1)
+    return Found(found, {"evaluation.png": image.sheet(pairs, COLUMNS, prompts)})
 
 
-def of_low_res(model: Model, recipe: Recipe, config: ConfigDict, num: int, seed: int) -> tuple[dict[str, Any], Sheet]:
+def of_low_res(model: Model, recipe: Recipe, config: ConfigDict, num: int, seed: int) -> Found:
     """PSNR of pictures drawn of their own low-res ones, at noise augmentation level 0, and of bicubic interpolation;
     and a sheet of them (`preview.beside`).
 
     They are chosen by the seed from the split `held_out` of the data, without one from the training pictures.
     """
-    held_out = config.get("held_out", "")
-    data = diffjax.data.load(ConfigDict(config.to_dict() | {"split": held_out}) if held_out else config)
+    held_out = _held_out(config)
+    data = held_out[0] if held_out else diffjax.data.load(config)
     chosen = sorted(np.random.default_rng(seed).permutation(len(data))[:num].tolist())
     examples = data.examples(chosen)
     truth, prompts = examples["image"], [captions[0] if captions else "" for captions in examples["captions"]]
@@ -102,18 +148,26 @@ def of_low_res(model: Model, recipe: Recipe, config: ConfigDict, num: int, seed:
         "seconds_per_image": seconds,
     }
     preview = beside(small[:SHOWN], image.from_uint8(drawn[:SHOWN]), image.from_uint8(truth[:SHOWN]))
-    return found, image.sheet(image.to_uint8(preview.images), preview.columns, preview.captions)
+    sheet = image.sheet(image.to_uint8(preview.images), preview.columns, preview.captions)
+    return Found(found, {"evaluation.png": sheet})
 
 
-def training_prompts(data: diffjax.data.Dataset, num: int, seed: int) -> tuple[list[int], list[str]]:
-    """Records that are the only one of their main caption, at most `num` drawn by the seed, and their prompts."""
-    captions = [captions[0] if captions else "" for captions in data.captions()]
-    counts = Counter(captions)
-    unique = [i for i, caption in enumerate(captions) if caption and counts[caption] == 1]
-    if not unique:
+def chosen_prompts(model: Model, data: Split, captions: Sequence[str], num: int, seed: int) -> dict[int, str]:
+    """The prompts of records by their captions ("": not to be asked for), at most `num`, drawn by the seed from those
+    that the model can read. Raises `UserError` where there is none.
+    """
+    prompts = {i: data.config.templates[0].replace("{}", text) for i, text in enumerate(captions) if text}
+    able = [i for i, prompt in prompts.items() if _can_read(model, prompt)]
+    if not able:
         raise UserError(f"{data.name} has no caption that belongs to one picture only: nothing can be compared")
-    chosen = sorted(np.random.default_rng(seed).permutation(unique)[:num].tolist())
-    return chosen, [data.config.templates[0].replace("{}", captions[i]) for i in chosen]
+    return {i: prompts[i] for i in sorted(np.random.default_rng(seed).permutation(able)[:num].tolist())}
+
+
+def _can_read(model: Model, prompt: str) -> bool:
+    try:
+        return not isinstance(model.text, Prompts) or bool(model.text.read(prompt))
+    except UserError:
+        return False
 
 
 def draw(drawing: Drawing, prompts: Sequence[str]) -> tuple[metrics.Pictures, float | None]:
@@ -131,20 +185,37 @@ def draw(drawing: Drawing, prompts: Sequence[str]) -> tuple[metrics.Pictures, fl
 def report(result: dict[str, Any], run: Path) -> None:
     """Print the measures as a table."""
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table("measure", "value", "without learning")
-    if "top1" in result:
-        floors, among = result["floors"], result["training_pictures"]
-        what = "training prompt"
-        table.add_row(f"retrieval top-1 among {among}", f"{result['top1']:.1%}", f"{1 / among:.1%} (chance)")
-        table.add_row("PSNR", f"{result['psnr']:.1f} dB", f"{floors['mean_picture_psnr']:.1f} dB (the mean picture)")
-        table.add_row("", "", f"{floors['nearest_other_psnr']:.1f} dB (the nearest other picture)")
-    else:
-        what = "held-out picture" if result["held_out"] else "training picture"
-        table.add_row("PSNR", f"{result['psnr']:.1f} dB", f"{result['bicubic_psnr']:.1f} dB (bicubic interpolation)")
+    table = _of_prompts(result) if "top1" in result else _of_low_res(result)
     if result["seconds_per_image"] is not None:
-        table.add_row("time", f"{1000 * result['seconds_per_image']:.0f} ms an image", "")
-    table.title = f"{run}, step {result['step']}, {counted(result['num'], what)}"
+        table.add_row("time", f"{1000 * result['seconds_per_image']:.0f} ms an image")
+    table.title = f"{run}, step {result['step']}"
     Console().print(table)
     print(f"evaluation.json and evaluation.png (a row or column ends with the truth) are in {run}")
+
+
+def _of_prompts(result: dict[str, Any]) -> "Table":
+    """A column for training prompts, one for held-out prompts where they were measured, one without learning."""
+    from rich.table import Table
+
+    measured = {"training": result} | ({"held-out": held} if (held := result.get("held_out_prompts")) else {})
+    headings = [counted(of["num"], f"{name} prompt") for name, of in measured.items()]
+    table = Table("measure", *headings, "without learning")
+    row = lambda what, name, how, floor: table.add_row(what, *(how(of[name]) for of in measured.values()), floor)
+    percent, decibel = "{:.1%}".format, "{:.1f} dB".format
+    row(f"retrieval top-1 among {result['among']}", "top1", percent, f"{1 / result['among']:.1%} (chance)")
+    if "class" in result:
+        row("class right", "class", percent, "")
+    row("PSNR", "psnr", decibel, f"{decibel(result['floors']['mean_picture_psnr'])} (mean picture)")
+    blank = [""] * (1 + len(measured))
+    table.add_row(*blank, f"{decibel(result['floors']['nearest_other_psnr'])} (nearest other)")
+    return table
+
+
+def _of_low_res(result: dict[str, Any]) -> "Table":
+    from rich.table import Table
+
+    kind = "held-out picture" if result["held_out"] else "training picture"
+    table = Table("measure", counted(result["num"], kind), "without learning")
+    table.add_row("PSNR", f"{result['psnr']:.1f} dB", f"{result['bicubic_psnr']:.1f} dB (bicubic interpolation)")
+    return table

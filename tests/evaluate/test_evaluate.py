@@ -123,27 +123,48 @@ def test_a_prompt_longer_than_the_encoder_reads_is_refused(run, tmp_path):
 def test_a_run_is_measured(run, capsys):
     result = runs.measure(run, num=4, steps=2)
     assert result == json.loads((run / "evaluation.json").read_text())
-    assert (result["step"], result["num"], result["training_pictures"]) == (5, 4, 7)
+    assert (result["step"], result["num"], result["among"]) == (5, 4, 7)
     assert 0 <= result["top1"] <= 1 and len(result["prompts"]) == 4
     assert np.isclose(np.mean([prompt["psnr"] for prompt in result["prompts"]]), result["psnr"])
-    assert "retrieval top-1 among 7" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "retrieval top-1 among 7" in said and "training" in said and "held-out" not in said
     assert image.read_png(run / "evaluation.png")[0].ndim == 3
     assert runs.measure(run, num=4, steps=2)["prompts"] == result["prompts"]
 
 
-def test_prompts_belong_to_one_picture_each(config):
-    data = diffjax.data.load(config.data)
-    chosen, prompts = runs.training_prompts(data, 64, 0)
-    assert sorted(prompts) == ["blue", "dark grey", "green", "light grey", "red"]
-    assert [data.captions()[i][0] for i in chosen] == prompts
-    assert len(runs.training_prompts(data, 2, 1)[0]) == 2
+def test_held_out_prompts_are_measured_beside_the_training_prompts(config, tmp_path, capsys):
+    parted = config.copy_and_resolve_references()
+    parted.data.update(split="train[:4]", held_out="train[3:]")
+    parted.train.steps = 3
+    run = save(parted, tmp_path / "parted", steps=(3,))
+    result = runs.measure(run, num=8, steps=2)
+    assert result == json.loads((run / "evaluation.json").read_text())
+    held_out = result["held_out_prompts"]
+    assert (result["among"], held_out["among"]) == (8, 8)
+    captions = [said[0] for said in diffjax.data.load(config.data).captions()]
+    known = {word for text in captions[:4] for word in text.split()}
+    only = lambda texts: [text for text in texts if text != SAME and known & {*text.split()}]
+    assert [row["prompt"] for row in result["prompts"]] == only(captions[:3]), "the fourth is in both"
+    assert [row["prompt"] for row in held_out["prompts"]] == only(captions[4:]), "of known words"
+    assert f"{len(held_out['prompts'])} held-out prompt" in " ".join(capsys.readouterr().out.split())
+    assert image.read_png(run / "held_out.png")[0].ndim == 3
 
 
-def test_every_brace_of_a_template_is_the_caption(config):
+def test_prompts_are_drawn_by_the_seed_from_those_that_can_be_read(run, config):
+    data, model = diffjax.data.load(config.data), diffjax.load(run)
+    captions = ["zebra", "red", "", "blue", "green zebra"]
+    assert runs.chosen_prompts(model, data, captions, 64, 0) == {1: "red", 3: "blue", 4: "green zebra"}
+    few = [runs.chosen_prompts(model, data, captions, 2, seed) for seed in range(8)]
+    assert all(len(chosen) == 2 for chosen in few) and len(set(map(tuple, few))) > 1
+    with pytest.raises(UserError, match="nothing can be compared"):
+        runs.chosen_prompts(model, data, ["zebra"], 64, 0)
+
+
+def test_every_brace_of_a_template_is_the_caption(run, config):
     twice = config.data.copy_and_resolve_references()
     twice.templates = ("{} beside {}", "{0} {x}")
     data = dataclasses.replace(diffjax.data.load(config.data), config=twice)
-    assert "red beside red" in runs.training_prompts(data, 64, 0)[1]
+    assert runs.chosen_prompts(diffjax.load(run), data, ["", "red"], 64, 0) == {1: "red beside red"}
 
 
 def test_a_run_is_measured_as_its_config_draws(run):
@@ -154,10 +175,10 @@ def test_a_run_is_measured_as_its_config_draws(run):
 
 def test_perfect_pictures_and_the_floors(config):
     data = diffjax.data.load(config.data)
-    chosen, _ = runs.training_prompts(data, 3, 0)
+    chosen = [0, 2, 3]
     every = data.examples(range(7))["image"]
-    found = metrics.retrieval(every[chosen], every[chosen], data)
-    assert found["top1"] == 1.0 and np.isinf(found["psnr"])
+    found = metrics.retrieval(every[chosen], data.examples(chosen), [data])
+    assert found["top1"] == 1.0 and np.isinf(found["psnr"]) and "class" not in found
     mean = every.mean(axis=0)
     floors = [10 * np.log10(255**2 / np.mean((every[i] - mean) ** 2)) for i in chosen]
     assert np.isclose(found["floors"]["mean_picture_psnr"], np.mean(floors))
@@ -169,8 +190,31 @@ def test_perfect_pictures_and_the_floors(config):
 def test_pictures_of_other_prompts_are_not_retrieved(config):
     data = diffjax.data.load(config.data)
     every = data.examples(range(7))["image"]
-    found = metrics.retrieval(every[[1, 0, 2]], every[[0, 1, 2]], data)
+    found = metrics.retrieval(every[[1, 0, 2]], data.examples([0, 1, 2]), [data])
     assert np.isclose(found["top1"], 1 / 3)
+
+
+class Classed:
+    """Pictures of one pixel with classes."""
+
+    num_classes = 2
+
+    def __init__(self, grey, label):
+        self.image, self.label = np.array(grey, np.uint8).reshape(-1, 1, 1, 1), np.array(label)
+
+    def __len__(self):
+        return len(self.label)
+
+    def examples(self, chosen):
+        return {"image": self.image[list(chosen)], "label": self.label[list(chosen)]}
+
+
+def test_the_class_of_the_nearest_picture_is_compared_among_all_splits(monkeypatch):
+    monkeypatch.setattr(metrics, "AT_ONCE", 2)
+    train, held_out = Classed([10, 60, 90], [0, 1, 0]), Classed([100, 150], [0, 1])
+    drawn = np.array([92, 150, 100], np.uint8).reshape(-1, 1, 1, 1)  # own 100, 150, 150; nearest 90, 150, 100
+    found = metrics.retrieval(drawn, held_out.examples([0, 1, 1]), [train, held_out])
+    assert (found["among"], found["top1"], found["class"]) == (5, 1 / 3, 2 / 3)
 
 
 def test_only_text_is_measured(config, tmp_path):
