@@ -45,7 +45,7 @@ def test_structures_of_different_classes_differ():
 
 @pytest.mark.parametrize("module", [process, predict, guide, refine, sample])
 def test_every_public_dataclass_is_registered_here(module):
-    classes = [c for c in vars(module).values() if dataclasses.is_dataclass(c)]
+    classes = [c for c in vars(module).values() if isinstance(c, type) and dataclasses.is_dataclass(c)]
     assert classes
     assert all(c.replace is struct._replace for c in classes)
 
