@@ -77,8 +77,9 @@ def requested(args: Namespace) -> Request:
     """
     if args.config:
         return dataclasses.replace(configured(args.config, given(Request, args)), num=1)
-    model = run_folder(args.workdir) if args.workdir else args.model
-    return Request(**given(Request, args) | {"model": model})
+    asked = given(Request, args)
+    asked["model"] = run_folder(args.workdir) if args.workdir else args.model
+    return Request(**asked)
 
 
 def sections(about: Subject, recipe: Recipe, inputs: Inputs, steps: Sequence[Step]) -> list[Section]:

@@ -4,6 +4,7 @@ It is read off the network (`nets/layers.py`, `attention_weights`): softmax(q k 
 the text's token j, the mean over heads and layers.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +54,8 @@ def ask(denoise: Denoise, step: Step, cond: Any) -> tuple[Float[np.ndarray, "b .
     x, t = step.seen.x, np.float32(step.t)
     if not isinstance(denoise, Denoiser):
         return np.asarray(called(denoise, x, t, cond).x0), []
-    return jax.tree.map(np.asarray, _asked(denoise.replace(apply=Watching(denoise.apply.module)), x, t, cond))
+    watching = dataclasses.replace(denoise, apply=Watching(denoise.apply.module))
+    return jax.tree.map(np.asarray, _asked(watching, x, t, cond))
 
 
 def looked(

@@ -8,12 +8,13 @@ Where they agree, the network does what the formula says; where they do not, it 
 import contextlib
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
+from diffjax.data import Dataset
 from diffjax.diffusion.denoise import Denoiser
 from diffjax.explain.nearest import chosen
 from diffjax.explain.section import Block, Figure, Section, Shown, Strip, Text
@@ -68,10 +69,10 @@ def section(subject: Subject, drawn: Float[np.ndarray, "1 h w c"]) -> Section:
         return Section(name, title, left_out="This picture was drawn without a network in the first place.")
     records = chosen(data)
     records = records[:: -(-len(records) // PICTURES)]
-    machine = made(subject, records)
+    machine = made(subject, data, records)
     found = list(_pairs(subject, machine, drawn))
     numbers = {"pictures": len(records), "pairs": [_numbers(pair, records) for pair in found]}
-    return Section(name, title, (_figure(subject, found, records),), numbers)
+    return Section(name, title, (_figure(subject, data, found, records),), numbers)
 
 
 def _numbers(pair: Pair, records: np.ndarray) -> dict[str, Any]:
@@ -79,11 +80,14 @@ def _numbers(pair: Pair, records: np.ndarray) -> dict[str, Any]:
     return {"of": pair.what, "r": pair.r, "r_squared": pair.r_squared, "sources": sources}
 
 
-def _figure(subject: Subject, found: list[Pair], records: np.ndarray) -> Figure:
+def _figure(subject: Subject, data: Dataset, found: list[Pair], records: np.ndarray) -> Figure:
     blocks: list[Block] = []
     for i, pair in enumerate(found):
         agree = f"r = {pair.r:.2f} (R\N{SUPERSCRIPT TWO} = {pair.r_squared:.2f})"
-        blocks += [_row(subject, pair, records, f"machine-{i}"), Text(f"Of {pair.what}, the two agree with {agree}.")]
+        blocks += [
+            _row(subject, data, pair, records, f"machine-{i}"),
+            Text(f"Of {pair.what}, the two agree with {agree}."),
+        ]
     plain = (
         f"This machine has learned nothing: it looks up, in {counted(len(records), 'training picture')}, pixels whose "
         "surroundings look like what it has, and takes their mean. From the same noise, it draws this; beside it are "
@@ -93,9 +97,8 @@ def _figure(subject: Subject, found: list[Pair], records: np.ndarray) -> Figure:
     return Figure("Network and formula", plain, exact, "diffjax/diffusion/local.py", tuple(blocks))
 
 
-def made(subject: Subject, records: np.ndarray) -> Model:
+def made(subject: Subject, data: Dataset, records: np.ndarray) -> Model:
     """The machine of these records, with the network's process."""
-    data = subject.data
     images = image.from_uint8(data.examples(records)["image"])
     machine: Any = closed_form.machine("local", "", subject.model.denoiser.process, images)
     captions = tuple(subject.captions[i] for i in records) if subject.captions else ((),) * len(records)
@@ -120,21 +123,21 @@ def _draw(
     subject: Subject, recipe: Recipe, machine: Model, prompt: str
 ) -> tuple[Float[np.ndarray, "h w c"], list[tuple[int, float]]]:
     """What the machine draws of a prompt, "" for everything, and the pictures that most of its pixels are from."""
-    recipe, cond = recipe.replace(denoise=machine.denoiser, reads=()), machine.text([prompt])
-    inputs = subject.inputs(recipe, "").replace(cond=cond)
+    recipe, cond = replace(recipe, denoise=machine.denoiser, reads=()), machine.text([prompt])
+    inputs = replace(subject.inputs(recipe, ""), cond=cond)
     picture = np.asarray(advance(recipe, inputs, recipe.begin(inputs), recipe.grid).x[0])
     found = closed_form.sources(machine, picture, cond)
     return picture, [part for part in found.parts() if part[1] >= closed_form.LEAST][:SOURCES]
 
 
-def _row(subject: Subject, pair: Pair, records: np.ndarray, name: str) -> Strip:
+def _row(subject: Subject, data: Dataset, pair: Pair, records: np.ndarray, name: str) -> Strip:
     """The network, the machine, and what that took most from."""
     views = [
         (look(subject, pair.network[None]), f"the network, of {pair.what}"),
         (look(subject, pair.machine[None]), "the machine, from the same noise"),
     ]
     for i, share in pair.sources:
-        example = subject.data.examples([records[i]])
+        example = data.examples([records[i]])
         texts = example["captions"][0]
         views.append((example["image"][0], f"{share:.0%} of it from {texts[0] if texts else 'this one'}"))
     shown = tuple(Shown(f"{name}-{i}", pixels, text, text) for i, (pixels, text) in enumerate(views))

@@ -32,7 +32,7 @@ def coefficients(x: Float[np.ndarray, "... h w c"]) -> Float[np.ndarray, "... h 
     """The cosine transform (orthonormal, so that squares keep their sum)."""
     from scipy.fft import dctn
 
-    return dctn(np.asarray(x, np.float64), axes=(-3, -2), norm="ortho")
+    return np.asarray(dctn(np.asarray(x, np.float64), axes=(-3, -2), norm="ortho"))
 
 
 def bands(height: int, width: int) -> list[np.ndarray]:
@@ -68,7 +68,7 @@ def wiener(
     )
 
 
-def finer(subject: Subject, recipe: Recipe, inputs: Inputs, steps: list[Step]) -> list[Step]:
+def finer(subject: Subject, recipe: Recipe, inputs: Inputs, steps: Sequence[Step]) -> Sequence[Step]:
     """A walk of at least `STEPS` steps from the same noise; the given one where the model's grid has not so many."""
     if len(recipe.grid) >= STEPS:
         return steps

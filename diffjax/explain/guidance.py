@@ -44,11 +44,15 @@ def section(
             title,
             left_out="This model was not trained with and without a text or class, so there is nothing to guide by.",
         )
+    if "weak" in subject.recipe().reads:
+        return Section(
+            name, title, left_out="This picture was led away from a weaker network, not from no text or class."
+        )
     own = build.scale(subject.request.guidance) or 1.0
     numbers: dict[str, Any] = {"scale": own}
     figures = [_difference(subject, steps, own, numbers)]
     if each * (steps[-1].index + 1 + MANY) * 2 * len(SCALES) < PATIENCE:
-        figures.append(_scales(subject, target, own, numbers))
+        figures.append(_scales(subject, steps[-1].index + 1, target, numbers))
     return Section(name, title, tuple(figures), numbers)
 
 
@@ -92,10 +96,9 @@ def _difference(subject: Subject, steps: Sequence[Step], own: float, numbers: di
 
 
 def _scales(
-    subject: Subject, target: Float[np.ndarray, "1 h w c"] | None, own: float, numbers: dict[str, Any]
+    subject: Subject, usual: int, target: Float[np.ndarray, "1 h w c"] | None, numbers: dict[str, Any]
 ) -> Figure:
     """Pictures of other scales, and their distance to the training picture, or to that without guidance."""
-    usual = subject.request.steps
     drawn = {
         steps: [draw(subject, subject.recipe(guidance=scale, steps=steps)) for scale in SCALES]
         for steps in sorted({usual, MANY})
