@@ -94,6 +94,16 @@ def test_a_row_draws_alike_wherever_it_is(draw):
     assert len(np.unique(draw(key, rows, 16))) == 16
 
 
+def test_drawn_errors_are_those_of_each_image_and_average_to_the_loss():
+    """A network that answers 0 is wrong by the velocity eps - x0 itself: 1 + |x0|^2 in the mean."""
+    silent = Denoiser(process.Flow(), predict.Velocity(), None, lambda params, x, t: jnp.zeros_like(x))
+    x0 = jnp.asarray(np.random.RandomState(0).randn(4000, 2), jnp.float32)
+    drawn = lambda x0: loss.drawn_error(silent, jax.random.key(0), x0, loss.plain(), loss.uniform())
+    errors = drawn(x0)
+    np.testing.assert_allclose(errors.mean(), 1 + jnp.mean(x0**2), atol=4 * float(jnp.std(errors)) / np.sqrt(4000))
+    np.testing.assert_array_equal(drawn(x0.at[1:].set(5.0))[0], errors[0])
+
+
 def test_finite_at_both_ends():
     ends = jnp.asarray([1e-6, 1 - 1e-6])
     for proc in (process.Flow(), process.Cosine()):
