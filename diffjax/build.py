@@ -19,6 +19,7 @@ import numpy as np
 import optax
 from flax import linen as nn
 from jaxtyping import Array, Float, PyTree
+from ml_collections import ConfigDict
 
 from diffjax import user_code
 from diffjax.diffusion import grid as grids, guide as guides, loss, predict, process as processes
@@ -144,7 +145,7 @@ def prediction(choice: Choice) -> predict.Prediction:
     return make("prediction", PREDICTIONS, choice)
 
 
-def network(config: Mapping[str, Any], **fixed: Any) -> nn.Module:
+def network(config: Mapping[str, Any] | ConfigDict, **fixed: Any) -> nn.Module:
     """The network that `config["network"]` names, with the fields of the table of that name (`config["dit"]`, if any)
     and `fixed`.
 

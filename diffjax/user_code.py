@@ -16,6 +16,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from diffjax.utils import files
 from diffjax.utils.errors import UserError, unknown
 
@@ -49,7 +51,7 @@ def find(name: str) -> Any:
     return getattr(found, attribute)
 
 
-def keep(config: Mapping[str, Any], workdir: Path) -> None:
+def keep(config: Mapping[str, Any] | ConfigDict, workdir: Path) -> None:
     """Copy the modules that a config names to `workdir/code`, and read them from there from now on.
 
     Raises `UserError` when there are others already: the run was begun with them.
@@ -71,7 +73,7 @@ def keep(config: Mapping[str, Any], workdir: Path) -> None:
         look_in(folder)
 
 
-def named(config: Mapping[str, Any]) -> Iterator[str]:
+def named(config: Mapping[str, Any] | ConfigDict) -> Iterator[str]:
     """Every import path in a config: the values of `name` and of `network` that are one."""
     for field in config:
         if isinstance(config[field], Mapping) or hasattr(config[field], "items"):

@@ -64,11 +64,11 @@ def compare(
 ) -> tuple[Nearest, Nearest, Float[np.ndarray, "h w c"]]:
     """How near `drawn` and `truth` itself are to all pictures of the splits, and the mean of these."""
     rows = _rows(np.concatenate([drawn, truth]))
-    own, others, labels, total = np.tile(_rows(truth), (2, 1)), [], [], 0.0
+    own, others, labels, total = np.tile(_rows(truth), (2, 1)), [], [], np.zeros(truth.shape[1:])
     blocks = ((split, first) for split in among for first in range(0, len(split), AT_ONCE))
     for split, first in blocks:
         block = split.examples(range(first, min(first + AT_ONCE, len(split))))
-        total = total + block["image"].sum(axis=0, dtype=np.float64)
+        total += block["image"].sum(axis=0, dtype=np.float64)
         pictures = _rows(block["image"])
         distances = np.where(squared_distances(own, pictures) > 0, squared_distances(rows, pictures), np.inf)
         others.append(distances.min(axis=1))

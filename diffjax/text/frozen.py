@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Float16, Int, PyTree
+from ml_collections import ConfigDict
 
 from diffjax.text import tokenizers
 from diffjax.utils import files, struct
@@ -44,7 +45,9 @@ def is_frozen(choice: Mapping[str, Any] | None) -> bool:
     return choice is not None and choice["name"] in HUB
 
 
-def folder(choice: Mapping[str, Any], find: Callable[[str], Path] = lambda name: hub.fetch(name).folder) -> Path:
+def folder(
+    choice: Mapping[str, Any] | ConfigDict, find: Callable[[str], Path] = lambda name: hub.fetch(name).folder
+) -> Path:
     """The encoder's folder: of `path`, a folder or hub id; else MiniLM's pip package, if installed, or the usual
     hub id.
 
@@ -57,7 +60,7 @@ def folder(choice: Mapping[str, Any], find: Callable[[str], Path] = lambda name:
     return find(path or HUB[choice["name"]])
 
 
-def width(choice: Mapping[str, Any]) -> int:
+def width(choice: Mapping[str, Any] | ConfigDict) -> int:
     """Numbers in a state; of the encoder's files, only its configuration is fetched, if it does not come with
     the package.
     """
@@ -113,7 +116,7 @@ def _states(
     return jnp.clip(states, -most, most).astype(jnp.float16)
 
 
-def load(choice: Mapping[str, Any], dtype: Any = None) -> Frozen:
+def load(choice: Mapping[str, Any] | ConfigDict, dtype: Any = None) -> Frozen:
     """The encoder that `config.text` names, reading `tokens` tokens. Raises `UserError` where it cannot be had."""
     from diffjax import weights
 
@@ -200,7 +203,7 @@ def _key(text: str) -> np.ndarray:
     return np.frombuffer(hashlib.blake2b(text.encode(), digest_size=16).digest(), np.uint8)
 
 
-def encoded(choice: Mapping[str, Any], texts: Iterable[str]) -> Table:
+def encoded(choice: Mapping[str, Any] | ConfigDict, texts: Iterable[str]) -> Table:
     """The table of these texts' states by that encoder; only what no earlier run has encoded is, and then said."""
     path = folder(choice)
     where = files.home() / "embeddings" / f"{choice['name']}-{digest(path)}-{choice['tokens']}"

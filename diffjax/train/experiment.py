@@ -4,7 +4,7 @@ import contextlib
 import functools
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -181,7 +181,8 @@ class Experiment:
         """What the network reads of a batch's conditioning: tokens become states."""
         if not self.text:
             return frozen.conditions(**cond) if self.config.text else cond
-        return self.text.apply({"params": params["text"]}, cond["tokens"], cond["mask"])
+        states: Any = self.text.apply({"params": params["text"]}, cond["tokens"], cond["mask"])
+        return states
 
     @property
     def frozen_params(self) -> PyTree:
@@ -272,7 +273,7 @@ class Experiment:
         """The model that `params` make."""
         text = frozen.Remembered(self.tokenize) if self.tokenize else None
         return Model(
-            self.denoiser.replace(params=params["network"]),
+            replace(self.denoiser, params=params["network"]),
             self.shape,
             self.defaults(),
             text=Prompts(params["text"], self.text, self.tokenize) if self.text else text,
@@ -294,7 +295,8 @@ class Experiment:
 
     def prompts(self) -> list[str]:
         """The config's prompts that can be read; without any, captions of pictures that were seen."""
-        return [prompt for prompt in self.config.sample.prompts if self.can_read(prompt)] or self.seen.caption
+        given = [prompt for prompt in self.config.sample.prompts if self.can_read(prompt)]
+        return given or (self.seen.caption if self.seen else [])
 
     def subjects(self) -> dict[str, Any]:
         """What previews show, as arguments of `Model.sample`: the prompts, the first classes, or only a number."""
@@ -309,9 +311,9 @@ class Experiment:
         Autoguidance is left out, since the checkpoint that it needs may not be there yet.
         """
         model, key = self.model(params), seeds.key(self.config.seed)
-        if self.low_res:
+        if self.low_res and self.seen:
             return preview.comparison(model, key, self.seen)
-        guidance = {"guidance": 1.0} if model.rule()["name"] == "autoguidance" else {}
+        guidance: dict[str, Any] = {"guidance": 1.0} if model.rule()["name"] == "autoguidance" else {}
         return preview.square(model, key, **self.subjects(), **guidance)
 
 
@@ -358,8 +360,8 @@ def load(workdir: str | Path, step: int | None = None, ema: bool = True) -> Mode
     model = experiment.model(jax.tree.map(jnp.asarray, run.params))
     if frozen.is_frozen(run.config.text):
         facts.encoder_folder(run.config.text, run.workdir)
-        model = model.replace(text=frozen.load(run.config.text))
-    return model.replace(revision=str(run.step), earlier=functools.partial(_earlier, experiment, run.workdir, ema))
+        model = replace(model, text=frozen.load(run.config.text))
+    return replace(model, revision=str(run.step), earlier=functools.partial(_earlier, experiment, run.workdir, ema))
 
 
 def _earlier(experiment: Experiment, workdir: Path, ema: bool, step: int) -> Model:

@@ -5,10 +5,9 @@ picture by picture and text by text, and training reads them from there. The los
 times that `config.loss.times` draws and the model's own shift moves (Esser et al. 2024, section 3).
 """
 
-import dataclasses
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -58,10 +57,10 @@ class FineTuning(Experiment):
         texts = [text for some in every for text in frozen.captions(some, config.sample.prompts)]
         base, commit = _base(config, config.get("revision", ""), texts)
         files.write_json(workdir / BASE, {"model": base.name, "commit": commit})
-        every = [dataclasses.replace(some, pictures=latents.encode(base, some)) for some in every]
-        read = latents.WithPrior(*every, config.prior.weight) if config.prior.weight else every[0]
-        on_host = base.denoiser.replace(params=jax.device_get(base.denoiser.params))
-        return cls._of(config, base.replace(denoiser=on_host), read)
+        own, *prior = [replace(some, pictures=latents.encode(base, some)) for some in every]
+        read = latents.WithPrior(own, prior[0], config.prior.weight) if prior else own
+        on_host = replace(base.denoiser, params=jax.device_get(base.denoiser.params))
+        return cls._of(config, replace(base, denoiser=on_host), read)
 
     @classmethod
     def recall(cls, workdir: Path, prompts: Sequence[str] | None = None) -> Self:
@@ -74,7 +73,8 @@ class FineTuning(Experiment):
 
     @classmethod
     def _of(cls, config: ConfigDict, base: Model, data: Any = None) -> Self:
-        return cls(config, base.state_shape(config.data.size), tokenize=base.text, data=data, base=base)
+        height, width, channels = base.state_shape(config.data.size)
+        return cls(config, (height, width, channels), tokenize=base.text, data=data, base=base)
 
     @functools.cached_property
     def denoiser(self) -> Denoiser:
@@ -104,7 +104,7 @@ class FineTuning(Experiment):
         """The parameters that the network reads: those that are trained, joined with those that are frozen."""
         if not self.config.lora:
             return params
-        trained = traverse_util.flatten_dict(params["network"], sep="/")
+        trained: dict[str, Any] = traverse_util.flatten_dict(params["network"], sep="/")
         scale = self.config.lora.alpha / self.config.lora.rank
         adapters = {}
         for path in sorted({name.rpartition("/")[0] for name in trained}):
@@ -125,7 +125,7 @@ class FineTuning(Experiment):
     def model(self, params: PyTree) -> Model:
         """The model that `params` make."""
         whole = self.whole(params, self.frozen_params)["network"]
-        return self.base.replace(denoiser=self.base.denoiser.replace(params=whole))
+        return replace(self.base, denoiser=replace(self.base.denoiser, params=whole))
 
     def subjects(self) -> dict[str, Any]:
         """What previews show, as arguments of `Model.sample`: the prompts, in the size of the pictures."""
@@ -145,7 +145,7 @@ def _base(config: ConfigDict, revision: str, prompts: Sequence[str] | None) -> t
     name = config.model if commit else str(folder.resolve())
     model = sd3.load(folder, sd3.Kept(dtype if config.lora else jnp.float32), name, prompts)
     module = model.denoiser.apply.module.clone(dtype=dtype, remat=config.remat)
-    return model.replace(denoiser=model.denoiser.replace(apply=Apply(module))), commit or ""
+    return replace(model, denoiser=replace(model.denoiser, apply=Apply(module))), commit or ""
 
 
 def is_one(workdir: Path) -> bool:
@@ -159,4 +159,4 @@ def load(workdir: Path, step: int | None = None, prompts: Sequence[str] | None =
     """
     run = load_run(workdir, step)
     model = FineTuning.recall(run.workdir, prompts).model(jax.tree.map(jnp.asarray, run.params))
-    return model.replace(revision=str(run.step))
+    return replace(model, revision=str(run.step))

@@ -52,7 +52,7 @@ class Paired:
     def __next__(self) -> Batch:
         own, of_class = (next(batches) for batches in self._both)
         joined = {name: np.concatenate([own[name], of_class[name]]) for name in own}
-        weights = np.repeat(np.float32([2, 2 * self._prior]), [len(own["index"]), len(of_class["index"])])
+        weights = np.repeat(np.array([2, 2 * self._prior], np.float32), [len(own["index"]), len(of_class["index"])])
         return joined | {"weight": weights}
 
     def get_state(self) -> bytes:
@@ -87,8 +87,8 @@ class WithPrior:
             raise UserError(
                 f"train.batch {batch_size} cannot be half pictures and half of their class: choose an even number"
             )
-        both = (data.batches(batch_size // 2, seed, tokenize, shard) for data in (self.own, self.of_class))
-        return Paired(*both, self.prior)
+        own, of_class = (data.batches(batch_size // 2, seed, tokenize, shard) for data in (self.own, self.of_class))
+        return Paired(own, of_class, self.prior)
 
 
 def encode(base: Model, data: Dataset) -> Latents:
@@ -111,5 +111,5 @@ def _digest(tree: PyTree, *how: str) -> str:
     """A hash of arrays' bytes."""
     total = hashlib.sha256(repr(how).encode())
     for leaf in jax.tree.leaves(tree):
-        total.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8))
+        total.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
     return total.hexdigest()[:32]

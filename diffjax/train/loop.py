@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,9 @@ def train(config: ConfigDict, workdir: str | Path, allow_change: bool = False) -
         batches = Prefetch(experiment.batches(shard), functools.partial(place, parallel, experiment))
         stack.callback(batches.close)
         state = first_state(experiment, workdir, checkpoints, batches, allow_change)
-        log = stack.enter_context(Log(workdir, config, int(state.step), lambda step: float(experiment.schedule(step))))
+        log = stack.enter_context(
+            Log(workdir, config, int(state.step), lambda step: float(np.asarray(experiment.schedule(step))))
+        )
         Training(experiment, workdir, parallel, batches, checkpoints, log, parallel.place(state), int(state.step)).run()
 
 
@@ -108,10 +110,15 @@ class Training:
         """Whether what is done every so many steps, 0 for never, and at the end, is due."""
         return self.done == self.experiment.config.train.steps or bool(every and self.done % every == 0)
 
+    def held(self) -> State:
+        """The state between two steps."""
+        assert self.state is not None, "the last step failed"
+        return self.state
+
     def advance(self) -> None:
         """Start the next step."""
         batch, rows = next(self.batches)
-        state, self.state = self.state, None
+        state, self.state = self.held(), None
         self.state, values = self.parallel.step(state, batch)
         self.done += 1
         self.log.add(self.done, rows, values)
@@ -127,7 +134,9 @@ class Training:
         if self.saved == self.done:
             return
         self.flush()
-        self.checkpoints.save(self.parallel.gather(self.state), self.batches.get_state().decode(), self.log.mean_loss())
+        self.checkpoints.save(
+            self.parallel.gather(self.held()), self.batches.get_state().decode(), self.log.mean_loss()
+        )
         self.saved = self.done
 
     @contextlib.contextmanager
@@ -148,7 +157,7 @@ class Training:
 
     def show(self, stop: Stop) -> None:
         """Draw the preview and the sanity panel; what cannot be shown is said and does not end the training."""
-        ema = self.parallel.gather(self.state).ema
+        ema = self.parallel.gather(self.held()).ema
         try:
             self.log.preview(self.done, self.experiment.preview(ema))
             if self.experiment.seen and not stop.is_set():  # pictures, not latents
@@ -202,7 +211,7 @@ def first_state(
     if changed := batches.set_state(position.encode(), allow_change):
         record.note(workdir, changed)
     print(f"going on from step {int(state.step)} of {config.train.steps}")
-    return state.replace(frozen=experiment.frozen_params)
+    return replace(state, frozen=experiment.frozen_params)
 
 
 def not_finite(broken: Pending, workdir: Path, checkpoints: Checkpoints) -> UserError:

@@ -30,12 +30,16 @@ def square(model: Model, key: Key[Array, ""], num: int, **given: Any) -> Preview
 def comparison(model: Model, key: Key[Array, ""], seen: Seen) -> Preview:
     """What a super-resolution stage draws of the pictures it has seen, `beside` them."""
     truth = jnp.asarray(image.from_uint8(seen.image))
-    small = cascade.downsample(truth, model.low_res)
-    text = {} if model.text is None else {"prompt": seen.caption}
+    small = jnp.asarray(cascade.downsample(truth, model.low_res))
+    text: dict[str, Any] = {} if model.text is None else {"prompt": seen.caption}
     return beside(small, model.sample(key, num=len(truth), low_res=small, **text), truth)
 
 
-def beside(small: Float[Array, "n s s c"], drawn: Float[Array, "n h w c"], truth: Float[Array, "n h w c"]) -> Preview:
+def beside(
+    small: Float[Array | np.ndarray, "n s s c"],
+    drawn: Float[Array | np.ndarray, "n h w c"],
+    truth: Float[Array | np.ndarray, "n h w c"],
+) -> Preview:
     """A row for each low-res picture: itself, bicubic interpolation, what was drawn of it, and the truth, with the PSNR
     of each.
     """

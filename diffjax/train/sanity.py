@@ -89,6 +89,7 @@ class Panel(NamedTuple):
 def look(experiment: Experiment, params: PyTree) -> Panel:
     """The panel of parameters on the pictures that the experiment has seen; the same noise every time."""
     seen, model = experiment.seen, experiment.model(params)
+    assert seen is not None
     truth = image.from_uint8(seen.image)
     keys = jax.random.split(seeds.key(experiment.config.seed), len(truth))
     trivial, parts = {"mean picture": _square(seen.mean - truth)}, {}
@@ -131,7 +132,7 @@ def _denoised(
     return denoiser(perturb(denoiser.process, x0, eps, t), t, cond).x0
 
 
-def _square(x: Array, axes: Any = None) -> Any:
+def _square(x: Array | np.ndarray, axes: Any = None) -> Any:
     """The mean of squares: a number, or over some axes."""
     mean = np.square(np.asarray(x)).mean(axis=axes)
     return float(mean) if axes is None else mean
