@@ -1,5 +1,6 @@
 """Installed outside of a checkout: what travels with the package, and what is said of what does not."""
 
+import ast
 import os
 import shlex
 import shutil
@@ -48,6 +49,14 @@ def test_an_experiment_that_comes_with_the_package_is_found_from_anywhere(tmp_pa
     for missing in ("experiments/none.py", "emoji.py", "experiments/../setup.py", "experiments"):
         with pytest.raises(UserError, match="no config file"):
             config.load(missing)
+
+
+def test_the_short_names_are_there_and_known_to_type_checkers():
+    imports = [
+        node for node in ast.walk(ast.parse(Path(diffjax.__file__).read_text())) if isinstance(node, ast.ImportFrom)
+    ]
+    typed = {alias.name for node in imports if node.module.startswith("diffjax") for alias in node.names}
+    assert typed | {"__version__"} == {*diffjax.__all__} and all(hasattr(diffjax, name) for name in diffjax.__all__)
 
 
 def test_what_an_extra_needs_is_named_as_pip_finds_it(monkeypatch):
