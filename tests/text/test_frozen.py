@@ -7,39 +7,21 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tiny_encoder
 import toys
 from PIL import Image
 
-from diffjax import config, weights
-from diffjax.nets.bert import Bert
+from diffjax import config
 from diffjax.text import frozen
 from diffjax.train import experiment, loop
 from diffjax.utils import files
 from diffjax.utils.errors import UserError
 from diffjax.weights import hub
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "red", "heart", "pizza", "cat", "of"]
-TINY = Bert(len(WORDS), 16, 1, 2, 16, max_position_embeddings=16)
-
-
-def write_encoder(folder, seed=0):
-    """A BERT with random weights that knows the words above."""
-    import tokenizers
-    from tokenizers import models, pre_tokenizers, processors
-
-    params = TINY.init(jax.random.key(seed), np.zeros((1, 4), np.int32))["params"]
-    weights.save(folder, TINY, jax.tree.map(np.asarray, params))
-    rules = tokenizers.Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    rules.pre_tokenizer = pre_tokenizers.Whitespace()
-    rules.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    rules.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": "[PAD]", "model_max_length": 16}))
-    return folder
-
 
 @pytest.fixture(scope="module")
 def choice(tmp_path_factory):
-    return {"name": "minilm", "path": str(write_encoder(tmp_path_factory.mktemp("encoder"))), "tokens": 6}
+    return {"name": "minilm", "path": str(tiny_encoder.write(tmp_path_factory.mktemp("encoder"))), "tokens": 6}
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +100,7 @@ def test_a_shard_without_digests_is_not_there(choice, encoder):
 
 def test_other_weights_and_another_length_have_tables_of_their_own(choice, tmp_path):
     first = frozen.encoded(choice, TEXTS)
-    other = {**choice, "path": str(write_encoder(tmp_path / "other", seed=1))}
+    other = {**choice, "path": str(tiny_encoder.write(tmp_path / "other", seed=1))}
     assert frozen.encoded(other, TEXTS).path != first.path
     assert frozen.encoded({**choice, "tokens": 7}, TEXTS).path != first.path
     assert frozen.digest(frozen.folder(choice)) in first.path.name and frozen.width(choice) == 16
@@ -191,7 +173,7 @@ def test_a_run_reads_states_and_its_model_any_prompt(choice, tmp_path, monkeypat
     toys.train_on_one(monkeypatch)
     loop.train(settings, tmp_path / "run")
     model = experiment.load(tmp_path / "run")
-    assert model.text.module == TINY
+    assert model.text.module == tiny_encoder.TINY
     images = model.sample(jax.random.key(0), num=2, prompt=["a red pizza", "heart of cat"], guidance=2.0)
     assert images.shape == (2, 16, 16, 3) and np.isfinite(images).all()
     (tmp_path / "run" / "encoder.json").write_text(json.dumps({"name": "minilm", "digest": "another"}))
