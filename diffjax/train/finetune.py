@@ -40,7 +40,8 @@ class FineTuning(Experiment):
     """An experiment that trains on from the published model `base`, which has encoded all texts beforehand.
 
     Its `data` have latents for pictures, and `shape` is that of one latent. With `config.lora` (rank, alpha, targets)
-    the model's parameters are frozen and adapters are trained.
+    the model's parameters are frozen and adapters are trained. Since all of it follows from the model's files, it is
+    neither rehearsed nor planned before they are there.
     """
 
     base: Model = field(kw_only=True)

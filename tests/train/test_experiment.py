@@ -94,7 +94,7 @@ def test_every_kind_is_rehearsed(kind, folder):
     config = settings(kind, folder)
     Experiment.before_data(config).rehearse()
     config.sample.grid = "leading"
-    with pytest.raises(UserError, match="grid leading"):
+    with pytest.raises(UserError, match="counts the steps of a table"):
         Experiment.before_data(config).rehearse()
 
 
