@@ -46,7 +46,7 @@ def _largest(steps: int, table: int, offset: int) -> int:
 
 
 def most_leading(steps: int, table: int, offset: int) -> int:
-    """The most steps, up to `steps`, that `leading` can make with this offset."""
+    """The largest number of steps, up to `steps`, that `leading` can make with this offset."""
     return next(n for n in range(min(steps, table), 0, -1) if _largest(n, table, offset) < table)
 
 

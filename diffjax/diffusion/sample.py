@@ -2,10 +2,12 @@
 
     x_s = alpha_s x0 + sigma_s (r^eta eps + sqrt(1 - r^(2 eta)) z),    r = alpha_t sigma_s / (alpha_s sigma_t)
 
-eta = 0 is DDIM (Euler for flows), eta = 1 the posterior of DDPM (Song et al. 2020, eq. 12, with the law of eta below).
-A publisher's variance replaces the deviation of z in the steps of DDPM (`is_ancestral`). Every deviation is, at
-eta = 1, the published one, and otherwise sqrt(tau / (1 - r^2)) times it, with tau the share of fresh noise: at eta = 0
-there is none.
+eta = 0 is DDIM (Euler for flows), eta = 1 the posterior of DDPM (Song et al. 2020, eq. 12, with eta as a power).
+tau = 1 - r^(2 eta) is the share of fresh noise in the variance sigma_s^2.
+
+Published DDPMs add noise of another deviation than sigma_s sqrt(tau): `large`, `learned`, `learned_range`. At eta = 1
+these are as published. At any other eta they are multiplied by sqrt(tau / (1 - r^2)), so that eta = 0 adds no noise.
+They belong to the plain steps of DDPM only (`is_ancestral`).
 """
 
 from collections.abc import Callable
@@ -25,8 +27,9 @@ from diffjax.utils import struct
 from diffjax.utils.errors import UserError
 
 Law = Callable[[Time, Scale], tuple[Array, Array]]
-"""(r, eta) -> (the factor of eps, tau, the share of fresh noise in the variance): factor^2 + tau = 1, each without the
-cancellation that 1 minus the other has in float32 where r is near 0 or 1."""
+"""(r, eta) -> (the factor of eps, tau), with factor^2 + tau = 1. Each is computed by itself, since 1 minus the other
+loses digits in float32 where r is near 0 or 1.
+"""
 
 Deviation = Callable[[Process, Estimate, Time, Time, Array], Array]
 """(process, estimate, t, s, tau) -> the deviation of the noise in x_s."""
@@ -65,16 +68,17 @@ def large(process: Process, est: Estimate, t: Time, s: Time, tau: Array) -> Arra
 
 
 def learned(process: Process, est: Estimate, t: Time, s: Time, tau: Array) -> Array:
-    """sqrt(v), v the network's second half (0 where it is negative), and 0 at sigma_s = 0; v is the variance itself,
-    not its logarithm, as diffusers reads it.
+    """sqrt(v), where v is the second half of the network's output (0 where that is negative), and 0 at sigma_s = 0.
+
+    v is the variance itself, not its logarithm, as diffusers reads it.
     """
     fresh = 1 - ratio(process, t, s) ** 2
     return root(_second_half(est)) * root(tau / jnp.where(fresh > 0, fresh, 1)) * (process.sigma(s) > 0)
 
 
 def learned_range(process: Process, est: Estimate, t: Time, s: Time, tau: Array) -> Array:
-    """The logarithms of `small` and `large` mixed by the network's second half, -1 small, 1 large (Nichol and Dhariwal
-    2021, eq. 15): sigma_t^share sigma_s^(1 - share) sqrt(tau), and 0 at sigma_s = 0.
+    """sigma_t^share sigma_s^(1 - share) sqrt(tau), and 0 at sigma_s = 0: `small` and `large` mixed in their logarithms
+    (Nichol and Dhariwal 2021, eq. 15). The second half of the network's output is 2 share - 1: -1 small, 1 large.
     """
     share, there = (_second_half(est) + 1) / 2, process.sigma(s) > 0
     return process.sigma(t) ** share * jnp.where(there, process.sigma(s), 1) ** (1 - share) * root(tau) * there
@@ -101,8 +105,8 @@ DDIM = Sampler()
 
 
 def is_ancestral(sampler: Sampler) -> bool:
-    """Whether it takes the plain steps of DDPM, to which a publisher's variance belongs. DDIM and the stochastic
-    multistep solvers have a variance of their own: eta times the posterior's.
+    """Whether it takes the plain steps of DDPM, to which a publisher's deviation belongs. DDIM and the stochastic
+    multistep solvers have one of their own.
     """
     return sampler.law is power_law and sampler.refine == Chain(())
 
