@@ -6,6 +6,9 @@ surroundings.
         --out more
     diffjax sample --config experiments/closed_form.py --config.closed_form.data.size=128 --prompt "owl, tomato" \
         --out large
+
+Time: 8.5 s for four pictures on 2 busy CPU cores, compilation included; after that 0.1 s each with its sources. What is
+drawn, where each pixel is from, and how: docs/closed_form.md.
 """
 
 from ml_collections import ConfigDict

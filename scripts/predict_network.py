@@ -59,13 +59,12 @@ def shrunk(options):
 
 
 def trained(options, images):
-    """The network, from the folder where it was trained before."""
+    """The network; what an interrupted training left in the folder goes on."""
     module, file = Convolutions(options.width, options.depth), options.out / "network.pkl"
     denoiser = lambda params: Denoiser(PROCESS, Eps(), params, Apply(module))
-    if file.exists():
-        return denoiser(pickle.loads(file.read_bytes()))
     params = module.init(jax.random.key(0), images[:1], jnp.zeros(1))["params"]
     optimizer = optax.adamw(optax.cosine_decay_schedule(2e-3, options.steps))
+    begun, params, state = pickle.loads(file.read_bytes()) if file.exists() else (0, params, optimizer.init(params))
 
     @jax.jit
     def step(params, state, number):
@@ -78,13 +77,13 @@ def trained(options, images):
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state, value
 
-    state, begin, losses = optimizer.init(params), time.time(), []
-    for number in range(options.steps):
+    begin, losses = time.time(), []
+    for number in range(begun, options.steps):
         params, state, value = step(params, state, number)
         losses.append(value)
-        if number % 200 == 199:
+        if (number + 1) % 200 == 0:
             print(f"step {number + 1}: loss {np.mean(losses[-200:]):.4f}, {time.time() - begin:.0f} s", flush=True)
-    file.write_bytes(pickle.dumps(jax.device_get(params)))
+            file.write_bytes(pickle.dumps(jax.device_get((number + 1, params, state))))
     return denoiser(params)
 
 
