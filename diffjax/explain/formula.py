@@ -7,7 +7,7 @@ GREEK = {"alpha": "α", "sigma": "σ", "eps": "ε", "eta": "η", "sqrt": "√", 
 SUPERSCRIPT = re.compile(r"\^(\((?:[^()]|\([^()]*\))*\)|-?\w+)")
 SUBSCRIPT = re.compile(r"_(?:\((\w+)\)|(\w+))")
 LETTERS = re.compile(rf"(?<![A-Za-z])({'|'.join(GREEK)})(?![A-Za-z])")
-MINUS = re.compile(r"(?<![\w])-(?=[\d.])| - ")
+MINUS = re.compile(r"(?<![\w])-(?=[\d.∞])| - ")
 
 
 def html(text: str) -> str:

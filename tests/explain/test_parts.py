@@ -22,6 +22,7 @@ RANDOM = np.random.default_rng(0)
         ("x_s = alpha_s x0", "x<sub>s</sub> = α<sub>s</sub> x<sub>0</sub>"),
         ("r^(2 eta) - eps", "r<sup>2 η</sup> − ε"),
         ("A_(uj) <= -0.5", "A<sub>uj</sub> &lt;= −0.5"),
+        ("log-SNR = (-∞)", "log-SNR = (−∞)"),
         (
             "the alphabet, d_1 / mean(d_2 ... d_51)",
             "the alphabet, d<sub>1</sub> / mean(d<sub>2</sub> ... d<sub>51</sub>)",
