@@ -5,13 +5,15 @@ import os
 import re
 import shlex
 import shutil
+import signal
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 
-from diffjax.parallel import devices
+from diffjax.parallel import devices, targets
 from diffjax.utils.files import home
 
 GIB = 2**30
@@ -19,6 +21,9 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tens
 PLUGINS = ("jax-cuda12-plugin", "jax-cuda12-pjrt", "jax-cuda13-plugin", "jax-cuda13-pjrt", "libtpu")
 VARIABLES = ("JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "XLA_FLAGS", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 TPU_CHIPS = ("0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076")  # PCI device ids, v2 to v7
+PATIENCE = 300
+"""Seconds in which jax starts."""
+
 OLDEST_DRIVER = {"12": 525, "13": 580}  # of each CUDA major, NVIDIA's compatibility table
 
 
@@ -50,7 +55,9 @@ class Holder:
 
 @dataclass(frozen=True)
 class Facts:
-    """All that the checks look at. `platform` is what jax computes on: cpu, gpu, tpu, or None when it cannot start."""
+    """All that the checks look at. `platform` is what jax computes on: cpu, gpu, tpu, or None when it cannot start;
+    `death` is the signal that ends a process in which it starts.
+    """
 
     python: str = ""
     executable: str = "python"
@@ -59,6 +66,7 @@ class Facts:
     summary: str = ""
     devices: tuple[Device, ...] = ()
     error: str = ""
+    death: str = ""
     driver: str | None = None
     cuda: str | None = None
     gpus: tuple[HostGpu, ...] = ()
@@ -154,7 +162,8 @@ def tpu_without_library(facts: Facts) -> Problem | None:
 
 
 def gpu_does_not_start(facts: Facts) -> Problem | None:
-    explained = any(check(facts) for check in (cpu_only_jax, plugin_version, old_driver, platforms_set, gpus_hidden))
+    known = (cpu_only_jax, plugin_version, old_driver, platforms_set, gpus_hidden, plugin_aborts)
+    explained = any(check(facts) for check in known)
     if facts.driver and facts.platform != "gpu" and not explained:
         another = "LD_LIBRARY_PATH" in facts.environment
         reason = "LD_LIBRARY_PATH may put another CUDA first" if another else facts.error or "jax does not say why"
@@ -174,8 +183,19 @@ def no_accelerator(facts: Facts) -> Problem | None:
         )
 
 
+def plugin_aborts(facts: Facts) -> Problem | None:
+    if facts.death:
+        plugins = [f"{name}=={facts.packages[name]}" for name in PLUGINS if name in facts.packages]
+        return Problem(
+            f"{facts.death} ends the process in which jax starts with {', '.join(plugins)}",
+            _install(facts, "--force-reinstall", "--no-deps", *plugins)
+            if facts.driver or facts.tpu_chip
+            else "export JAX_PLATFORMS=cpu",
+        )
+
+
 def cannot_start(facts: Facts) -> Problem | None:
-    if facts.platform is None and not (facts.driver or platforms_set(facts)):
+    if facts.platform is None and not (facts.driver or facts.death or platforms_set(facts)):
         return Problem(f"jax cannot start: {facts.error}", _install(facts, "--force-reinstall", f"jax=={_jax(facts)}"))
 
 
@@ -195,6 +215,7 @@ CHECKS: tuple[Callable[[Facts], Problem | None], ...] = (
     gpus_hidden,
     memory_held,
     tpu_without_library,
+    plugin_aborts,
     gpu_does_not_start,
     no_accelerator,
     cannot_start,
@@ -222,7 +243,8 @@ def _jax(facts: Facts) -> str:
 def gather() -> Facts:
     """Look at this machine. The driver is asked before jax starts, so that jax's own memory is not counted."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    driver = devices.nvidia_driver()
+    targets.skip_search()
+    driver, packages = devices.nvidia_driver(), _versions()
     asked = dict(
         cuda=cuda_version(devices.nvidia_smi() or ""),
         gpus=host_gpus(_query("gpu", "name,memory.used,memory.total")),
@@ -231,10 +253,10 @@ def gather() -> Facts:
     return Facts(
         python=sys.version.split()[0],
         executable=sys.executable,
-        packages=_versions(),
+        packages=packages,
         driver=driver,
         **(asked if driver else {}),
-        **_backend(),
+        **_backend(bool(packages.keys() & set(PLUGINS))),
         nvidia_card=any(kind.startswith("0x03") for _, kind in _pci("0x10de")),
         tpu_chip=any(chip in TPU_CHIPS for chip, _ in _pci("0x1ae0")),
         environment={name: os.environ[name] for name in VARIABLES if name in os.environ},
@@ -280,7 +302,10 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _backend() -> dict:
+def _backend(has_plugins: bool) -> dict:
+    """What jax starts here. A plugin may end the process, so that another one tries it first."""
+    if has_plugins and (death := _death(("-c", "import jax; jax.devices()"))):
+        return dict(platform=None, error=f"{death} ended the process", death=death)
     try:
         import jax
 
@@ -290,6 +315,15 @@ def _backend() -> dict:
         return dict(platform=jax.default_backend(), summary=devices.describe(), devices=found)
     except Exception as error:
         return dict(platform=None, error=" ".join(str(error).split())[:200] or "no device found")
+
+
+def _death(arguments: Sequence[str]) -> str:
+    """The signal that ends a Python process of these arguments; empty if it ends by itself."""
+    try:
+        status = subprocess.run([sys.executable, *arguments], capture_output=True, timeout=PATIENCE).returncode
+    except subprocess.TimeoutExpired:
+        return f"a limit of {PATIENCE} s"
+    return signal.Signals(-status).name if status < 0 else ""
 
 
 def _pci(vendor: str) -> list[tuple[str, str]]:

@@ -30,6 +30,7 @@ OPTIONS = {
     "reference": "also run the comparisons with torch, diffusers and transformers",
     "slow": "also run the tests that take longer than a minute",
     "notebooks": "also run the notebooks",
+    "accelerators": "also compile for TPUs and GPUs that are not here, as far as their compilers are installed",
 }
 
 
@@ -82,6 +83,18 @@ def optimized():
     switch(False)
     yield
     switch(True)
+
+
+@pytest.fixture
+def compiler(optimized):
+    """A function: skip unless programs can be compiled here for a kind of accelerator."""
+    from diffjax.parallel import targets
+
+    def need(kind: str) -> None:
+        if not targets.is_installed(kind):
+            pytest.skip(f"the extra {targets.of(kind).platform} is not installed")
+
+    return need
 
 
 @pytest.fixture

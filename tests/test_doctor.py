@@ -56,6 +56,11 @@ SICK = {
         "NVIDIA driver 550.54.15 is too old: jax for CUDA 13 needs 580 or newer",
         "sudo apt install nvidia-driver-580 && sudo reboot",
     ),
+    "plugin that aborts": (
+        replace(HEALTHY, platform=None, death="SIGABRT", error="SIGABRT ended the process"),
+        "SIGABRT ends the process in which jax starts with jax-cuda12-plugin==0.12.0, jax-cuda12-pjrt==0.12.0",
+        "/venv/bin/python -m pip install --force-reinstall --no-deps jax-cuda12-plugin==0.12.0 jax-cuda12-pjrt==0.12.0",
+    ),
     "JAX_PLATFORMS": (
         replace(ON_CPU, environment={"JAX_PLATFORMS": "cpu"}),
         "JAX_PLATFORMS=cpu lets jax use nothing else",
@@ -200,3 +205,14 @@ def test_json_holds_facts_and_problems(monkeypatch, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["driver"] == "580.95.05" and found["gpus"][0]["name"] == "NVIDIA H100"
     assert found["problems"] == [{"what": "JAX_PLATFORMS=cpu lets jax use nothing else", "fix": "unset JAX_PLATFORMS"}]
+
+
+def test_a_plugin_that_ends_the_process_does_not_end_the_doctor(monkeypatch):
+    assert doctor._death(("-c", "import os; os.abort()")) == "SIGABRT"
+    assert doctor._death(("-c", "raise SystemExit(3)")) == ""
+    monkeypatch.setattr(doctor, "_death", lambda arguments: "SIGBUS")
+    monkeypatch.setattr(doctor, "_versions", lambda: VERSIONS | {"libtpu": "0.0.50"})
+    facts = replace(doctor.gather(), driver=None, nvidia_card=False, tpu_chip=False, free_disk=100 * GIB)
+    assert (facts.platform, facts.death) == (None, "SIGBUS")
+    assert "export JAX_PLATFORMS=cpu" in {problem.fix for problem in problems(replace(facts, environment={}))}
+    assert "cannot start" not in doctor.report(facts)
