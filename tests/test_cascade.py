@@ -45,7 +45,7 @@ class Echo:
         return low_res + variables["params"]
 
 
-def enlarging(size=16, low_res=8, text=None, **fields):
+def super_resolution(size=16, low_res=8, text=None, **fields):
     denoiser = Denoiser(Cosine(), X0(), jnp.zeros(()), Apply(ECHO))
     defaults = Defaults(steps=2, sampler="ddim", grid="uniform", batch=4)
     return Model(denoiser, (size, size, 3), defaults, text, low_res=low_res, name=f"to {size}", **fields)
@@ -62,7 +62,7 @@ def pictures(num, size):
     return jax.random.uniform(jax.random.key(num), (num, size, size, 3), minval=-1)
 
 
-def test_shrinking_is_the_mean_and_undoes_whole_enlargement():
+def test_downsampling_is_the_mean_and_undoes_upsampling_by_whole_numbers():
     x = pictures(2, 8)
     np.testing.assert_allclose(cascade.downsample(x, 2)[1, 0, 1], x[1, :4, 4:].mean((0, 1)), atol=1e-6)
     flat = jnp.full((1, 4, 4, 3), 0.3)
@@ -103,7 +103,7 @@ def test_training_pictures_at_random_levels():
 
 
 def test_the_objective_tells_the_network_of_them():
-    """The loss of a network that returns its low-res picture is the loss of enlarging by interpolation."""
+    """The loss of a network that returns its low-res picture is the loss of interpolation."""
     bytes_ = jax.random.randint(KEY, (4, 16, 16, 3), 0, 256).astype(jnp.uint8)
     objective = Objective(
         Flow(), X0(), Apply(ECHO), lambda params, cond: cond, loss.x0_weight(), loss.uniform(), loss.independent,
@@ -118,21 +118,21 @@ def test_the_objective_tells_the_network_of_them():
 
 def test_a_stage_draws_what_it_is_told_of():
     small = pictures(3, 8)
-    drawn = enlarging().sample(KEY, num=3, low_res=small)
+    drawn = super_resolution().sample(KEY, num=3, low_res=small)
     np.testing.assert_allclose(drawn, cascade.upsample(small, 16), atol=1e-5)
-    np.testing.assert_allclose(enlarging().sample(KEY, num=1, low_res=small[:1], level=0.2), drawn[:1], atol=1.5)
-    assert np.abs(enlarging().sample(KEY, num=1, low_res=small[:1], level=0.2) - drawn[:1]).max() > 0.1
+    np.testing.assert_allclose(super_resolution().sample(KEY, num=1, low_res=small[:1], level=0.2), drawn[:1], atol=1.5)
+    assert np.abs(super_resolution().sample(KEY, num=1, low_res=small[:1], level=0.2) - drawn[:1]).max() > 0.1
 
 
 def test_a_picture_does_not_depend_on_its_neighbours():
-    small, stage = pictures(6, 8), enlarging()
+    small, stage = pictures(6, 8), super_resolution()
     six = stage.sample(KEY, num=6, low_res=small, level=0.5)
     np.testing.assert_array_equal(stage.sample(KEY, num=2, low_res=small[:2], level=0.5), six[:2])
 
 
 def test_three_stages():
     first = toys.model(text=True, size=8)
-    whole = Cascade((first, enlarging(16, 8, text=first.text), enlarging(64, 16)))
+    whole = Cascade((first, super_resolution(16, 8, text=first.text), super_resolution(64, 16)))
     drawn = whole.sample(KEY, num=2, prompt="bee", each=({"steps": 3}, {"level": 0.1}, {"sampler": "ddpm"}))
     assert [images.shape[1] for images in drawn] == [8, 16, 64]
     np.testing.assert_array_equal(drawn[0], first.sample(jax.random.fold_in(KEY, 0), num=2, prompt="bee", steps=3))
@@ -141,13 +141,13 @@ def test_three_stages():
 
 def test_starting_at_a_later_stage_from_a_picture():
     small = pictures(1, 8)
-    drawn = Cascade((enlarging(16, 8), enlarging(32, 16))).sample(KEY, num=2, low_res=small)
+    drawn = Cascade((super_resolution(16, 8), super_resolution(32, 16))).sample(KEY, num=2, low_res=small)
     np.testing.assert_allclose(drawn[0], jnp.repeat(cascade.upsample(small, 16), 2, axis=0), atol=1e-5)
 
 
 def test_inpainting_keeps_what_is_known_at_every_stage():
     image, mask = pictures(1, 16), jnp.ones((1, 16, 16, 1)).at[:, :, :8].set(0)
-    drawn = Cascade((toys.model(size=8), enlarging())).sample(KEY, num=2, image=image, mask=mask)
+    drawn = Cascade((toys.model(size=8), super_resolution())).sample(KEY, num=2, image=image, mask=mask)
     np.testing.assert_allclose(drawn[0][:, :, :4], jnp.repeat(cascade.downsample(image, 8)[:, :, :4], 2, 0), atol=1e-5)
     np.testing.assert_allclose(drawn[1][:, :, :8], jnp.repeat(image[:, :, :8], 2, 0), atol=1e-5)
     assert np.abs(drawn[1][:, :, 8:] - image[:, :, 8:]).max() > 0.1
@@ -155,7 +155,7 @@ def test_inpainting_keeps_what_is_known_at_every_stage():
 
 def test_image_to_image_starts_the_first_stage():
     image = pictures(1, 16)
-    drawn = Cascade((toys.model(size=8), enlarging())).sample(KEY, num=1, image=image, strength=0.5)
+    drawn = Cascade((toys.model(size=8), super_resolution())).sample(KEY, num=1, image=image, strength=0.5)
     alone = toys.model(size=8).sample(jax.random.fold_in(KEY, 0), image=cascade.downsample(image, 8), strength=0.5)
     np.testing.assert_array_equal(drawn[0], alone)
     np.testing.assert_allclose(drawn[1], cascade.upsample(jnp.clip(alone, -1, 1), 16), atol=1e-4)
@@ -168,18 +168,27 @@ def test_image_to_image_starts_the_first_stage():
         (lambda: LowRes(8, 1.0), "max_level 1.0"),
         (lambda: Cascade((toys.model(), toys.model())), "stage 2 .toy. reads no pictures"),
         (
-            lambda: Cascade((toys.model(size=4), enlarging())),
+            lambda: Cascade((toys.model(size=4), super_resolution())),
             "reads 8 pixels of 3 channels and stage 1 .toy. draws 4 of 3",
         ),
-        (lambda: Cascade((toys.model(size=8).replace(shape=(8, 8, 1)), enlarging())), "stage 1 .toy. draws 8 of 1"),
         (
-            lambda: Cascade((toys.model(), enlarging(text=toys.model(text=True).text))),
+            lambda: Cascade((toys.model(size=8).replace(shape=(8, 8, 1)), super_resolution())),
+            "stage 1 .toy. draws 8 of 1",
+        ),
+        (
+            lambda: Cascade((toys.model(), super_resolution(text=toys.model(text=True).text))),
             "stage 1 .toy. none: train it with",
         ),
-        (lambda: enlarging().sample(KEY), "to 16 enlarges pictures of 8 x 8 pixels in 3 channels, and none is given"),
-        (lambda: enlarging().sample(KEY, low_res=pictures(1, 4)), "and not 4 x 4 of 3"),
-        (lambda: enlarging().sample(KEY, low_res=pictures(1, 8), level=1.0), "level is 1.0"),
-        (lambda: toys.model().sample(KEY, low_res=pictures(1, 8)), "toy enlarges nothing: leave low_res and level out"),
+        (
+            lambda: super_resolution().sample(KEY),
+            "to 16 draws from pictures of 8 x 8 pixels in 3 channels, and none is given",
+        ),
+        (lambda: super_resolution().sample(KEY, low_res=pictures(1, 4)), "and not 4 x 4 of 3"),
+        (lambda: super_resolution().sample(KEY, low_res=pictures(1, 8), level=1.0), "level is 1.0"),
+        (
+            lambda: toys.model().sample(KEY, low_res=pictures(1, 8)),
+            "toy is no super-resolution model: leave low_res and level out",
+        ),
     ],
 )
 def test_what_does_not_fit_is_said(wrong, said):
@@ -232,7 +241,7 @@ def test_the_test_experiments_train_and_draw_together(runs, capsys):
     assert (out / "000_picture-3_0001.png").stat().st_mtime_ns == before
 
 
-def test_one_stage_enlarges_a_picture(runs):
+def test_one_super_resolution_stage_alone(runs):
     words = [
         "sample",
         "--run",

@@ -451,9 +451,9 @@ def calibrated(
     section 4.1).
     """
     process, best = machine.process, []
-    told = {} if network_cond is None else network_cond
+    network_cond = {} if network_cond is None else network_cond
     for t, s in np.asarray(grid, np.float32):
-        found = _called(network, x, t, told)
+        found = _called(network, x, t, network_cond)
         cosines = _agreement(machine, found, x, t, cond, jnp.asarray(sides, jnp.float32))
         best.append(np.median(np.asarray(sides)[np.argmax(cosines, axis=0)]))
         x = move(process, found, t, s, DDIM, jnp.zeros_like(x))

@@ -36,9 +36,9 @@ def render(title: str, lead: str, footer: str, result: Shown, sections: Sequence
     """The page as text, below `LARGEST` bytes."""
     template, folder = _template(), Path(__file__).parent
     parts = {name: (folder / f"page.{kind}").read_text() for name, kind in (("style", "css"), ("script", "js"))}
-    told = {"title": title, "lead": lead, "footer": footer, "result": result, "sections": sections, **parts}
+    parts |= {"title": title, "lead": lead, "footer": footer, "result": result, "sections": sections}
     for longest in SIDES:
-        page = template.render(**told, uri=lambda picture, side=longest: pictures.uri(picture.pixels, side))
+        page = template.render(**parts, uri=lambda picture, side=longest: pictures.uri(picture.pixels, side))
         if len(page.encode()) < LARGEST:
             return page
     raise UserError(f"the page would be {len(page.encode()) / 1e6:.0f} MB: explain with fewer --steps")

@@ -67,9 +67,9 @@ called = jax.jit(lambda denoise, x, t, cond: denoise(x, t, cond))
 def witnessed(recipe: Recipe, inputs: Inputs) -> Recipe:
     """The recipe with a witness."""
     state = jax.eval_shape(recipe.begin, inputs)
-    told = inputs.cond | ({"past": state.past} if jax.tree.leaves(state.past) else {})
+    cond = inputs.cond | ({"past": state.past} if jax.tree.leaves(state.past) else {})
     t = jnp.zeros((), jnp.float32)
-    est = jax.eval_shape(called, recipe.denoise, state.x, t, told)
+    est = jax.eval_shape(called, recipe.denoise, state.x, t, cond)
     blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), Seen(state.x, t, est, est.x0, est.eps))
     return replace(recipe, sampler=replace(recipe.sampler, refine=Witness(recipe.sampler.refine, blank)))
 

@@ -109,9 +109,9 @@ class Model:
 
     `text(prompts) -> cond` encodes prompts. `shape` is that of one state x; for latent models `encode(images) -> x` and
     `decode(x) -> images` lead to and from it, `factor` pixels to one of its cells, and `preview(x)` are small pictures
-    that cost little; sizes are multiples of `multiple` pixels, at most `largest` (0: any). A model that enlarges
-    pictures reads `low_res` pixels a side. `has_null`: it was trained without its text or class now and then, so that
-    it can draw without. `name` and `revision` (a run's step, a hub's commit) say where it was loaded from;
+    that cost little; sizes are multiples of `multiple` pixels, at most `largest` (0: any). A super-resolution
+    model reads pictures of `low_res` pixels a side. `has_null`: it was trained without its text or class now and
+    then, so that it can draw without. `name` and `revision` (a run's step, a hub's commit) say where it was loaded from;
     `earlier(step)` is the model of an earlier checkpoint of the same run, `weak` the one that autoguidance leads
     away from.
     """
@@ -347,10 +347,10 @@ class Model:
         cond = self.condition(num, prompt, negative_prompt, label, reads)
         repeat = lambda value: None if value is None else jnp.broadcast_to(value, (num, *value.shape[1:]))
         if self.low_res:
-            small = self._enlarged(repeat(low_res), self.defaults.level if level is None else level, keys)
+            small = self._low_res_cond(repeat(low_res), self.defaults.level if level is None else level, keys)
             cond = {branch: of | small for branch, of in cond.items()} if reads else cond | small
         elif low_res is not None or level is not None:
-            raise UserError(f"{self._called} enlarges nothing: leave low_res and level out")
+            raise UserError(f"{self._called} is no super-resolution model: leave low_res and level out")
         known = None if image is None else self.known(image)
         return Inputs(keys, cond, repeat(known), repeat(None if mask is None else self._cells(mask, known)))
 
@@ -409,13 +409,13 @@ class Model:
             jnp.asarray(image), feathered(mask, int(build.within("feather", feather or 0, 0, max(mask.shape))))
         )
 
-    def _enlarged(self, small: Array | None, level: float, keys: Key[Array, " b"]) -> dict[str, Array]:
+    def _low_res_cond(self, small: Array | None, level: float, keys: Key[Array, " b"]) -> dict[str, Array]:
         if not 0 <= level < 1:
             raise UserError(f"level is {level}: the noise in a low-res picture is from 0 to below 1")
         if small is None or small.shape[1:] != (self.low_res, self.low_res, self.shape[-1]):
             given = "none is given" if small is None else f"not {small.shape[1]} x {small.shape[2]} of {small.shape[3]}"
             raise UserError(
-                f"{self._called} enlarges pictures of {self.low_res} x {self.low_res} pixels in {self.shape[-1]} "
+                f"{self._called} draws from pictures of {self.low_res} x {self.low_res} pixels in {self.shape[-1]} "
                 f"channels, and {given}: give `low_res`, or draw with a cascade"
             )
         return _condition(small, self.shape[0], jnp.float32(level), _fold(keys, LOW_RES))
@@ -428,7 +428,7 @@ class Model:
         height, width = sides(size)
         if self.low_res and (height, width) != self.shape[:2]:
             raise UserError(
-                f"{self._called} enlarges to {self.shape[1]} x {self.shape[0]} pixels and to no other size: "
+                f"{self._called} draws {self.shape[1]} x {self.shape[0]} pixels and to no other size: "
                 "leave the size out"
             )
         largest = self.largest or max(height, width)

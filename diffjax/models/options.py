@@ -211,8 +211,10 @@ class Request(Asked):
         type=int,
         metavar="N",
     )
-    low_res: str | None = option(None, "a picture to enlarge, or the folder of an earlier job", metavar="PATH")
-    level: float | None = option(None, "noise in what is enlarged, from 0 to below 1", type=float)
+    low_res: str | None = option(
+        None, "super-resolution: the low-res picture, or the folder of an earlier job", metavar="PATH"
+    )
+    level: float | None = option(None, "noise augmentation level of the low-res picture, from 0 to below 1", type=float)
     seed: int = option(0, "picture i of a seed is always the same (default 0)", type=int, metavar="N")
     two_passes: bool = option(False, "guidance's two branches in turn: less memory", action="store_true")
     skip_layers: bool = option(

@@ -96,11 +96,11 @@ class DiT(nn.Module):
     ) -> Float[Array, "b h w c"]:
         if x.shape[1] % self.patch or x.shape[2] % self.patch:
             raise UserError(f"{x.shape[1]} x {x.shape[2]} pixels do not cut into patches of {self.patch}: change one")
-        told = None if mask is None else jnp.any(mask, axis=1)
-        emb = self._embed_time(t) + self._embed_pooled(pooled, told) + self._embed_label(label)
+        has_text = None if mask is None else jnp.any(mask, axis=1)
+        emb = self._embed_time(t) + self._embed_pooled(pooled, has_text) + self._embed_label(label)
         emb = nn.silu(emb.astype(jnp.float32))
         y = self._dense(self.width, name="patch_in")(self._cut(x)).astype(jnp.float32)
-        y, mask = self._with_text(y, context, mask, told)
+        y, mask = self._with_text(y, context, mask, has_text)
         lead = y.shape[1] - (x.shape[1] // self.patch) * (x.shape[2] // self.patch)
         y = self._blocks(y, emb, self._turn(x, lead), mask, lead)[:, lead:]
         shift, scale = jnp.split(self._zero(2 * self.width, name="adapt_last")(emb)[:, None], 2, axis=-1)
@@ -125,13 +125,13 @@ class DiT(nn.Module):
         y = self._dense(self.width, name="time_in")(timestep_embedding(t, TIME_CHANNELS))
         return self._dense(self.width, name="time_out")(nn.silu(y))
 
-    def _embed_pooled(self, pooled: Array | None, told: Array | None) -> Float[Array, "b c"] | float:
+    def _embed_pooled(self, pooled: Array | None, has_text: Array | None) -> Float[Array, "b c"] | float:
         if not self.pooled_width:
             return 0.0
         if pooled is None:
             raise UserError("this model reads a pooled text vector: give `pooled`")
         emb, null = self._dense(self.width, name="pooled_in")(pooled), self._null("null_pooled")
-        return emb if told is None else jnp.where(told[:, None], emb, null.astype(emb.dtype))
+        return emb if has_text is None else jnp.where(has_text[:, None], emb, null.astype(emb.dtype))
 
     def _embed_label(self, label: Array | None) -> Float[Array, "b c"] | float:
         if not self.classes:
@@ -142,7 +142,7 @@ class DiT(nn.Module):
         return self.param("label_embedding", nn.initializers.normal(0.02), shape, self.param_dtype)[label]
 
     def _with_text(
-        self, y: Float[Array, "b t c"], context: Array | None, mask: Array | None, told: Array | None
+        self, y: Float[Array, "b t c"], context: Array | None, mask: Array | None, has_text: Array | None
     ) -> tuple[Float[Array, "b t c"], Bool[Array, "b 1 1 t"] | None]:
         """The sequence with the text before the patches, and which of it is seen."""
         if not self.context_width:
@@ -150,9 +150,9 @@ class DiT(nn.Module):
         if context is None:
             raise UserError("this model reads a text: give `context` and `mask`")
         text, null = self._dense(self.width, name="context_in")(context), self._null("null_token")
-        if mask is not None and told is not None:
-            text = jnp.where(told[:, None, None], text, null.astype(text.dtype))
-            mask = mask.at[:, 0].set(mask[:, 0] | ~told)
+        if mask is not None and has_text is not None:
+            text = jnp.where(has_text[:, None, None], text, null.astype(text.dtype))
+            mask = mask.at[:, 0].set(mask[:, 0] | ~has_text)
             mask = jnp.pad(mask, ((0, 0), (0, y.shape[1])), constant_values=True)[:, None, None]
         return jnp.concatenate([text.astype(jnp.float32), y], axis=1), mask
 

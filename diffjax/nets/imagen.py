@@ -1,4 +1,4 @@
-"""The U-Nets of Imagen (arXiv:2205.11487, appendix B): a base network, and efficient ones that enlarge pictures.
+"""The U-Nets of Imagen (arXiv:2205.11487, appendix B): a base network, and efficient ones for super-resolution.
 
 Text enters twice: image positions attend to the token states, and the states, pooled by attention, join the time
 embedding. `MINIMAGEN_BASE` and `MINIMAGEN_SUPER` are the widths that MinImagen published.
@@ -227,7 +227,7 @@ class ImagenUNet(nn.Module):
         pixels = x
         if self.low_res:
             if low_res is None or level is None:
-                raise UserError("this model enlarges pictures: give `low_res` and `level`")
+                raise UserError("this network draws from low-res pictures: give `low_res` and `level`")
             emb = emb + self._embedding(1000 * level, "level")
             pixels = jnp.concatenate([x, low_res], axis=-1)
         first = self._stem(fold(pixels, self.patch).astype(self.dtype))

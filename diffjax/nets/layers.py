@@ -452,11 +452,11 @@ class ResBlock(nn.Module):
         if emb is None:
             y = norm(name="norm2")(y)
         elif self.time_embedding == "add":
-            told = Dense(self.features, **policy, name="time_emb_proj")(self.activation(emb))
-            y = norm(name="norm2")(y + told[:, None, None])
+            time = Dense(self.features, **policy, name="time_emb_proj")(self.activation(emb))
+            y = norm(name="norm2")(y + time[:, None, None])
         else:
-            told = Dense(2 * self.features, **policy, name="time_emb_proj")(self.activation(emb))
-            scale, shift = jnp.split(told[:, None, None], 2, axis=-1)
+            time = Dense(2 * self.features, **policy, name="time_emb_proj")(self.activation(emb))
+            scale, shift = jnp.split(time[:, None, None], 2, axis=-1)
             y = norm(name="norm2")(y) * (1 + scale) + shift
         y = nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))(self.activation(y))
         y = conv(name="conv2", kernel_init=nn.initializers.zeros)(y)

@@ -68,8 +68,8 @@ class Attention(nn.Module):
             keep_words(self, q, k, None, slice(x.shape[1]), slice(x.shape[1], None))
         y = attention(*projected).reshape(x.shape[0], -1, self.heads * self.head_dim)
         own, rest = jnp.split(y, [x.shape[1]], axis=1)
-        told = dense(name="to_add_out")(rest) if text is not None and self.text_out else None
-        return dense(name="to_out_0")(own), told
+        text_y = dense(name="to_add_out")(rest) if text is not None and self.text_out else None
+        return dense(name="to_out_0")(own), text_y
 
     def _project(self, x: Array, names: tuple[str, ...], norms: tuple[str, str]) -> list[Float[Array, "b l n h"]]:
         """Queries, keys and values."""
@@ -138,8 +138,8 @@ class Block(nn.Module):
             text_scale, text_shift, *text_rest = self._modulation("norm1_context", emb, 2)
         else:
             text_shift, text_scale, *text_rest = self._modulation("norm1_context", emb, 6)
-        told = text_normed * (1 + text_scale) + text_shift
-        y, text_y = attend(not self.kind.last, name="attn")(normed * (1 + scale) + shift, told)
+        moved = text_normed * (1 + text_scale) + text_shift
+        y, text_y = attend(not self.kind.last, name="attn")(normed * (1 + scale) + shift, moved)
         x = self._add(x, gate, y)
         if self.kind.dual:
             shift, scale, gate = second

@@ -1,4 +1,4 @@
-"""A small network for the stages that enlarge, cheap enough for a CPU: all its work is done on the small
+"""A small network for super-resolution stages, cheap enough for a CPU: all its work is done on the small
 picture's grid.
 
 Squares of pixels become channels and, at the end, pixels again (Shi et al. 2016, "sub-pixel convolution"); between them
@@ -20,7 +20,7 @@ Dtype = Any
 
 
 class SubPixel(nn.Module):
-    """`low_res + f(x, low_res, t, level)`: made for x0, which it finds at its start to be the enlarged picture.
+    """`low_res + f(x, low_res, t, level)`: made for x0, which it finds at its start to be the upsampled picture.
 
     `patch` x `patch` pixels of `x` and of `low_res` are one place of `depth` blocks that are `width` wide. The output
     is float32. Raises `UserError` for a size that is no multiple of `patch`, and without a low-res picture.
@@ -43,7 +43,7 @@ class SubPixel(nn.Module):
         level: Float[Array, " b"] | None = None,
     ) -> Float[Array, "b h w c"]:
         if low_res is None or level is None:
-            raise UserError("network subpixel enlarges pictures and nothing else: give the experiment a low_res")
+            raise UserError("network subpixel is for super-resolution only: give the experiment a low_res")
         if x.shape[1] % self.patch or x.shape[2] % self.patch:
             raise UserError(f"{x.shape[1]} x {x.shape[2]} pixels do not cut into patches of {self.patch}: change one")
         policy = {"dtype": self.dtype, "param_dtype": self.param_dtype}

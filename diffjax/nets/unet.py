@@ -235,9 +235,9 @@ class UNet(nn.Module):
         levels = len(self.block_out_channels)
         if x.shape[1] % self.multiple or x.shape[2] % self.multiple:
             raise UserError(f"images of {x.shape[1]} x {x.shape[2]} pixels: give multiples of {self.multiple}")
-        told = None if mask is None else jnp.any(mask, axis=1)
-        emb = self._embed_time(t) + self._embed_label(label) + self._embed_pooled(pooled, told)
-        tokens = self._tokens(context, mask, told)
+        has_text = None if mask is None else jnp.any(mask, axis=1)
+        emb = self._embed_time(t) + self._embed_label(label) + self._embed_pooled(pooled, has_text)
+        tokens = self._tokens(context, mask, has_text)
         conv = functools.partial(nn.Conv, kernel_size=(3, 3), padding=1, **self._policy())
 
         x = (2 * x - 1 if self.center_input_sample else x).astype(self.dtype)
@@ -286,26 +286,26 @@ class UNet(nn.Module):
         rows = self.param("class_embedding", normal, (self.num_class_embeds, width), self.param_dtype)
         return jnp.asarray(rows)[label].astype(self.dtype)
 
-    def _embed_pooled(self, pooled: Array | None, told: Array | None) -> Float[Array, "b e"] | float:
+    def _embed_pooled(self, pooled: Array | None, has_text: Array | None) -> Float[Array, "b e"] | float:
         if not self.pooled_width:
             return 0.0
         if pooled is None:
             raise UserError("this model reads a pooled text vector: give `pooled`")
         emb = self._embedding("pooled_embedding")(pooled)
         null = self.param("null_pooled", nn.initializers.normal(0.02), emb.shape[1:], self.param_dtype)
-        return emb if told is None else jnp.where(told[:, None], emb, null.astype(self.dtype))
+        return emb if has_text is None else jnp.where(has_text[:, None], emb, null.astype(self.dtype))
 
-    def _tokens(self, context: Array | None, mask: Array | None, told: Array | None) -> Tokens:
+    def _tokens(self, context: Array | None, mask: Array | None, has_text: Array | None) -> Tokens:
         """The token states to attend to; where a row has none, the learned null token. Nothing without text."""
         if not self.context_width:
             return ()
         if context is None:
             raise UserError("this model reads a text: give `context` and `mask`")
         null = self.param("null_token", nn.initializers.normal(0.02), (self.context_width,), self.param_dtype)
-        if mask is None or told is None:
+        if mask is None or has_text is None:
             return context.astype(self.dtype), jnp.ones(context.shape[:2], bool)
-        context = jnp.where(told[:, None, None], context, null).astype(self.dtype)
-        return context, mask | (~told[:, None] & (jnp.arange(mask.shape[1]) == 0))
+        context = jnp.where(has_text[:, None, None], context, null).astype(self.dtype)
+        return context, mask | (~has_text[:, None] & (jnp.arange(mask.shape[1]) == 0))
 
     def _resnet(self, features: int, **changes: Any) -> Callable[..., nn.Module]:
         return functools.partial(

@@ -280,7 +280,7 @@ def conditions(request: Request, model: Model) -> dict[str, Any]:
 
 
 def earlier(request: Request, model: Model, pictures: Sequence[Picture]) -> Float[np.ndarray, "b h w c"]:
-    """What each picture is enlarged from: one file for all, or the picture of the same name in an earlier job's folder.
+    """The low-res picture of each: one file for all, or the picture of the same name in an earlier job's folder.
 
     Raises `UserError` when it is not there.
     """

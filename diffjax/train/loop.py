@@ -206,7 +206,7 @@ def first_state(
         params = experiment.init(init_key)
         if config.get("init_from"):
             params = transfer.start(params, experiment, config.init_from, workdir)
-        return jax.jit(new)(params).replace(frozen=experiment.frozen_params)
+        return replace(jax.jit(new)(params), frozen=experiment.frozen_params)
     state, position = restored
     if changed := batches.set_state(position.encode(), allow_change):
         record.note(workdir, changed)

@@ -81,10 +81,10 @@ class Settings:
         """
         if not self.fields:
             return 1.0 if alpha is None else alpha / rank
-        told = self._number("rank_pattern", "r", layer)
-        if told != rank:
+        said = self._number("rank_pattern", "r", layer)
+        if said != rank:
             raise UserError(
-                f"{self.source} says r = {told:g} of {layer!a}, and its tensors have rank {rank}: download both again"
+                f"{self.source} says r = {said:g} of {layer!a}, and its tensors have rank {rank}: download both again"
             )
         stable = self.fields.get("use_rslora")
         scale = self._number("alpha_pattern", "lora_alpha", layer) / (math.sqrt(rank) if stable else rank)

@@ -281,7 +281,7 @@ def test_every_guide_draws_or_says_why_not(request, rule, told, subject):
         model.sample, KEY, num=2, steps=2, guidance=3.0, guide=RULES[rule], **TOLD[told], **SUBJECTS[subject]
     )
     if told == "low_res" or (subject == "unconditional" and RULES[rule]["name"] != "autoguidance"):
-        with pytest.raises(UserError, match="enlarges nothing|leave the guidance out"):
+        with pytest.raises(UserError, match="no super-resolution model|leave the guidance out"):
             draw()
         return
     images = draw()

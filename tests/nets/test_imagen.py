@@ -151,8 +151,8 @@ def test_presets_beside_minimagen():
     base, base_work = size(MINIMAGEN_BASE, 64)
     assert base == 1_621_020_163 and base / 1_618_466_051 == pytest.approx(1, abs=0.01)
     assert base_work == pytest.approx(546e9, rel=0.02)
-    enlarging, work = size(MINIMAGEN_SUPER, 128)
-    assert enlarging == 679_923_587 and enlarging / 715_760_003 == pytest.approx(1, abs=0.06)
+    super_, work = size(MINIMAGEN_SUPER, 128)
+    assert super_ == 679_923_587 and super_ / 715_760_003 == pytest.approx(1, abs=0.06)
     assert work == pytest.approx(100e9, rel=0.02)
 
 
@@ -171,7 +171,7 @@ def test_muon_takes_the_blocks():
         (SUPER, {"x": jnp.zeros((B, 6, 16, 3))}, "6 x 16 pixels: this network reads multiples of 4"),
         (BASE, {"context": None}, "this model reads a text"),
         (BASE, {"label": None}, "give a label"),
-        (SUPER, {"low_res": None}, "this model enlarges pictures: give `low_res` and `level`"),
+        (SUPER, {"low_res": None}, "this network draws from low-res pictures: give `low_res` and `level`"),
     ],
 )
 def test_what_is_missing_is_said(module, changed, said):

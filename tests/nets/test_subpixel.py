@@ -1,4 +1,4 @@
-"""The sub-pixel network: the enlarged picture at its start, and what it hears."""
+"""The sub-pixel network: the upsampled picture at its start, and what it hears."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ NET = SubPixel(patch=2, width=8, depth=1, groups=2)
 X, LOW = (np.random.default_rng(seed).standard_normal((2, 8, 8, 3)).astype(np.float32) for seed in (0, 1))
 
 
-def test_at_its_start_it_is_the_enlarged_picture_and_it_hears_all_it_is_told():
+def test_at_its_start_it_is_the_upsampled_picture_and_it_hears_all_it_is_told():
     told = {"t": jnp.full(2, 500.0), "low_res": LOW, "level": jnp.full(2, 0.1)}
     params = jax.jit(NET.init)(jax.random.key(0), X, **told)
     run = jax.jit(lambda params, x, told: NET.apply(params, x, **told))
@@ -26,7 +26,7 @@ def test_at_its_start_it_is_the_enlarged_picture_and_it_hears_all_it_is_told():
 
 
 def test_what_it_cannot_read_is_said():
-    with pytest.raises(UserError, match="enlarges pictures and nothing else"):
+    with pytest.raises(UserError, match="is for super-resolution only"):
         NET.init(jax.random.key(0), X, jnp.zeros(2))
     with pytest.raises(UserError, match="7 x 8 pixels do not cut into patches of 2"):
         NET.init(jax.random.key(0), X[:, :7], jnp.zeros(2), LOW[:, :7], jnp.zeros(2))
