@@ -16,11 +16,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key
 
 from diffjax.diffusion.grid import Grid
 from diffjax.diffusion.guide import Denoise, Scale
-from diffjax.diffusion.predict import Estimate
+from diffjax.diffusion.predict import Estimate, determinant
 from diffjax.diffusion.process import Images, Keys, Process, Time, fold, image_keys, root, unit_noise
 from diffjax.diffusion.refine import Chain, Refine, Step
 from diffjax.utils import struct
@@ -206,7 +207,20 @@ def draw(
     """Samples of `shape` (b, ...): x at the grid's last time, from sigma(t0) z at its first time t0.
 
     Sample number i has the key `fold_in(key, i)`, from which its z and the noise of its steps are drawn.
+
+    Raises `UserError` for a denoiser whose prediction says nothing of x0 at t0 (eps at alpha = 0).
     """
+    _check_start(denoise, grid[0, 0])
     keys = image_keys(key, jnp.arange(shape[0]))
     x = denoise.process.sigma(jnp.float32(grid[0, 0])) * start_noise(keys, shape[1:])
     return solve(denoise, x, grid, sampler, keys, cond)
+
+
+def _check_start(denoise: Denoise, t: Time) -> None:
+    prediction = getattr(denoise, "prediction", None)
+    det = 1.0 if prediction is None else determinant(prediction, denoise.process, t)
+    if not isinstance(det, Tracer) and abs(det) < 1e-6:
+        raise UserError(
+            f"the grid begins at t = {float(t):g}, pure noise, of which {type(prediction).__name__} prediction makes "
+            "no picture: begin below 1, as grid.uniform(steps, start) does"
+        )

@@ -111,8 +111,8 @@ class Model:
     `decode(x) -> images` lead to and from it, `factor` pixels to one of its cells, and `preview(x)` are small pictures
     that cost little; sizes are multiples of `multiple` pixels, at most `largest` (0: any). A super-resolution
     model reads pictures of `low_res` pixels a side. `has_null`: it was trained without its text or class now and
-    then, so that it can draw without. `name` and `revision` (a run's step, a hub's commit) say where it was loaded from;
-    `earlier(step)` is the model of an earlier checkpoint of the same run, `weak` the one that autoguidance leads
+    then, so that it can draw without. `name` and `revision` (a run's step, a hub's commit) say where it was loaded
+    from; `earlier(step)` is the model of an earlier checkpoint of the same run, `weak` the one that autoguidance leads
     away from.
     """
 

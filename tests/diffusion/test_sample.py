@@ -10,7 +10,7 @@ import pytest
 from diffjax.diffusion import grid, guide, refine, sample
 from diffjax.diffusion.analytic import Mixture, gaussian
 from diffjax.diffusion.denoise import Denoiser
-from diffjax.diffusion.predict import Estimate, V
+from diffjax.diffusion.predict import Eps, Estimate, Score, V
 from diffjax.diffusion.process import (
     Cosine,
     Exploding,
@@ -24,6 +24,7 @@ from diffjax.diffusion.process import (
     unit_noise,
 )
 from diffjax.diffusion.sample import Sampler
+from diffjax.utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("optimized")
 
@@ -320,3 +321,14 @@ def test_draw_is_solve_from_the_start_noise_of_each_key():
     drawn = sample.draw(MIXTURE, key, (6, 2), rows, SDE)
     np.testing.assert_array_equal(drawn, sample.solve(MIXTURE, x, rows, SDE, keys))
     assert keys[4] == jax.random.fold_in(key, 4)
+
+
+@pytest.mark.parametrize("prediction", [Eps(), Score()])
+def test_a_prediction_that_makes_no_picture_of_pure_noise_begins_below_it(prediction):
+    denoiser = Denoiser(Cosine(), prediction, {}, lambda params, x, t: -x)
+    draw = lambda rows: sample.draw(denoiser, jax.random.key(0), (2, 3), rows)
+    with pytest.raises(UserError, match="begins at t = 1, pure noise, of which .* makes no picture"):
+        draw(grid.uniform(3))
+    whole = draw(grid.uniform(3, start=0.99))
+    assert np.isfinite(whole).all()
+    np.testing.assert_allclose(jax.jit(draw)(grid.uniform(3, start=0.99)), whole, rtol=1e-5)
