@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 from diffjax.utils.errors import UserError, unknown
@@ -168,6 +170,8 @@ class Asked(Method):
 class Request(Asked):
     """All that a sampling job is asked for: `num` images of each prompt, or label, or pair of both.
 
+    `each_prompt` and `each_label` are files of which line i is what picture i is of, from the first line again after
+    the last; then `num` are all pictures. `format` and `per_file` say what files they are kept in.
     `image` is where to start from, `strength` how much of it may change; `mask` is white where it is drawn anew, and
     `feather` how many pixels around that pass over into the kept ones. A super-resolution model draws from the picture
     `low_res`, or from those of an earlier job in that folder, with noise of `level`. `revision`, `variant`,
@@ -198,6 +202,18 @@ class Request(Asked):
     )
     negative_prompt: str | None = option(None, "what guidance leads away from", metavar="TEXT")
     labels: tuple[str, ...] = option((), "a class by name or number", flag="--label", action="append")
+    each_prompt: str | None = option(
+        None,
+        "picture i is of line i of this file, from the first line again after the last; --num pictures in all",
+        metavar="FILE",
+    )
+    each_label: str | None = option(None, "the same with a class on each line", metavar="FILE")
+    format: str = option(
+        "png",
+        "png: a file for each picture; webdataset: tar files of many; array_record: a TFDS data set (default png)",
+        type=one_of("format", "png", "webdataset", "array_record"),
+    )
+    per_file: int = option(1000, "pictures in a file of such a format (default 1000)", type=int, metavar="N")
     image: str | None = option(None, "start from this picture", metavar="FILE")
     strength: float | None = option(
         None, "how much of --image may change, above 0 to 1 (default 0.6, with a mask 1)", type=float
@@ -226,6 +242,11 @@ class Request(Asked):
 
         super().__post_init__()
         _check_least("seed", self.seed, 0)
+        _check_least("per-file", self.per_file, 1)
+        if (self.each_prompt or self.each_label) and (self.prompts or self.labels):
+            raise UserError(
+                "--each-prompt and --each-label say what each picture is of: leave other prompts and labels out"
+            )
         if any(not prompt.strip() for prompt in self.prompts):
             raise UserError("a prompt is empty: say what to draw, or leave --prompt out to draw without a text")
         if self.image is None and (self.mask is not None or self.strength not in (None, 1.0)):
@@ -237,17 +258,45 @@ class Request(Asked):
 
     @property
     def texts(self) -> list[str]:
-        """All that a text encoder reads."""
-        return [*self.prompts, *([] if self.negative_prompt is None else [self.negative_prompt])]
+        """All that a text encoder reads, the prompts of a file each once."""
+        each = dict.fromkeys(prompt for prompt, _ in self.each) if self.each_prompt else ()
+        return [*self.prompts, *each, *([] if self.negative_prompt is None else [self.negative_prompt])]
 
     @property
     def subjects(self) -> list[tuple[str | None, str | None]]:
-        """Every prompt with every label."""
+        """Every prompt with every label; with files of them each pair once."""
+        if self.each:
+            return list(dict.fromkeys(self.each))
         prompts, labels = dict.fromkeys(self.prompts or [None]), dict.fromkeys(self.labels or [None])
         return list(itertools.product(prompts, labels))
 
+    @functools.cached_property
+    def each(self) -> list[tuple[str | None, str | None]]:
+        """What picture 0, 1, ... is of, by the lines of the files, as many as the longer one has; none without a file.
 
-FILES = ("image", "mask", "low_res", "lora")
+        Raises `UserError` for a file that cannot be read or has no lines.
+        """
+        files = [read_lines(path) if path else None for path in (self.each_prompt, self.each_label)]
+        longest = max((len(lines) for lines in files if lines), default=0)
+        columns = [[lines[i % len(lines)] if lines else None for i in range(longest)] for lines in files]
+        return list(zip(*columns))
+
+
+def read_lines(path: str | Path) -> list[str]:
+    """The lines of a file, but for empty ones. Raises `UserError` when there are none."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; give a text file with one prompt on a line") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no text in UTF-8: save it as such, one prompt on a line") from error
+    if found := [line.strip() for line in lines if line.strip()]:
+        return found
+    raise UserError(f"{path} is empty: write one prompt on a line")
+
+
+EACH = ("each_prompt", "each_label")
+FILES = ("image", "mask", "low_res", "lora", *EACH)
 """What of a request names a file, or a folder of an earlier job; adapters, several with their strengths."""
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,36 +11,67 @@ import jax
 import numpy as np
 
 from diffjax.models.model import Encoded
-from diffjax.utils import files
+from diffjax.utils import files, struct
+from diffjax.utils.errors import UserError
 from diffjax.utils.progress import track
 
 Row = dict[str, np.ndarray]
 
-MANY = 8
+MANY = 256
+"""Texts above which their conditioning stays on disk, to be read batch by batch."""
+
+BAR = 8
 """Texts from above which on encoding shows a bar."""
 
 SAID = "said"
 """The name under which a file keeps what its text encoder warned of."""
 
 
-def remembered(encoder: str, prompts: Iterable[str], load: Callable[[], Callable[[list[str]], Row]]) -> Encoded:
+@struct.dataclass
+class OnDisk:
+    """A text encoder that knows the prompts whose conditioning is in `folder`."""
+
+    folder: Path = struct.field(pytree_node=False)
+
+    def __call__(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        """Raises `UserError` for another prompt."""
+        rows = [read(path_of(self.folder, prompt)) for prompt in prompts]
+        if None in rows:
+            prompt = prompts[rows.index(None)]
+            raise UserError(f"{prompt!r} was not among the prompts that were encoded: load the model with it")
+        return _stacked([row for row in rows if row is not None])
+
+
+def remembered(
+    encoder: str, prompts: Iterable[str], load: Callable[[], Callable[[list[str]], Row]]
+) -> Encoded | OnDisk:
     """The conditions of the different prompts by the encoder that a key stands for, which is loaded if one is missing.
 
     Warns of what the encoder warned of when it read them.
     """
-    different = tuple(dict.fromkeys(prompts))
-    paths = [files.home() / "prompts" / encoder / f"{_digest(prompt)}.npz" for prompt in different]
-    rows, text = [read(path) for path in paths], None
-    absent = [i for i, row in enumerate(rows) if row is None]
-    for i in track(absent, "encoding the texts", len(absent)) if len(absent) > MANY else absent:
-        text = load() if text is None else text
-        row = rows[i] = _encoded(text, different[i])
-        with files.open_atomic(paths[i]) as file:
-            np.savez_compressed(file, **row)
-    whole = [row for row in rows if row is not None]
-    for said in dict.fromkeys(line for row in whole for line in row.pop(SAID).tolist()):
+    different, folder = tuple(dict.fromkeys(prompts)), files.home() / "prompts" / encoder
+    if absent := [prompt for prompt in different if read(path_of(folder, prompt)) is None]:
+        text = load()
+        for prompt in track(absent, "encoding the texts", len(absent)) if len(absent) > BAR else absent:
+            with files.open_atomic(path_of(folder, prompt)) as file:
+                np.savez_compressed(file, **_encoded(text, prompt))
+    if len(different) > MANY:
+        return OnDisk(folder)
+    rows = [row for prompt in different if (row := read(path_of(folder, prompt))) is not None]
+    for said in dict.fromkeys(line for row in rows for line in row[SAID].tolist()):
         warnings.warn(said, stacklevel=2)
-    return Encoded(different, jax.tree.map(lambda *leaves: np.stack(leaves), *whole))
+    return Encoded(different, _stacked(rows))
+
+
+def _stacked(rows: Sequence[Row]) -> Row:
+    return jax.tree.map(
+        lambda *leaves: np.stack(leaves), *({k: v for k, v in row.items() if k != SAID} for row in rows)
+    )
+
+
+def path_of(folder: Path, prompt: str) -> Path:
+    """Where the conditioning of a prompt is."""
+    return folder / f"{_digest(prompt)}.npz"
 
 
 def read(path: Path) -> Row | None:

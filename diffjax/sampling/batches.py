@@ -7,6 +7,7 @@ many steps a call makes, which images share a batch and how many devices there a
 import contextlib
 import functools
 import itertools
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,9 +24,11 @@ from diffjax.models.model import Inputs, Model, Paste, Recipe
 from diffjax.parallel import devices
 from diffjax.utils import image
 from diffjax.utils.errors import UserError
+from diffjax.utils.progress import Every
 
 CHUNK = 8
 SECONDS = 1.0
+REPORT_SECONDS = 60.0
 
 
 class Picture(NamedTuple):
@@ -204,7 +207,9 @@ class Pace:
 
 
 def shown(stages: Iterator[Stage], groups: Sequence[Group], steps: int, title: str) -> Iterator[Stage]:
-    """The same stages, with one bar over the steps of all groups and the time that is left."""
+    """The same stages, with one bar over the steps of all groups and the time that is left; where stderr is no
+    terminal, a line every `REPORT_SECONDS`.
+    """
     from rich import progress
     from rich.console import Console
 
@@ -215,10 +220,14 @@ def shown(stages: Iterator[Stage], groups: Sequence[Group], steps: int, title: s
         progress.TextColumn("steps, left"),
         progress.TimeRemainingColumn(),
     )
+    report = Every(REPORT_SECONDS)
     with progress.Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(title, total=steps * len(groups), completed=sum(group[0].done for group in groups))
         for stage in stages:
             bar.advance(task, stage.made)
+            if not bar.console.is_terminal and report.due():
+                said = [str(column.render(bar.tasks[0])) for column in columns if column is not columns[1]]
+                print(*said, file=sys.stderr, flush=True)
             yield stage
 
 

@@ -27,14 +27,14 @@ def draw(args: Namespace) -> None:
             f"{stages[0].name} is a super-resolution stage: begin with a run that draws small pictures, "
             "or give --low-res"
         )
-    if asked[0].prompts and not any(stage.text for stage in stages):
+    if (asked[0].prompts or asked[0].each_prompt) and not any(stage.text for stage in stages):
         raise UserError("no run of this cascade was trained with text: leave the prompt out")
     folders = [Path(args.out) / f"stage_{i}" for i in range(1, len(stages))] + [Path(args.out)]
     before = asked[0].low_res
     for i, (request, stage, folder) in enumerate(zip(asked, stages, folders)):
         request = dataclasses.replace(request, seed=request.seed + i, low_res=before)
         request = request if i == 0 or request.mask else dataclasses.replace(request, image=None, strength=None)
-        request = request if i + 1 == len(stages) else dataclasses.replace(request, feather=None)
+        request = request if i + 1 == len(stages) else dataclasses.replace(request, feather=None, format="png")
         generate(suited(request, stage), folder, preview=args.preview, overwrite=args.overwrite)
         before = str(folder.resolve())
 

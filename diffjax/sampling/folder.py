@@ -1,6 +1,6 @@
 """The folder that a sampling job fills: pictures as they come, previews, states under way, a sheet and the manifest.
 
-NAME.png          a finished picture, with all that made it in its metadata
+NAME.png          a finished picture, with all that made it in its metadata (or in files of many: `shards`)
 preview/NAME.png  what a picture under way looks like; gone once the picture is there
 .state/NAME.npz   a batch under way, named after its first picture; gone once its pictures are there
 provenance/NAME.png  which training pictures it is made of, of a closed form
@@ -10,6 +10,7 @@ manifest.json     the recipe, the versions, and every picture with its checksum
 
 import hashlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -19,7 +20,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -36,30 +37,67 @@ log = logging.getLogger(__name__)
 
 ON_SHEET = 400
 PROVENANCE = "provenance"
+UNDER_WAY = (".state", "preview", ".drawn")
+ABOUT = ("grid.png", "manifest.json")
+
 IN_METADATA = ("negative_prompt", "seed", *names(Method), "strength", "batch", "dtype", "revision", "checksum")
 
 Recipe = dict[str, Any]
 Subject = tuple[str | None, str | None]
 
 
-class Gallery:
-    """The folder of a job: `num` pictures of each subject (prompt, label), drawn by `recipe`, all in JSON types."""
+def listed(request: Request) -> dict[Picture, str]:
+    """All pictures of a request in their order, each with the name of its file."""
+    if request.each:
+        subjects = itertools.islice(itertools.cycle(request.each), request.num)
+        return {Picture(i, *subject): f"{i:08d}.png" for i, subject in enumerate(subjects)}
+    named = {
+        Picture(number, *subject): file_name(place, subject, number)
+        for place, subject in enumerate(request.subjects)
+        for number in range(request.num)
+    }
+    return named if request.format == "png" else {picture: f"{i:08d}.png" for i, picture in enumerate(named)}
 
-    def __init__(self, folder: Path, recipe: Recipe, subjects: Sequence[Subject], num: int):
-        self.folder, self.recipe, self.num, self.subjects = folder, recipe, num, subjects
-        self.names = {
-            Picture(number, *subject): file_name(place, subject, number)
-            for place, subject in enumerate(subjects)
-            for number in range(num)
-        }
+
+class Gallery:
+    """The folder of a job: the pictures of `names`, drawn by `recipe`, which is in JSON types."""
+
+    free: ClassVar[tuple[str, ...]] = ("num",)
+    """What of a recipe may be another when a job is gone on with."""
+
+    def __init__(self, folder: Path, recipe: Recipe, names: dict[Picture, str]):
+        self.folder, self.recipe, self.names = folder, recipe, names
+
+    @property
+    def unit(self) -> int:
+        """How many pictures in a row the same process draws."""
+        return self.recipe["batch"]
+
+    def owned(self, process: int, processes: int) -> list[Picture]:
+        """The pictures that are one process's to draw, whatever is there already."""
+        return [picture for i, picture in enumerate(self.names) if i // self.unit % processes == process]
 
     def path(self, picture: Picture) -> Path:
         """Where a finished picture is."""
         return self.folder / self.names[picture]
 
-    def missing(self) -> list[Picture]:
+    def missing(self, among: Sequence[Picture] | None = None) -> list[Picture]:
         """The pictures that are not there yet."""
-        return [picture for picture in self.names if not self.path(picture).exists()]
+        has = self.has()
+        return [picture for picture in (self.names if among is None else among) if not has(picture)]
+
+    def has(self) -> Callable[[Picture], bool]:
+        """Whether a picture is there: a function."""
+        return lambda picture: self.path(picture).exists()
+
+    def mend(self, mine: Sequence[Picture]) -> None:
+        """Remove what is there and damaged, so that it is drawn again."""
+        for path in map(self.path, mine):
+            if path.exists() and not image.is_whole(path):
+                remove_damaged(path)
+
+    def settle(self, mine: Sequence[Picture]) -> None:
+        """Bring what is drawn into its last form: nothing for pictures in files of their own."""
 
     def claim(self, overwrite: bool) -> None:
         """Make the folder this job's, writing the manifest.
@@ -72,7 +110,7 @@ class Gallery:
             self._clear(manifest)
         elif manifest is not None:
             self._refuse_another(manifest["recipe"])
-        elif there := next((path for path in map(self.path, self.names) if path.exists()), None):
+        elif there := next((path for path in self._files() if path.exists()), None):
             raise UserError(f"{there} is there and was not drawn by diffjax: choose another --out, or --overwrite")
         self._write_manifest()
 
@@ -110,18 +148,27 @@ class Gallery:
     def saved(self, blank: Callable[[Part], PyTree]) -> list[Part]:
         """The batches that were kept and are of use; `blank` gives the shapes of a part's state."""
         found = (self._read(path, blank) for path in sorted((self.folder / ".state").glob("*.npz")))
-        return [part for part in found if part and not all(self.path(picture).exists() for picture in part.pictures)]
+        has = self.has()
+        return [part for part in found if part and not all(map(has, part.pictures))]
 
     def finish(self) -> None:
         """Write the sheet and the checksums, and remove the folders that were for what was under way."""
-        pictures = list(self.names)[:ON_SHEET]
+        self._write_sheet(list(self.names)[:ON_SHEET])
+        self._write_manifest(checksums=True)
+        for name in UNDER_WAY:
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+
+    def _write_sheet(self, pictures: Sequence[Picture]) -> None:
+        """The pictures with their prompts in rows, each prompt's side by side."""
         pixels = np.stack([image.read_png(self.path(picture))[0] for picture in pictures])
         captions = [picture.prompt or picture.label or "" for picture in pictures]
-        columns = sheet_columns(len(self.subjects), min(self.num, ON_SHEET))
+        num = max(picture.number for picture in self.names) + 1
+        columns = sheet_columns(-(-len(self.names) // num), min(num, len(pictures)))
         image.write_png(self.folder / "grid.png", image.sheet(pixels, columns, captions if any(captions) else ()))
-        self._write_manifest(checksums=True)
-        for name in (".state", "preview"):
-            shutil.rmtree(self.folder / name, ignore_errors=True)
+
+    def _files(self) -> list[Path]:
+        """The files that hold finished pictures."""
+        return [self.folder / name for name in self.names.values()]
 
     def _preview(self, picture: Picture) -> Path:
         return self.folder / "preview" / self.names[picture]
@@ -146,16 +193,16 @@ class Gallery:
             return None
 
     def _refuse_another(self, there: Recipe) -> None:
-        free = {"num": None}
+        free = dict.fromkeys(self.free)
         if lines := unlike(there | free, self.recipe | free):
             found = f"{self.folder} holds pictures of another recipe: {'; '.join(lines)}"
             raise UserError(f"{found}; choose another --out, or --overwrite")
 
     def _clear(self, manifest: dict[str, Any] | None) -> None:
-        listed = [entry["file"] for entry in manifest["images"]] if manifest else []
-        for name in {*listed, *self.names.values(), "grid.png", "manifest.json"}:
-            (self.folder / name).unlink(missing_ok=True)
-        for name in (".state", "preview", PROVENANCE):
+        listed = [self.folder / entry["file"] for entry in files_of(manifest)] if manifest else []
+        for path in {*listed, *self._files(), *(self.folder / name for name in ABOUT)}:
+            path.unlink(missing_ok=True)
+        for name in (*UNDER_WAY, PROVENANCE):
             shutil.rmtree(self.folder / name, ignore_errors=True)
 
     def _metadata(self, picture: Picture) -> dict[str, str]:
@@ -165,17 +212,16 @@ class Gallery:
         return {name: str(value) for name, value in about.items() if value not in (None, "")}
 
     def _write_manifest(self, checksums: bool = False) -> None:
+        recipe = with_places(self.recipe, self.folder, relative)
+        about = {"recipe": recipe, "made_by": description(devices.describe())}
+        files.write_json(self.folder / "manifest.json", about | self._listing(checksums))
+
+    def _listing(self, checksums: bool) -> dict[str, Any]:
+        """What a manifest says of the files."""
         images = [{"file": name, **picture._asdict()} for picture, name in self.names.items()]
         if checksums:
             images = [entry | {"sha256": sha256(self.folder / entry["file"])} for entry in images]
-        files.write_json(
-            self.folder / "manifest.json",
-            {
-                "recipe": with_places(self.recipe, self.folder, relative),
-                "made_by": description(devices.describe()),
-                "images": images,
-            },
-        )
+        return {"images": images}
 
 
 class Background:
@@ -240,6 +286,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
     raise UserError(f"{path} is no manifest of a sampling job: give the manifest.json that `diffjax sample` wrote")
 
 
+def files_of(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """The entries of a manifest that are files: pictures, or files of many."""
+    return manifest["images"] or manifest.get("shards", [])
+
+
 def unlike(there: Recipe, here: Recipe) -> list[str]:
     """In what two recipes differ, in words; a place says nothing where a checksum says what is there, and an option
     that is newer than a recipe has its default in it.
@@ -299,4 +350,11 @@ def sheet_columns(subjects: int, num: int) -> int:
 
 def sha256(path: Path) -> str:
     """The checksum of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def remove_damaged(path: Path) -> None:
+    """Remove a file that is not as it was written, and say so."""
+    log.warning("%s is damaged: it is drawn again", path)
+    path.unlink()

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import time
 import warnings
@@ -25,31 +26,37 @@ from diffjax.data import images
 from diffjax.loading import run_folder
 from diffjax.models import closed_form
 from diffjax.models.model import Encoded, Model
-from diffjax.models.options import FILES, Method, Request, given, names, tupled
+from diffjax.models.options import EACH, FILES, Method, Request, given, names, read_lines, tupled
+from diffjax.models.prompt_cache import MANY, OnDisk
 from diffjax.models.sd3 import SkipLayers
 from diffjax.sampling.batches import Drawing, Part, Picture, Stage, shown
 from diffjax.sampling.folder import (
     PROVENANCE,
     Background,
     Gallery,
-    file_name,
+    files_of,
+    listed,
     read_manifest,
     sha256,
     unlike,
     whole,
     with_places,
 )
+from diffjax.sampling.shards import Shards
 from diffjax.text.learned import Prompts
 from diffjax.utils import image, seeds
 from diffjax.utils.errors import UserError, unknown
 from diffjax.utils.interrupt import stop_on_signal
-from diffjax.utils.progress import counted
+from diffjax.utils.progress import Every, counted
 from diffjax.utils.provenance import checksum
 from diffjax.weights import lora as lora_file
 
 SAVE_SECONDS = 10.0
 PREVIEW_SECONDS = 3.0
 KEPT_STRENGTH = 0.6
+CHECKED = 1000
+"""How many prompts and labels are tried before anything is written."""
+
 NUM = 4
 """Pictures of each prompt that the command line draws when nothing is said."""
 
@@ -66,7 +73,7 @@ def configured(config: ConfigDict, beside: Mapping[str, Any] = MappingProxyType(
     asked = config.to_dict() | dict(beside)
     if asked.get("closed_form"):
         asked["closed_form"] = closed_form.settled(asked["closed_form"])
-    return Request(**whole_paths(asked))
+    return asked_for(asked)
 
 
 def whole_paths(given: dict[str, Any]) -> dict[str, Any]:
@@ -74,6 +81,12 @@ def whole_paths(given: dict[str, Any]) -> dict[str, Any]:
     paths = {name: str(Path(given[name]).resolve()) for name in FILES if name != "lora" and given.get(name)}
     loras = {"lora": tuple(map(str, lora_file.sources(given["lora"])))} if given.get("lora") else {}
     return given | paths | loras
+
+
+def asked_for(given: dict[str, Any]) -> Request:
+    """The request of these fields; without a `num`, as many pictures as the files of each have lines."""
+    request = Request(**whole_paths(given))
+    return dataclasses.replace(request, num=len(request.each)) if request.each and "num" not in given else request
 
 
 def requested(args: Namespace) -> Request:
@@ -86,26 +99,14 @@ def requested(args: Namespace) -> Request:
         raise UserError(f"--preview is {args.preview}: give a number of steps, or 0 for none")
     asked = given(Request, args)
     chosen = build.QUALITIES[args.quality] if args.quality else {}
-    read = read_prompts(args.prompt_file) if args.prompt_file else []
+    read = read_lines(args.prompt_file) if args.prompt_file else []
     if prompts := (*asked.get("prompts", ()), *read):
         asked["prompts"] = prompts
     if args.config:
         return configured(args.config, chosen | asked)
     model = {"model": run_folder(args.workdir)} if args.workdir else {}
-    return Request(**whole_paths({"num": NUM} | chosen | asked | model))
-
-
-def read_prompts(path: str | Path) -> list[str]:
-    """The lines of a file, but for empty ones. Raises `UserError` when there are none."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; give a text file with one prompt on a line") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no text in UTF-8: save it as such, one prompt on a line") from error
-    if prompts := [line.strip() for line in lines if line.strip()]:
-        return prompts
-    raise UserError(f"{path} is empty: write one prompt on a line")
+    num = {} if {*EACH} & asked.keys() else {"num": NUM}
+    return asked_for(num | chosen | asked | model)
 
 
 def preset(request: Request) -> Request:
@@ -138,19 +139,33 @@ def generate(
     recipe = recipe_of(request, model)
     if expected is not None and (lines := unlike(expected, recipe)):
         raise UserError(f"this is not what the manifest was made with: {'; '.join(lines)}")
-    gallery = Gallery(Path(out), recipe, request.subjects, request.num)
-    if jax.process_index() == 0:
+    kind = Gallery if request.format == "png" else Shards
+    gallery = kind(Path(out), recipe, listed(request))
+    fill(gallery, drawing, overwrite, preview, save_seconds)
+    return gallery
+
+
+def fill(gallery: Gallery, drawing: Drawing, overwrite: bool, preview: int | None, save_seconds: float) -> None:
+    """Draw what a gallery lacks. Each process looks at what is its own to draw before any begins, so that none sees
+    what another has just drawn; the first one makes the folder and finishes it.
+    """
+    first = jax.process_index() == 0
+    if first:
         gallery.claim(overwrite)
     sync_global_devices("claimed")
-    if missing := gallery.missing():
-        parts = to_draw(gallery, drawing, missing)[jax.process_index() :: jax.process_count()]
+    mine = gallery.owned(jax.process_index(), jax.process_count())
+    gallery.mend(mine)
+    parts = to_draw(gallery, drawing, mine)
+    sync_global_devices("planned")
+    if parts:
         Job(drawing, gallery, preview, save_seconds).run(parts)
-        sync_global_devices("drawn")
-    else:
-        print(f"{out} has {counted(len(gallery.names), 'image')} already: nothing to draw; --overwrite draws again")
-    if jax.process_index() == 0:
+    elif mine:
+        print(f"{gallery.folder} has {counted(len(mine), 'image')} already: nothing to draw; --overwrite draws again")
+    sync_global_devices("drawn")
+    gallery.settle(mine)
+    sync_global_devices("settled")
+    if first:
         gallery.finish()
-    return gallery
 
 
 def replay(
@@ -166,17 +181,18 @@ def replay(
     `model` is where the model is now, if it was moved. Raises `UserError` when it is not there, or not the one of the
     manifest.
     """
-    listed = read_manifest(Path(manifest))
-    recipe = with_places(listed["recipe"], Path(manifest).parent, whole)
+    there = read_manifest(Path(manifest))
+    recipe = with_places(there["recipe"], Path(manifest).parent, whole)
     recipe["model"] = model or recipe["model"]
     if recipe["checksum"] is not None and not recipe.get("closed_form") and not Path(recipe["model"]).exists():
         raise UserError(f"{recipe['model']} is not there: say with --run or --model where it is now")
     request = Request(**{name: tupled(recipe[name]) for name in names(Request) if name in recipe})
-    gallery = generate(request, out, preview=preview, overwrite=overwrite, expected=listed["recipe"])
-    differ = [e["file"] for e in listed["images"] if sha256(gallery.folder / e["file"]) != e.get("sha256")]
-    total = len(listed["images"])
+    gallery = generate(request, out, preview=preview, overwrite=overwrite, expected=there["recipe"])
+    entries = files_of(there)
+    differ = [entry["file"] for entry in entries if sha256(gallery.folder / entry["file"]) != entry.get("sha256")]
     but = f"; not {', '.join(differ[:5])}" if differ else ""
-    print(f"{total - len(differ)} of {counted(total, 'image')}: the same, byte for byte{but}")
+    total = counted(len(entries), "image" if there["images"] else "file")
+    print(f"{len(entries) - len(differ)} of {total}: the same, byte for byte{but}")
     return not differ
 
 
@@ -210,8 +226,9 @@ def prepared(request: Request, model: Model) -> Drawing:
     paste = model.paste(picture, mask, request.feather)
     batch = request.batch or model.defaults.batch
     drawing = Drawing(model, recipe, seeds.key(request.seed), batch, common, paste)
-    for subject in request.subjects:
-        drawing.inputs(Part((Picture(0, *subject),)))
+    first = {picture[1:]: picture for picture in reversed(listed(request))}
+    for picture in itertools.islice(reversed(first.values()), CHECKED):
+        drawing.inputs(Part((picture,)))
     return drawing
 
 
@@ -233,17 +250,25 @@ def method(request: Request) -> Method:
 
 
 def encoded(model: Model, prompts: Sequence[str]) -> Model:
-    """The model with the prompts encoded, but for a closed form, whose captions remain. Raises `UserError` for a prompt
-    that is longer than the encoder of a run reads, or that names no training picture.
+    """The model with the prompts encoded, but for a closed form, whose captions remain, and for more than `MANY`, which
+    a model that has its text encoder reads batch by batch. Raises `UserError` for a prompt that is longer than the
+    encoder of a run reads, or that names no training picture.
     """
     if isinstance(model.text, closed_form.Captions):
         model.text(["", *prompts])
+        return model
+    if isinstance(model.text, OnDisk):
         return model
     with warnings.catch_warnings():
         if isinstance(model.text, Prompts):
             warnings.simplefilter("error", UserWarning)
         try:
-            return model.with_encoded(prompts)
+            if len(prompts) <= MANY:
+                return model.with_encoded(prompts)
+            if isinstance(model.text, Prompts):
+                for i in range(0, len(prompts), MANY):
+                    model.with_encoded(prompts[i : i + MANY])
+            return model
         except UserWarning as cut:
             raise UserError(f"{cut}: say it in fewer words") from cut
 
@@ -273,26 +298,29 @@ def conditions(request: Request, model: Model) -> dict[str, Any]:
     if request.negative_prompt is not None:
         common["negative_prompt"] = request.negative_prompt
     if request.low_res is not None:
-        common["low_res"] = functools.partial(earlier, request, model)
+        names = listed(dataclasses.replace(request, format="png"))
+        common["low_res"] = functools.partial(earlier, Path(request.low_res), names, model)
     if request.level is not None:
         common["level"] = request.level
     return common
 
 
-def earlier(request: Request, model: Model, pictures: Sequence[Picture]) -> Float[np.ndarray, "b h w c"]:
+def earlier(
+    folder: Path, names: Mapping[Picture, str], model: Model, pictures: Sequence[Picture]
+) -> Float[np.ndarray, "b h w c"]:
     """The low-res picture of each: one file for all, or the picture of the same name in an earlier job's folder.
 
     Raises `UserError` when it is not there.
     """
-    folder = Path(request.low_res or "")
     if folder.is_file():
         size = model.low_res, model.low_res
         return image.from_uint8(images.read(folder, size, model.shape[-1]))[None]
-    places = {subject: place for place, subject in enumerate(request.subjects)}
-    names = [file_name(places[prompt, label], (prompt, label), number) for number, prompt, label in pictures]
-    if absent := next((name for name in names if not (folder / name).is_file()), None):
-        raise UserError(f"{folder} does not hold {absent}: draw the same prompts, and as many of each, there first")
-    return image.from_uint8(np.stack([image.read_png(folder / name)[0] for name in names]))
+    files = [folder / names[picture] for picture in pictures]
+    if absent := next((file for file in files if not file.is_file()), None):
+        raise UserError(
+            f"{folder} does not hold {absent.name}: draw the same prompts, and as many of each, there first, as png"
+        )
+    return image.from_uint8(np.stack([image.read_png(file)[0] for file in files]))
 
 
 def recipe_of(request: Request, model: Model) -> dict[str, Any]:
@@ -300,15 +328,15 @@ def recipe_of(request: Request, model: Model) -> dict[str, Any]:
 
     A model of the hub is known by its commit.
     """
-    pictures = {name: path for name in ("image", "mask") if (path := getattr(request, name))}
-    named: dict[str, Any] = {name: sha256(Path(path)) for name, path in pictures.items()}
+    read_whole = {name: path for name in ("image", "mask", *EACH) if (path := getattr(request, name))}
+    named: dict[str, Any] = {name: sha256(Path(path)) for name, path in read_whole.items()}
     if request.lora:
         named["lora"] = [(source.digest, source.strength) for source in lora_file.sources(request.lora)]
     if request.low_res:
         named["low_res"] = drawn_in(Path(request.low_res))
     recipe = dataclasses.asdict(request) | {"checksum": None, "files": named}
     if request.closed_form or Path(model.name).exists():
-        without_text = isinstance(model.text, Encoded | closed_form.Captions)
+        without_text = isinstance(model.text, Encoded | OnDisk | closed_form.Captions)
         recipe["checksum"] = int(checksum(dataclasses.replace(model, text=None) if without_text else model))
     return json.loads(json.dumps(recipe | read(request, model)))
 
@@ -331,11 +359,12 @@ def drawn_in(path: Path) -> str:
     return hashlib.sha256(json.dumps(read_manifest(path / "manifest.json")["images"]).encode()).hexdigest()
 
 
-def to_draw(gallery: Gallery, drawing: Drawing, missing: Sequence[Picture]) -> list[Part]:
-    """The batches that an earlier call left under way, then the pictures that are in none of them."""
+def to_draw(gallery: Gallery, drawing: Drawing, mine: Sequence[Picture]) -> list[Part]:
+    """Of the pictures of this process, the batches that an earlier call left under way, then the rest."""
     saved = gallery.saved(drawing.blank)
-    begun = {picture for part in saved for picture in part.pictures}
-    return saved + drawing.parts([picture for picture in missing if picture not in begun])
+    begun, own = {picture for part in saved for picture in part.pictures}, set(mine)
+    fresh = [picture for picture in gallery.missing(mine) if picture not in begun]
+    return [part for part in saved if part.pictures[0] in own] + drawing.parts(fresh)
 
 
 class Job:
@@ -392,17 +421,3 @@ class Job:
     def keep(self, stage: Stage) -> None:
         """Write its state."""
         self.gallery.save(stage.standing())
-
-
-class Every:
-    """A clock that says now and then that something is due."""
-
-    def __init__(self, seconds: float):
-        self.seconds, self.last = seconds, time.monotonic()
-
-    def due(self) -> bool:
-        """Whether so many seconds have passed since it last said yes."""
-        if time.monotonic() - self.last < self.seconds:
-            return False
-        self.last = time.monotonic()
-        return True

@@ -25,34 +25,56 @@ def home() -> Path:
 
 
 @contextlib.contextmanager
-def open_atomic(path: str | Path) -> Iterator[BinaryIO]:
-    """A binary file whose content stands at `path` once the block ends well; until then `path` holds what it held.
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A file beside `path` to write, which stands at `path` once the block ends well; until then `path` holds what it
+    held, whenever the machine stops. Afterwards what is written is on the disk, its name too.
 
     Raises `UserError` when the disk is full or the folder cannot be written.
     """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
     except OSError as error:
         raise UserError(f"cannot write to {path.parent}: {error.strerror}; choose another folder") from error
     try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        yield Path(name)
+        os.chmod(name, 0o644)
+        _sync(name)
+        os.replace(name, path)
+        _sync(path.parent)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; free some space or choose another folder") from error
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        Path(name).unlink(missing_ok=True)
+
+
+def _sync(path: str | Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk; file systems that know no such thing for folders
+    go without.
+    """
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:
+        if not os.path.isdir(path):
+            raise
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def open_atomic(path: str | Path) -> Iterator[BinaryIO]:
+    """A binary file whose content stands at `path` once the block ends well. Raises `UserError` as `replacing` does."""
+    with replacing(path) as part, part.open("wb") as file:
+        yield file
 
 
 def write_atomic(path: str | Path, data: bytes) -> None:
     """Write `data` so that `path` holds either all of it or what it held before, whenever the machine stops.
 
-    Raises `UserError` as `open_atomic` does.
+    Raises `UserError` as `replacing` does.
     """
     with open_atomic(path) as file:
         file.write(data)

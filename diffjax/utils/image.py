@@ -82,6 +82,16 @@ def read_png(path: str | Path) -> tuple[UInt8[np.ndarray, "h w c"], dict[str, st
         return _array(file), dict(file.text)
 
 
+def is_whole(path: str | Path) -> bool:
+    """Whether a PNG file has all of its parts, each as its checksum says."""
+    try:
+        with PngImageFile(path) as file:
+            file.verify()
+    except Exception:  # whatever the reader of a damaged file stumbles over
+        return False
+    return True
+
+
 def sheet(pictures: Pictures, columns: int, captions: Sequence[str] = ()) -> UInt8[np.ndarray, "h w 3"]:
     """All pictures row by row with thin white gaps, each above its caption, if there are captions.
 

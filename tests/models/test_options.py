@@ -16,6 +16,8 @@ from diffjax.models import options
 from diffjax.models.model import Defaults
 from diffjax.models.options import Asked, Keywords, Method, Request
 from diffjax.sampling import job
+from diffjax.sampling.batches import Picture
+from diffjax.sampling.folder import listed
 from diffjax.utils.errors import UserError
 
 WORDS = {
@@ -44,10 +46,15 @@ WORDS = {
     "low_res": ("c.png", "c.png"),
     "level": ("0.1", 0.1),
     "seed": ("9", 9),
+    "format": ("webdataset", "webdataset"),
+    "per_file": ("20", 20),
     "two_passes": ("", True),
     "skip_layers": ("", True),
 }
-"""For every option what is typed, and what arrives."""
+"""For every option what is typed, and what arrives; but for `INSTEAD`."""
+
+INSTEAD = {"closed_form": None, "each_prompt": None, "each_label": None}
+"""What is given in place of others."""
 
 
 @pytest.fixture
@@ -66,7 +73,25 @@ def flag(name):
 def test_every_option_is_asked_for_on_the_command_line(here):
     words = [word for name, (typed, _) in WORDS.items() for word in (flag(name), *typed.split())]
     args = cli.parse(["sample", "--model", "some/model", "--out", "x", *words])
-    assert dataclasses.asdict(job.requested(args)) == {"model": "some/model", "closed_form": None, **here}
+    assert dataclasses.asdict(job.requested(args)) == {"model": "some/model", **INSTEAD, **here}
+
+
+def test_files_say_what_each_picture_is_of(tmp_path):
+    (tmp_path / "prompts.txt").write_text("red heart\n\npizza\nred heart\n")
+    (tmp_path / "labels.txt").write_text("cat\ndog\n")
+    files = ["--each-prompt", str(tmp_path / "prompts.txt"), "--each-label", str(tmp_path / "labels.txt")]
+    command = ["sample", "--model", "some/model", "--out", "x", *files]
+    request = job.requested(cli.parse(command))
+    assert request.each == [("red heart", "cat"), ("pizza", "dog"), ("red heart", "cat")] and request.num == 3
+    assert request.texts == ["red heart", "pizza"]
+    assert [*listed(job.requested(cli.parse([*command, "--num", "4"])))] == [
+        Picture(0, "red heart", "cat"),
+        Picture(1, "pizza", "dog"),
+        Picture(2, "red heart", "cat"),
+        Picture(3, "red heart", "cat"),
+    ]
+    with pytest.raises(UserError, match="leave other prompts and labels out"):
+        job.requested(cli.parse([*command, "--prompt", "cat"]))
 
 
 def test_what_is_not_asked_for_is_the_model_s_own():
@@ -82,7 +107,7 @@ def test_every_option_is_a_field_of_a_sampling_experiment(here, tmp_path):
     words = [f"--config.{name}={value}" for name, value in typed.items() if name != "guide"]
     args = cli.parse(["sample", "--config", "config.py", "--out", "x", *words])
     asked = dataclasses.asdict(job.requested(args))
-    assert asked == {"model": "some/model", "closed_form": None, **here, "guide": None}
+    assert asked == {"model": "some/model", **INSTEAD, **here, "guide": None}
 
 
 @pytest.mark.parametrize(("command", "of"), [("sample", Request), ("plan", Asked), ("evaluate", Method)])

@@ -359,12 +359,13 @@ def test_a_gallery_reads_only_its_own_states(models, tmp_path):
     drawing = job.prepared(job.completed(Request("plain"), models["plain"]), models["plain"])
     part = drawing.parts([batches.Picture(0), batches.Picture(1)])[0]
     state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), drawing.blank(part))
-    gallery = Gallery(tmp_path, {}, [(None, None)], 2)
+    named = {batches.Picture(i): f"{i:04d}.png" for i in range(2)}
+    gallery = Gallery(tmp_path, {}, named)
     gallery.save([part._replace(done=3, state=state)])
     (found,) = gallery.saved(drawing.blank)
     assert found.done == 3 and found.pictures == part.pictures
     assert jax.tree.structure(found.state) == jax.tree.structure(state)
-    assert Gallery(tmp_path, {}, [(None, None)], 1).saved(drawing.blank) == []
+    assert Gallery(tmp_path, {}, {batches.Picture(0): "0000.png"}).saved(drawing.blank) == []
 
 
 def test_the_command_line(models, tmp_path, monkeypatch, capsys):
