@@ -259,7 +259,7 @@ class Request(Asked):
     @property
     def texts(self) -> list[str]:
         """All that a text encoder reads, the prompts of a file each once."""
-        each = dict.fromkeys(prompt for prompt, _ in self.each) if self.each_prompt else ()
+        each = dict.fromkeys(prompt for prompt, _ in self.each if prompt)
         return [*self.prompts, *each, *([] if self.negative_prompt is None else [self.negative_prompt])]
 
     @property

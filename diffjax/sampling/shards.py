@@ -73,12 +73,13 @@ class ArrayRecord:
         from array_record.python.array_record_module import ArrayRecordWriter
         from tensorflow_datasets.proto import tf_example_pb2
 
+        proto: Any = tf_example_pb2
         features = _features(entries[0].picture, shape)
         try:
             writer = ArrayRecordWriter(str(path), "group_size:1")
             for place, picture, png in entries:
                 example = {"image": png.read_bytes(), "number": place} | _said(picture)
-                data = tf_example_pb2.Example.FromString(features.serialize_example(example))
+                data = proto.Example.FromString(features.serialize_example(example))
                 writer.write(data.SerializeToString(deterministic=True))
             writer.close()
         except RuntimeError as error:  # array_record says what the system said in its message alone
@@ -104,9 +105,10 @@ FORMATS = {"webdataset": Webdataset(), "array_record": ArrayRecord()}
 
 def _template(folder: Path) -> Any:
     import tensorflow_datasets as tfds
+    from etils import epath
 
     return tfds.core.ShardedFileTemplate(
-        data_dir=folder, dataset_name="drawn", split="train", filetype_suffix="array_record"
+        data_dir=epath.Path(folder), dataset_name="drawn", split="train", filetype_suffix="array_record"
     )
 
 
