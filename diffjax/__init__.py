@@ -5,7 +5,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from diffjax import weights
-    from diffjax.diffusion import analytic, cascade, denoise, grid, guide, loss, ode, predict, process, refine, sample
+    from diffjax.diffusion import (
+        analytic,
+        cascade,
+        denoise,
+        grid,
+        guide,
+        local,
+        loss,
+        ode,
+        predict,
+        process,
+        refine,
+        sample,
+    )
     from diffjax.loading import load
     from diffjax.utils.image import to_uint8
 
@@ -19,6 +32,7 @@ __all__ = [
     "grid",
     "guide",
     "load",
+    "local",
     "loss",
     "ode",
     "predict",

@@ -18,6 +18,12 @@ def test_it_is_kept_without_output(path):
         assert not cell.get("outputs") and cell.get("execution_count") is None
 
 
+def test_the_lesson_is_short():
+    cells = json.loads((ROOT / "notebooks" / "lesson.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = "".join("".join(cell["source"]) + "\n" for cell in cells if cell["cell_type"] == "code")
+    assert sum(bool(line.strip()) for line in code.splitlines()) < 150
+
+
 @pytest.mark.notebooks
 @each
 def test_it_runs(path, tmp_path):

@@ -3,13 +3,14 @@
 import difflib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ml_collections
 import numpy as np
+from jaxtyping import Float
 
 from diffjax.data.captions import Classes, Folder
 from diffjax.data.images import check_size, colour
@@ -19,7 +20,7 @@ from diffjax.data.records import Records
 from diffjax.data.skipped import Skipped
 from diffjax.data.tables import Table
 from diffjax.data.webdataset import Shards
-from diffjax.utils import files
+from diffjax.utils import files, image
 from diffjax.utils.errors import UserError
 from diffjax.utils.progress import counted, track
 
@@ -124,6 +125,10 @@ class Dataset:
             "captions": [example.captions for example in found],
             "label": np.array([example.label for example in found], np.int32),
         }
+
+    def images(self, indices: Sequence[int] | np.ndarray) -> Float[np.ndarray, "n size size channels"]:
+        """The pictures alone, in [-1, 1]."""
+        return image.from_uint8(self.examples(indices)["image"])
 
     def batches(
         self, batch_size: int, seed: int, tokenize: Tokenize | None = None, shard: tuple[int, int] = (0, 1)
@@ -233,7 +238,7 @@ def _say(skipped: Skipped, name: str) -> None:
         logging.getLogger("diffjax").warning(message, counted(len(left_out), "picture"), skipped.path, shown)
 
 
-def load(config: ml_collections.ConfigDict) -> Dataset:
+def load(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Dataset:
     """The data set that `config` describes (`default_config` has its fields), prepared on first use.
 
     What is prepared or downloaded goes to `config.data_dir`, else `$TFDS_DATA_DIR`, else the cache folder's `data`.

@@ -23,7 +23,6 @@ from diffjax.explain.walk import draw, look
 from diffjax.models import closed_form
 from diffjax.models.model import Model, Recipe
 from diffjax.text.reading import Reworded
-from diffjax.utils import image
 from diffjax.utils.errors import UserError
 from diffjax.utils.progress import counted
 
@@ -99,7 +98,7 @@ def _figure(subject: Subject, data: Dataset, found: list[Pair], records: np.ndar
 
 def made(subject: Subject, data: Dataset, records: np.ndarray) -> Model:
     """The machine of these records, with the network's process."""
-    images = image.from_uint8(data.examples(records)["image"])
+    images = data.images(records)
     machine: Any = closed_form.machine("local", "", subject.model.denoiser.process, images)
     captions = tuple(subject.captions[i] for i in records) if subject.captions else ((),) * len(records)
     return Model(machine, images.shape[1:], text=closed_form.Captions(captions, data.size, MIXING))

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from diffjax.text import frozen
 from diffjax.text.learned import CaptionTokenizer
-from diffjax.utils import files, image
+from diffjax.utils import files
 from diffjax.utils.errors import UserError
 
 DATA, TOKENIZER, ENCODER, SEEN = "data.json", "tokenizer.json", "encoder.json", "seen.npz"
@@ -75,7 +75,7 @@ def keep(config: ConfigDict, workdir: Path, data: Any) -> None:
 
 def _keep_seen(path: Path, data: Any) -> None:
     every = np.linspace(0, len(data) - 1, min(AVERAGED, len(data))).astype(int)
-    mean = image.from_uint8(data.examples(every)["image"]).mean(axis=0)
+    mean = data.images(every).mean(axis=0)
     examples = data.examples(range(min(SHOWN, len(data))))
     texts = [data.config.templates[0].replace("{}", group[0]) if group else "" for group in examples["captions"]]
     with files.open_atomic(path) as file:

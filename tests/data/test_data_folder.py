@@ -129,6 +129,7 @@ def test_subfolders_are_classes(tmp_path):
     assert dataset.class_names == ("dogs", "red cats")
     found = dataset.examples(range(4))
     assert found["image"][:, 0, 0, 0].tolist() == [(90, 200)[label] for label in found["label"]]
+    np.testing.assert_allclose(dataset.images([3])[0, 0, 0], found["image"][3, 0, 0] / 127.5 - 1, atol=1e-6)
     assert sorted(found["captions"]) == [("dogs",)] * 2 + [("red cats",)] * 2
     assert load(tmp_path / "pictures").num_classes == 0
     Image.new("RGB", (20, 20)).save(tmp_path / "pictures" / "stray.png")
