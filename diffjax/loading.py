@@ -73,7 +73,7 @@ def load(
         model = sd3.load(folder, sd3.Kept(dtype, quantize, shard, variant), called, prompts, loras)
     elif any((folder / part).exists() for part in ("config.json", "model_index.json", "unet")):
         _refuse_kept(called, quantize, shard, lora)
-        model = ddpm.ddpm(folder, dtype, variant)
+        model = ddpm.load(folder, dtype, variant)
     else:
         raise UserError(f"{folder} {foreign.no_model(path.name for path in folder.iterdir())}")
     return replace(model, name=called, revision=commit or "")

@@ -1,7 +1,7 @@
 """Which captions belong to which picture of a folder, in the layouts that people have.
 
 Beside a picture `cat.png`: `cat.txt` (one caption a line) or `cat.json` (a caption, a list of captions, or an object
-with one of `CAPTION_KEYS`); `cat.png.txt` and `cat.png.json` too. Anywhere in the folder: a table (`rows`) whose
+with one of `CAPTION_KEYS`); `cat.png.txt` and `cat.png.json` too. Anywhere in the folder: a table (`rows.py`) whose
 pictures are paths relative to it, or a `.json` object from file to captions. Folders are searched recursively, through
 links too, and a picture's captions are gathered from everywhere. Names are found in whatever case and form of Unicode
 they stand.
@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from diffjax.data.images import READ, SUFFIXES
-from diffjax.data.rows import CAPTION_KEYS, TABLES, captions_in, json_in, named, rows, text_in, unreadable
-from diffjax.data.walk import composed, loosely, printable, relative, walk
+from diffjax.data.rows import CAPTION_KEYS, TABLES, captions_in, json_in, named, read_rows, text_in, unreadable
+from diffjax.data.walk import composed, files_under, loosely, printable, relative
 from diffjax.utils.errors import UserError
 from diffjax.utils.progress import counted
 
@@ -55,7 +55,7 @@ class Folder:
 
     def stamp(self) -> Iterator[str]:
         """The paths, sizes and times of change of all files, and what cannot be used."""
-        found = walk(self.path)
+        found = files_under(self.path)
         yield from stamps(found.files, self.path)
         yield from (f"{os.path.relpath(file, self.path)} {why}" for file, why in found.left_out.items())
 
@@ -70,7 +70,7 @@ class Classes(Folder):
 
     def pictures(self) -> list[Captioned]:
         """Raises `UserError` when the folder is missing, has no pictures, or has some outside of its subfolders."""
-        files, left_out = walk(self.path)
+        files, left_out = files_under(self.path)
         found = list(filter(_is_picture, files))
         if outside := next((file for file in found if file.parent == self.path), None):
             raise UserError(f"{outside} has no class: put every picture into a subfolder that is named after its class")
@@ -112,11 +112,11 @@ def stamps(files: Iterable[Path], folder: Path) -> Iterator[str]:
 def scan(folder: Path) -> list[Captioned]:
     """Every picture under `folder` with its captions (none, if there are none), ordered by path.
 
-    What cannot be used (see `walk`) and faulty rows of tables have a `problem`. Raises `UserError` when the folder is
-    missing or has no pictures, when a caption's picture is missing, and when a caption file cannot be read.
+    What cannot be used (see `files_under`) and faulty rows of tables have a `problem`. Raises `UserError` when the
+    folder is missing or has no pictures, when a caption's picture is missing, and when a caption file cannot be read.
     """
     folder = Path(os.path.abspath(folder))
-    files, left_out = walk(folder)
+    files, left_out = files_under(folder)
     pictures = Pictures([*filter(_is_picture, files), *left_out])
     if not any(map(_is_picture, files)):
         raise UserError(f"{folder} has no pictures; put {READ} files there or in its subfolders")
@@ -183,7 +183,7 @@ def _entries(file: Path, pictures: Pictures) -> Iterator[tuple[Path | str, list[
     """(picture, captions, "") of all that one file says, or (row, [], problem); none when it is no caption file."""
     suffix = file.suffix.lower()
     if suffix in TABLES:
-        yield from _of_rows(file, rows(file))
+        yield from _of_rows(file, read_rows(file))
     try:
         if suffix == ".txt" and file.stem.lower() not in PROSE:
             yield from _beside(file, lines(text_in(file.read_bytes())), pictures)

@@ -55,7 +55,7 @@ class Row(NamedTuple):
     problem: str = ""
 
 
-def rows(file: Path) -> Iterator[Row]:
+def read_rows(file: Path) -> Iterator[Row]:
     """The rows of a table. Raises `UserError` with the line where it is damaged, or no row can be used."""
     kind = file.suffix.lower()
     read = {".jsonl": _objects, ".parquet": _parquet}.get(kind, _separated)

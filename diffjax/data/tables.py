@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 from diffjax.data import download
 from diffjax.data.captions import Captioned, gather, label, stamps, without_picture
 from diffjax.data.prepare import in_parallel
-from diffjax.data.rows import TABLES, Inside, rows
+from diffjax.data.rows import TABLES, Inside, read_rows
 from diffjax.data.walk import ARCHIVES, relative
 from diffjax.utils import files
 from diffjax.utils.errors import UserError
@@ -106,7 +106,7 @@ class Table:
         found = _Contents()
         for table in self.files:
             called = os.path.relpath(table, self.path.parent)
-            for row in rows(table):
+            for row in read_rows(table):
                 if row.problem:
                     found.faulty.append(Captioned(f"{called} {row.where}", table, problem=row.problem))
                 elif isinstance(row.picture, Inside):

@@ -22,7 +22,7 @@ class Found(NamedTuple):
     left_out: dict[Path, str]
 
 
-def walk(folder: Path) -> Found:
+def files_under(folder: Path) -> Found:
     """Everything under `folder`, through links too, but what is hidden. Raises `UserError` when the folder is missing.
 
     Left out are hidden pictures, links that lead nowhere or back, folders that cannot be listed, archives, and pictures

@@ -31,7 +31,7 @@ DEVIATIONS = {
 }
 
 
-def ddpm(folder: str | Path, dtype: Any = None, variant: str | None = None) -> Model:
+def load(folder: str | Path, dtype: Any = None, variant: str | None = None) -> Model:
     """The model of a DDPMPipeline or DDIMPipeline folder: `unet/` and `scheduler/`, or all files at the root.
 
     `variant` is which of several forms of the weights is read, as of `weights.load`. Raises `UserError` for

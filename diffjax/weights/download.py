@@ -43,7 +43,7 @@ class Remote:
     size: int | None
 
 
-def download(repo: str, commit: str, names: Sequence[str], folder: Path) -> None:
+def download_files(repo: str, commit: str, names: Sequence[str], folder: Path) -> None:
     """Have all those files of a commit in `folder/snapshots/COMMIT`; files that are there are not asked for.
 
     Raises `UserError` for a disk that is too small, and for a file that arrived damaged; `OSError` and the errors of

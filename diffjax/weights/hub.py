@@ -137,7 +137,7 @@ class Repo:
         wanted = self.needed(names)
         try:
             with _calls(self):
-                download.download(self.name, commit, wanted, self.folder)
+                download.download_files(self.name, commit, wanted, self.folder)
         except Refused as refused:
             raise UserError(str(refused)) from None
         self.note(commit, names)

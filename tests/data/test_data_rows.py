@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from diffjax.data.rows import rows
+from diffjax.data.rows import read_rows
 from diffjax.utils.errors import UserError
 
 TWO = [("a.png", "one"), ("b.png", "two, too")]
@@ -14,7 +14,7 @@ def read(folder, text, kind=".csv", encoding="utf-8"):
     (folder / f"t{kind}").write_bytes(text.encode(encoding) if isinstance(text, str) else text)
     return [
         (row.picture, *row.captions) if not row.problem else f"{row.where} {row.problem}"
-        for row in rows(folder / f"t{kind}")
+        for row in read_rows(folder / f"t{kind}")
     ]
 
 

@@ -106,7 +106,7 @@ def ours(name, times, folder):
     params = reference.params(FORMAT, module, tensors())
     kind = "DDIMScheduler" if sampler == "ddim" else "DDPMScheduler"
     weights.save_pipeline(folder, module, params, Scheduler(class_name=kind, **published))
-    model = ddpm.ddpm(folder)
+    model = ddpm.load(folder)
     init, noise = inputs(steps)
     chosen = None if sampler in ("ddpm", "ddim") else grid.pairs(np.append((times + 1) / 1000, 0.0))
     with jax.default_matmul_precision("highest"):
@@ -144,7 +144,7 @@ def published(folder, index=None, scheduler=None, **fields):
 
 def test_a_class_model_needs_a_label_unless_a_null_class_was_trained(tmp_path):
     key, rows = jax.random.key(0), 3
-    bare = ddpm.ddpm(published(tmp_path / "bare", num_class_embeds=rows))
+    bare = ddpm.load(published(tmp_path / "bare", num_class_embeds=rows))
     assert bare.classes == ("0", "1", "2") and not bare.has_null
     for how, said in (
         ({}, "give a label, one of 0, 1, 2"),
@@ -153,9 +153,9 @@ def test_a_class_model_needs_a_label_unless_a_null_class_was_trained(tmp_path):
         with pytest.raises(UserError, match=said):
             bare.sample(key, steps=1, **how)
     named = {"id2label": {"0": "cat", "1": "dog"}}
-    model = ddpm.ddpm(published(tmp_path / "named", named, num_class_embeds=rows))
+    model = ddpm.load(published(tmp_path / "named", named, num_class_embeds=rows))
     assert model.classes == ("cat", "dog") and model.has_null
-    same = model.sample(key, steps=1) == ddpm.ddpm(published(tmp_path / "all", num_class_embeds=rows)).sample(
+    same = model.sample(key, steps=1) == ddpm.load(published(tmp_path / "all", num_class_embeds=rows)).sample(
         key, steps=1, label=2
     )
     assert same.all()
@@ -190,11 +190,11 @@ def test_a_class_model_needs_a_label_unless_a_null_class_was_trained(tmp_path):
 )
 def test_what_cannot_be_drawn_is_refused_by_its_field(tmp_path, index, scheduler, fields, said):
     with pytest.raises(UserError, match=said):
-        ddpm.ddpm(published(tmp_path, index, scheduler, **fields))
+        ddpm.load(published(tmp_path, index, scheduler, **fields))
 
 
 def test_a_size_that_does_not_halve_is_refused_first(tmp_path):
-    model = ddpm.ddpm(published(tmp_path))
+    model = ddpm.load(published(tmp_path))
     assert model.recipe(steps=1, size=12).shape == (12, 12, 3)
     with pytest.raises(UserError, match="draws no picture 15 pixels wide and 15 high: give multiples of 2"):
         model.recipe(steps=1, size=15)
