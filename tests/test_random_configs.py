@@ -153,7 +153,7 @@ def illegal(number, pictures):
     wrong += (
         ["no such"]
         if path.endswith("name")
-        or path in ("network", "loss.uniforms", "sample.sampler", "sample.grid", "train.parallel")
+        or path in ("network", "loss.uniforms", "sample.sampler", "sample.grid", "train.parallel", "train.shard")
         else []
     )
     wrong = draw.choice(wrong)

@@ -25,6 +25,7 @@ from diffjax.config.meanings import (
     WEIGHTS,
 )
 from diffjax.data import default_config
+from diffjax.parallel import layout
 from diffjax.text import frozen
 
 DATA = {
@@ -144,6 +145,17 @@ LAST: dict[str, Place] = {
             "accumulate": Field("micro-batches that a batch is computed in, for less memory", 1, "[1, inf)"),
             "ema": Field("decay of the running average of the parameters, which is what is sampled", 0.999, "[0, 1)"),
             "parallel": Field("how devices share a batch", "jit", ("jit", "pmap")),
+            "shard": Field(
+                "what devices split: the batch alone (data), the state too, by its largest axes (fsdp), large products "
+                "(tensor), or both",
+                "data",
+                tuple(layout.RULES),
+            ),
+            "replicas": Field(
+                "whole copies of a state that is split; as many as there are hosts: each host has one (hybrid)",
+                1,
+                "[1, inf)",
+            ),
             "log_every": Field("steps between numbers", 100, "[1, inf)"),
             "save_every": Field("steps between checkpoints", 1000, "[1, inf)"),
             "preview_every": Field("steps between previews; 0: at the end alone", 0, "[0, inf)"),

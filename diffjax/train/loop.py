@@ -2,19 +2,21 @@
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Key, PyTree
 from ml_collections import ConfigDict
 
 import diffjax.data
 from diffjax import build, config as configs, user_code
 from diffjax.data.pipeline import Prefetch
-from diffjax.parallel import devices
+from diffjax.parallel import devices, layout
 from diffjax.train import record, sanity, transfer
 from diffjax.train.checkpoint import Checkpoints, check_place
 from diffjax.train.experiment import Experiment, check_conditions
@@ -22,6 +24,7 @@ from diffjax.train.finetune import FineTuning
 from diffjax.train.metrics import Log, Pending, check_installed
 from diffjax.train.parallel import Parallel, by_jit, by_pmap
 from diffjax.train.state import State, create
+from diffjax.train.step import Step
 from diffjax.utils import files, seeds
 from diffjax.utils.errors import UserError
 from diffjax.utils.interrupt import Stop, stop_on_signal
@@ -58,15 +61,12 @@ def train(config: ConfigDict, workdir: str | Path, allow_change: bool = False) -
         user_code.keep(config, workdir)
         kind = FineTuning if "model" in config else Experiment
         experiment = kind.begin(config, workdir, diffjax.data.load(config.data))
-        parallel = WAYS[config.train.parallel](experiment.step(), devices.data_mesh())
-        shard = (jax.process_index(), jax.process_count())
-        batches = Prefetch(experiment.batches(shard), functools.partial(place, parallel, experiment))
+        parallel = split(config, experiment.step())
+        batches = Prefetch(experiment.batches(parallel.share), functools.partial(place, parallel, experiment))
         stack.callback(batches.close)
-        state = first_state(experiment, workdir, checkpoints, batches, allow_change)
-        log = stack.enter_context(
-            Log(workdir, config, int(state.step), lambda step: float(np.asarray(experiment.schedule(step))))
-        )
-        Training(experiment, workdir, parallel, batches, checkpoints, log, parallel.place(state), int(state.step)).run()
+        state, done = first_state(experiment, workdir, parallel, checkpoints, batches, allow_change)
+        log = stack.enter_context(Log(workdir, config, done, lambda step: float(np.asarray(experiment.schedule(step)))))
+        Training(experiment, workdir, parallel, batches, checkpoints, log, state, done).run()
 
 
 @dataclass
@@ -175,12 +175,28 @@ def check(config: ConfigDict) -> None:
     check_installed(config)
     build.named("train.parallel", WAYS, config.train.parallel)
     check_conditions(config)
-    parts = config.train.accumulate * jax.device_count()
+    rows = layout.parts(mesh(config))
+    parts = config.train.accumulate * rows
     if config.train.batch % parts:
         raise UserError(
             f"train.batch {config.train.batch} cannot be split into {config.train.accumulate} micro-batches"
-            f" on {jax.device_count()} devices: choose a multiple of {parts}"
+            f" on {rows} devices: choose a multiple of {parts}"
         )
+
+
+def mesh(config: ConfigDict) -> Mesh:
+    """The devices as `config.train` splits them. Raises `UserError` where it cannot."""
+    shard, replicas = config.train.shard, config.train.replicas
+    if config.train.parallel == "pmap" and (shard != "data" or replicas != 1):
+        raise UserError(f"train.parallel=pmap cannot split a state (train.shard={shard}): set train.parallel=jit")
+    return layout.mesh(shard, replicas, devices.data_mesh().devices.flat)
+
+
+def split(config: ConfigDict, step: Step) -> Parallel:
+    """The step on the devices, as `config.train` splits them."""
+    if config.train.parallel == "pmap":
+        return by_pmap(step, mesh(config))
+    return by_jit(step, mesh(config), layout.RULES[config.train.shard])
 
 
 def place(
@@ -193,25 +209,40 @@ def place(
 def first_state(
     experiment: Experiment,
     workdir: Path,
+    parallel: Parallel,
     checkpoints: Checkpoints,
     batches: Prefetch,
     allow_change: bool,
-) -> State:
-    """The state to start from, new or restored; a restored one moves `batches` to where it was."""
+) -> tuple[State, int]:
+    """The state to start from, on the devices, and its step; a restored one moves `batches` to where it was."""
     config = experiment.config
     init_key, key = jax.random.split(seeds.key(config.seed))
     new = lambda params: create(params, experiment.optimizer, key)
     restored = checkpoints.restore(jax.eval_shape(lambda: new(experiment.init(init_key))))
+    frozen = parallel.place(experiment.frozen_params)
     if restored is None:
-        params = experiment.init(init_key)
-        if config.get("init_from"):
-            params = transfer.start(params, experiment, config.init_from, workdir)
-        return replace(jax.jit(new)(params), frozen=experiment.frozen_params)
+        return replace(new_state(experiment, workdir, parallel, new, init_key), frozen=frozen), 0
     state, position = restored
     if changed := batches.set_state(position.encode(), allow_change):
         record.note(workdir, changed)
-    print(f"going on from step {int(state.step)} of {config.train.steps}")
-    return replace(state, frozen=experiment.frozen_params)
+    step = int(state.step)
+    print(f"going on from step {step} of {config.train.steps}")
+    return replace(parallel.place(state), frozen=frozen), step
+
+
+def new_state(
+    experiment: Experiment, workdir: Path, parallel: Parallel, new: Callable[[PyTree], State], key: Key[Array, ""]
+) -> State:
+    """The state `new(params)` of the parameters that a run begins with, made where it will lie."""
+    config = experiment.config
+    if "model" in config:
+        params = experiment.init(key)
+    elif config.get("init_from"):
+        made = jax.device_get(parallel.gather(parallel.create(experiment.init, key)))
+        params = transfer.start(made, experiment, config.init_from, workdir)
+    else:
+        return parallel.create(lambda key: new(experiment.init(key)), key)
+    return parallel.create(new, parallel.place(params))
 
 
 def not_finite(broken: Pending, workdir: Path, checkpoints: Checkpoints) -> UserError:

@@ -1,39 +1,82 @@
-"""One step function on all devices: `jit` over sharded batches, or `pmap`."""
+"""One step function on all devices: `jit` over sharded batches and states, or `pmap`."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
-from diffjax.parallel import devices
-from diffjax.train.state import State, flat, typed
+from diffjax.parallel import devices, layout
+from diffjax.parallel.devices import Rule
+from diffjax.train.state import State
 from diffjax.train.step import Batch, Step
+from diffjax.utils.errors import UserError
 
 
 class Parallel(NamedTuple):
-    """`place` a state (numpy or device leaves) and `feed` this host's batch to where `step` wants them; `gather` one
-    copy back.
+    """How a step runs on devices.
 
-    `step(state, batch) -> (state, metrics)` frees the state that it is given.
+    `create(function, *arguments)` computes a tree (a state, or parameters) and `place` takes one from the host to where
+    `step` wants it; `feed` takes this host's part of a batch, which is `share = (i, n)`: number i of n equal ones.
+    `step(state, batch) -> (state, metrics)` frees the state that it is given. `gather` is the inverse of `place` with
+    one copy of each leaf, still on the devices under `jit`.
     """
 
-    place: Callable[[State], State]
+    create: Callable[..., Any]
+    place: Callable[[PyTree], PyTree]
     feed: Callable[[dict[str, np.ndarray]], Batch]
     step: Callable[[State, Batch], tuple[State, dict[str, Any]]]
-    gather: Callable[[State], State]
+    gather: Callable[[PyTree], PyTree]
+    share: tuple[int, int]
 
 
-def by_jit(step: Step, mesh: Mesh) -> Parallel:
-    """The step compiled once for a replicated state and batches split over the mesh's axis `data`."""
-    everywhere = NamedSharding(mesh, PartitionSpec())
+def by_jit(step: Step, mesh: Mesh, rules: Sequence[Rule] = ()) -> Parallel:
+    """The step compiled once for a state that lies as the rules say (whole on every device without any) and batches
+    that are split over all axes of the mesh but `model`.
+    """
+    everywhere, rows = NamedSharding(mesh, PartitionSpec()), layout.rows(mesh)
+
+    def constrained(tree: PyTree) -> PyTree:
+        return jax.lax.with_sharding_constraint(tree, devices.shard_by_rules(tree, rules, mesh))
+
+    def stepped(state: State, batch: Batch) -> tuple[State, dict[str, Any]]:
+        state, metrics = step(state, batch)
+        return constrained(state), jax.lax.with_sharding_constraint(metrics, everywhere)
+
+    def create(function: Callable[..., Any], *arguments: Any) -> Any:
+        return jax.jit(lambda *given: constrained(function(*given)))(*arguments)
+
+    def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+
+    def place(tree: PyTree) -> PyTree:
+        return _plainly(lambda plain: jax.tree.map(put, plain, devices.shard_by_rules(plain, rules, mesh)), tree)
+
     return Parallel(
-        place=lambda state: typed(devices.replicate(jax.device_get(flat(state)), mesh)),
-        feed=lambda batch: devices.shard_batch(batch, mesh),
-        step=jax.jit(step, donate_argnums=0, out_shardings=everywhere),
-        gather=lambda state: state,
+        create=create,
+        place=place,
+        feed=functools.partial(_feed, rows),
+        step=jax.jit(stepped, donate_argnums=0),
+        gather=lambda tree: tree,
+        share=layout.share(mesh),
     )
+
+
+def _feed(rows: NamedSharding, batch: dict[str, np.ndarray]) -> Batch:
+    """This host's part of a batch, leaves (b, ...), as global arrays.
+
+    Raises `UserError` when their rows cannot be split over the mesh.
+    """
+    parts, (_, shares) = layout.parts(rows.mesh), layout.share(rows.mesh)
+    size = len(jax.tree.leaves(batch)[0])
+    if size % (parts // shares):
+        local = parts // shares
+        raise UserError(f"a batch of {size} cannot be split over {local} devices: choose a multiple of {local}")
+    whole = lambda x: (shares * size, *x.shape[1:])
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x, whole(x)), batch)
 
 
 def by_pmap(step: Step, mesh: Mesh) -> Parallel:
@@ -44,6 +87,9 @@ def by_pmap(step: Step, mesh: Mesh) -> Parallel:
 
     def replicate(leaf: np.ndarray) -> jax.Array:
         return jax.device_put(np.broadcast_to(leaf, (len(local), *leaf.shape)), split)
+
+    def place(tree: PyTree) -> PyTree:
+        return _plainly(lambda plain: jax.tree.map(replicate, plain), tree)
 
     def feed(batch: dict[str, np.ndarray]) -> Batch:
         return jax.tree.map(lambda x: x.reshape(len(local), -1, *x.shape[1:]), devices.shard_batch(batch, own))
@@ -56,8 +102,18 @@ def by_pmap(step: Step, mesh: Mesh) -> Parallel:
         devices=None if jax.process_count() > 1 else local,
     )
     return Parallel(
-        place=lambda state: typed(jax.tree.map(replicate, jax.device_get(flat(state)))),
+        create=lambda function, *arguments: place(jax.jit(function)(*arguments)),
+        place=place,
         feed=feed,
         step=mapped,
-        gather=lambda state: typed(jax.device_get(jax.tree.map(lambda leaf: leaf[0], flat(state)))),
+        gather=lambda tree: _plainly(lambda plain: plain, jax.tree.map(lambda leaf: leaf[0], tree)),
+        share=(jax.process_index(), jax.process_count()),
     )
+
+
+def _plainly(function: Callable[[PyTree], PyTree], tree: PyTree) -> PyTree:
+    """`function` of the tree in numpy arrays, keys as their bits, which are keys again afterwards."""
+    is_key = jax.tree.map(lambda leaf: jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key), tree)
+    bits = jax.tree.map(lambda leaf, key: jax.random.key_data(leaf) if key else leaf, tree, is_key)
+    done = function(jax.device_get(bits))
+    return jax.tree.map(lambda leaf, key: jax.random.wrap_key_data(leaf) if key else leaf, done, is_key)

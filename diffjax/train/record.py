@@ -17,7 +17,7 @@ from diffjax.utils import files
 from diffjax.utils.errors import UserError
 from diffjax.utils.provenance import TIME, changes, description, differences
 
-# A run may be trained for longer, kept, shown and logged otherwise, and read the same data elsewhere.
+# A run may be trained for longer, on other devices, kept, shown and logged otherwise, and read the same data elsewhere.
 KEPT = (
     "train.steps",
     "train.log_every",
@@ -26,7 +26,8 @@ KEPT = (
     "train.keep_last",
     "train.keep_best",
 )
-MAY_CHANGE = (*KEPT, "log.", "sample.", "data.path", "data.data_dir", "data.workers", "data.held_out")
+DEVICES = ("train.parallel", "train.shard", "train.replicas")
+MAY_CHANGE = (*KEPT, *DEVICES, "log.", "sample.", "data.path", "data.data_dir", "data.workers", "data.held_out")
 FILES = ("config.json", "run.json", "changes.json")
 FACTS = ("data.json", "tokenizer.json", "encoder.json", "seen.npz", "base.json", "init.json")
 

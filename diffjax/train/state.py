@@ -1,7 +1,5 @@
 """All that training changes from one step to the next, as one pytree."""
 
-from dataclasses import replace
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -34,13 +32,3 @@ def average(ema: PyTree, params: PyTree, step: Int[Array, ""], decay: float) -> 
     """`d ema + (1 - d) params`, where `d = min(decay, (1 + step) / (10 + step))` lets a young average move fast."""
     d = jnp.minimum(decay, (1 + step) / (10 + step))
     return jax.tree.map(lambda old, new: old + (1 - d).astype(old.dtype) * (new - old), ema, params)
-
-
-def flat(state: State) -> State:
-    """The state with its key as plain numbers, as files hold it."""
-    return replace(state, key=jax.random.key_data(state.key))
-
-
-def typed(state: State) -> State:
-    """The inverse of `flat`."""
-    return replace(state, key=jax.random.wrap_key_data(state.key))

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from jaxtyping import PyTree
@@ -41,7 +40,7 @@ def start(params: PyTree, experiment: Experiment, choice: Mapping[str, Any], wor
     merged, taken, left = {}, [], dict.fromkeys(old.keys() - new.keys(), "this run has none")
     for name, leaf in new.items():
         found, why = _taken(leaf, old.get(name), tables.get(name))
-        merged[name] = leaf if found is None else jnp.asarray(found, leaf.dtype)
+        merged[name] = leaf if found is None else np.asarray(found, leaf.dtype)
         if found is not None:
             taken.append(name)
         if why:

@@ -1,0 +1,79 @@
+"""How the state and the batches of training lie on devices: a mesh, and rules by name for every network we train.
+
+The mesh has three axes. `replica`: each has a whole copy of the state. `data`: each has other examples, and a part of
+the state (FSDP; ZeRO stage 3, Rajbhandari et al. 2020). `model`: each has the same examples and a part of every large
+product (Megatron, Shoeybi et al. 2019, section 3): what splits a hidden layer's outputs is followed by a product that
+is split by its inputs, so that a pair needs one sum over devices. Devices of one host stand together, and the last axis
+changes fastest.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from diffjax.parallel.devices import Rule, largest_axis, one_axis
+from diffjax.utils.errors import UserError
+
+AXES = ("replica", "data", "model")
+
+OUTPUTS = r"/((to_|add_)?[qkv](_proj)?|gate|up|net_0_proj|ff_in|conv1|time_emb_proj)/(kernel|bias)$"
+INPUTS = r"/(to_out_0|to_add_out|out|down|net_2|ff_out|conv2|\w+_linear|adapt(_out|_last)?)/kernel$"
+PAIRS = ((OUTPUTS, one_axis(-1, "model")), (INPUTS, one_axis(-2, "model")))
+
+RULES: dict[str, tuple[Rule, ...]] = {
+    "data": (),
+    "fsdp": ((".", largest_axis("data")),),
+    "tensor": PAIRS,
+    "both": tuple(
+        (pattern, largest_axis("data", beside=split)) for pattern, split in (*PAIRS, (".", largest_axis("model")))
+    ),
+}
+"""The rules of each mode; a moment or an average of a parameter has its name, and so its place."""
+
+
+def mesh(mode: str, replicas: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:  # pyright: ignore[reportInvalidTypeForm]
+    """The devices (all of them by default) as a mesh of the axes `AXES`, of which `replicas` parts have a copy each.
+
+    "data" has a copy on every device. "both" takes for `model` the largest number of devices that divides a copy's,
+    is at most its root, and fits one host. Raises `UserError` for numbers that do not divide.
+    """
+    chosen = sorted(jax.devices() if devices is None else devices, key=lambda one: (one.process_index, one.id))
+    count = len(chosen)
+    if mode == "data":
+        if replicas != 1:
+            raise UserError("train.shard=data has a copy on every device: leave train.replicas at 1, or take fsdp")
+        return Mesh(np.asarray(chosen).reshape(count, 1, 1), AXES)
+    if count % replicas:
+        raise UserError(f"train.replicas={replicas} does not divide {count} devices: choose a divisor")
+    part, local = count // replicas, count // len({one.process_index for one in chosen})
+    models = {"fsdp": 1, "tensor": part, "both": _root(part, local)}[mode]
+    if mode == "both" and models == 1:
+        raise UserError(f"train.shard=both cannot split {part} devices in two ways: take fsdp or tensor")
+    if math.gcd(models, local) not in (models, local):
+        raise UserError(f"parts of {models} devices do not fit hosts of {local}: choose another train.replicas")
+    return Mesh(np.asarray(chosen).reshape(replicas, part // models, models), AXES)
+
+
+def _root(count: int, local: int) -> int:
+    return max(size for size in range(1, math.isqrt(count) + 1) if count % size == 0 and local % size == 0)
+
+
+def rows(over: Mesh) -> NamedSharding:
+    """Where the rows of a batch lie: split over every axis but `model`."""
+    return NamedSharding(over, PartitionSpec(tuple(name for name in over.axis_names if name != "model")))
+
+
+def parts(over: Mesh) -> int:
+    """Into how many parts the mesh splits a batch."""
+    return math.prod(size for name, size in over.shape.items() if name != "model")
+
+
+def share(over: Mesh) -> tuple[int, int]:
+    """(i, n): this process reads part i of n equal ones of every batch; processes of one `model` axis read the same."""
+    number = parts(over)
+    places = rows(over).addressable_devices_indices_map((number,))
+    own = sorted({index[0].indices(number)[0] for index in places.values() if index})
+    return own[0] // len(own), number // len(own)
