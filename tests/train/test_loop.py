@@ -338,8 +338,8 @@ def test_damaged_files_of_a_run_are_one_line(tmp_path):
     "changes, said",
     [
         ({"train.steps": 0}, "train.steps is 0: it must be at least 1"),
-        ({"train.batch": 12}, "choose a multiple of 8"),
-        ({"train.accumulate": 3}, "choose a multiple of 24"),
+        ({"train.batch": 7}, "choose a multiple of 2"),
+        ({"train.accumulate": 3}, "choose a multiple of 6"),
         ({"train.parallel": "pmpa"}, "did you mean pmap"),
         ({"network": "uunet"}, "did you mean unet"),
         ({"log.wandb": "project"}, "wandb is not installed: pip install wandb"),
