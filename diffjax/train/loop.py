@@ -189,7 +189,7 @@ def mesh(config: ConfigDict) -> Mesh:
     shard, replicas = config.train.shard, config.train.replicas
     if config.train.parallel == "pmap" and (shard != "data" or replicas != 1):
         raise UserError(f"train.parallel=pmap cannot split a state (train.shard={shard}): set train.parallel=jit")
-    return layout.mesh(shard, replicas, devices.data_mesh().devices.flat)
+    return layout.mesh(shard, replicas, list(devices.data_mesh().devices.flat))
 
 
 def split(config: ConfigDict, step: Step) -> Parallel:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
@@ -37,7 +38,7 @@ def by_jit(step: Step, mesh: Mesh, rules: Sequence[Rule] = ()) -> Parallel:
     """The step compiled once for a state that lies as the rules say (whole on every device without any) and batches
     that are split over all axes of the mesh but `model`.
     """
-    everywhere, rows = NamedSharding(mesh, PartitionSpec()), layout.rows(mesh)
+    everywhere = NamedSharding(mesh, PartitionSpec())
 
     def constrained(tree: PyTree) -> PyTree:
         return jax.lax.with_sharding_constraint(tree, devices.shard_by_rules(tree, rules, mesh))
@@ -58,19 +59,19 @@ def by_jit(step: Step, mesh: Mesh, rules: Sequence[Rule] = ()) -> Parallel:
     return Parallel(
         create=create,
         place=place,
-        feed=functools.partial(_feed, rows),
+        feed=functools.partial(_feed, mesh),
         step=jax.jit(stepped, donate_argnums=0),
         gather=lambda tree: tree,
         share=layout.share(mesh),
     )
 
 
-def _feed(rows: NamedSharding, batch: dict[str, np.ndarray]) -> Batch:
+def _feed(mesh: Mesh, batch: dict[str, np.ndarray]) -> Batch:
     """This host's part of a batch, leaves (b, ...), as global arrays.
 
     Raises `UserError` when their rows cannot be split over the mesh.
     """
-    parts, (_, shares) = layout.parts(rows.mesh), layout.share(rows.mesh)
+    rows, parts, (_, shares) = layout.rows(mesh), layout.parts(mesh), layout.share(mesh)
     size = len(jax.tree.leaves(batch)[0])
     if size % (parts // shares):
         local = parts // shares
@@ -113,7 +114,7 @@ def by_pmap(step: Step, mesh: Mesh) -> Parallel:
 
 def _plainly(function: Callable[[PyTree], PyTree], tree: PyTree) -> PyTree:
     """`function` of the tree in numpy arrays, keys as their bits, which are keys again afterwards."""
-    is_key = jax.tree.map(lambda leaf: jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key), tree)
+    is_key = jax.tree.map(lambda leaf: jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key), tree)
     bits = jax.tree.map(lambda leaf, key: jax.random.key_data(leaf) if key else leaf, tree, is_key)
     done = function(jax.device_get(bits))
     return jax.tree.map(lambda leaf, key: jax.random.wrap_key_data(leaf) if key else leaf, done, is_key)
