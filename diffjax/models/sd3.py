@@ -11,6 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -31,7 +32,8 @@ from diffjax.models.prompt_cache import remembered
 from diffjax.nets import lora, tiles
 from diffjax.nets.mmdit import MMDiT
 from diffjax.nets.quantize import SCHEMES
-from diffjax.parallel import sharding
+from diffjax.nets.split import Split, pad_heads
+from diffjax.parallel import devices, sharding
 from diffjax.text import tokenizers
 from diffjax.utils import struct
 from diffjax.utils.errors import UserError
@@ -119,7 +121,26 @@ class Kept:
         scheme = SCHEMES[self.quantize] if self.quantize and name in ("transformer", T5) else None
         place = sharding.over(self.shard) if self.shard and name == "transformer" else None
         module, params = weights.assemble(part.config, part.tensors, str(source), self.dtype, place, scheme)
-        return module, lora.add(params, [(adapters.get(name, {}), strength) for adapters, strength in self.added])
+        params = lora.add(params, [(adapters.get(name, {}), strength) for adapters, strength in self.added])
+        return shared(module, params, self.shard) if self.shard and name == "transformer" else (module, params)
+
+
+def split_over(way: str, over: Sequence[Any] | None = None) -> Split:
+    """How devices, all unless some are given, share the work of a transformer whose parameters are split that way."""
+    how = sharding.WAYS[way]
+    return Split(sharding.mesh(way, over), how.rows, how.heads)
+
+
+def shared(module: MMDiT, params: PyTree, way: str) -> tuple[MMDiT, PyTree]:
+    """The transformer, and its parameters that are split over all devices, with heads of zeros so that all have as
+    many.
+    """
+    split = split_over(way)
+    more = split.padded(module.num_attention_heads) - module.num_attention_heads
+    padded = pad_heads(params, module.num_attention_heads, module.attention_head_dim, more)
+    places = devices.shard_by_rules(padded, sharding.WAYS[way].rules, split.mesh)
+    moved = lambda new, old, place: new if new is old else jax.device_put(new, place)
+    return module.clone(split=split), jax.tree.map(moved, padded, params, places)
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def program_cost(jaxpr: Any) -> Cost:
         elif name.startswith("reduce_"):
             total = total.plus(moved)
         elif name == "cond":
-            total = total.plus(max(inner, key=lambda cost: cost.flops))
+            total = total.plus(max(inner, key=lambda cost: (cost.flops, cost.scores)))
         else:
             for part in inner:
                 total = total.plus(part.times(equation.params.get("length", 1)))

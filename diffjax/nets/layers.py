@@ -16,6 +16,7 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from diffjax.nets import flash
 from diffjax.nets.lora import LowRank
 from diffjax.nets.quantize import Quantized
 
@@ -91,7 +92,8 @@ class RMSNorm(nn.Module):
 def matmul(
     x: Float[Array, "*batch i"], kernel: Float[Array, "i o"] | Quantized | LowRank, dtype: Dtype
 ) -> Float[Array, "*batch o"]:
-    """`x @ kernel` read in `dtype` and accumulated in float32 or wider, which is also what it returns.
+    """`x @ kernel` read in `dtype` and accumulated in float32 or wider, which is also what it returns; accelerators
+    round sums of bfloat16 and float16 to these once, so that half as many bytes leave a product, and a device.
 
     The kernel may be a `Quantized` one, which becomes `dtype` here, one layer of a stack at a time, or a `LowRank` one.
     In bfloat16 and float16 both products of the backward pass read `dtype` as well (autodiff alone would take a float32
@@ -118,19 +120,19 @@ def _wide_matmul(x: Array, kernel: Array, dtype: Dtype) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _half_matmul(x: Array, kernel: Array, dtype: Dtype) -> Array:
-    return _product(x.astype(dtype), kernel.astype(dtype), 1, 0)
+    return _rounded(x.astype(dtype), kernel.astype(dtype), 1, 0)
 
 
 def _half_matmul_forward(x: Array, kernel: Array, dtype: Dtype) -> tuple[Array, tuple]:
     half = x.astype(dtype), kernel.astype(dtype)
-    return _product(*half, 1, 0), (*half, x[:0], kernel[:0])
+    return _rounded(*half, 1, 0), (*half, x[:0], kernel[:0])
 
 
 def _half_matmul_backward(dtype: Dtype, saved: tuple, cotangent: Array) -> tuple[Array, Array]:
     x, kernel, like_x, like_kernel = saved
     cotangent = cotangent.astype(dtype)
     to_kernel = lax.platform_dependent(x, cotangent, cpu=_outer_product_cpu, default=_outer_product)
-    return _product(cotangent, kernel, 1, 1).astype(like_x.dtype), to_kernel.astype(like_kernel.dtype)
+    return _rounded(cotangent, kernel, 1, 1).astype(like_x.dtype), to_kernel.astype(like_kernel.dtype)
 
 
 _half_matmul.defvjp(_half_matmul_forward, _half_matmul_backward)
@@ -146,8 +148,15 @@ def _outer_product_cpu(x: Array, y: Array) -> Array:
     return _product(transposed, y, 1, 0)
 
 
-def _product(x: Array, y: Array, x_axis: int, y_axis: int) -> Array:
-    return lax.dot_general(x, y, (((x_axis,), (y_axis,)), ((), ())), preferred_element_type=jnp.float32)
+def _product(x: Array, y: Array, x_axis: int, y_axis: int, dtype: Dtype = jnp.float32) -> Array:
+    return lax.dot_general(x, y, (((x_axis,), (y_axis,)), ((), ())), preferred_element_type=dtype)
+
+
+def _rounded(x: Array, y: Array, x_axis: int, y_axis: int) -> Array:
+    """The product in float32, on accelerators rounded to the dtype of `x` as it leaves the unit that accumulates it."""
+    wide = lambda x, y: _product(x, y, x_axis, y_axis)
+    half = lambda x, y: _product(x, y, x_axis, y_axis, x.dtype).astype(jnp.float32)
+    return lax.platform_dependent(x, y, cpu=wide, default=half)
 
 
 class Dense(nn.Module):
@@ -183,45 +192,24 @@ def attention(
 ) -> Float[Array, "b t n h"]:
     """`softmax(q k^T / sqrt(h) + bias) v` per head, softmax in float32; a query whose keys are all masked gives 0.
 
-    `mask` is True where a key is seen. On a GPU that has it, cuDNN's flash attention; elsewhere the score matrix, of
-    one head and some queries at a time when it would pass `MAX_SCORES` numbers, each computed again in the
-    backward pass.
+    `mask` is True where a key is seen. On a platform that has one, a fused kernel (`flash.kernels`); elsewhere the
+    score matrix, of one head and some queries at a time when it would pass `MAX_SCORES` numbers, each computed again in
+    the backward pass.
     """
-    dtype, flash = q.dtype, _flash_reads(q)
-    if dtype == jnp.float16 and not flash:  # which XLA's CPU products do not know
-        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
-    y = _flash(q, k, v, mask, bias) if flash else scaled_dot_product(q, k, v, mask, bias, MAX_SCORES)
+    fused = flash.kernels(q, k, mask is None and bias is None)
+    given = q, k, v, mask, bias
+    y = lax.platform_dependent(*given, default=_chunked, **fused) if fused else _chunked(*given)
     if mask is not None:
         seen = jnp.any(mask, axis=-1)
         y = jnp.where(jnp.swapaxes(seen, 1, 2)[..., None], y, 0)
-    return y.astype(dtype)
+    return y.astype(q.dtype)
 
 
-def _flash_reads(q: Array) -> bool:
-    """Whether cuDNN's fused attention takes this width and dtype on this process's devices."""
-    if q.dtype not in (jnp.float16, jnp.bfloat16) or jax.default_backend() != "gpu":
-        return False
-    capability = getattr(jax.local_devices()[0], "compute_capability", "")
-    generation = int(capability.split(".")[0]) if capability.replace(".", "").isdigit() else 0
-    widest = 256 if generation >= 9 else 128 if generation >= 8 else 0
-    return q.shape[-1] % 8 == 0 and q.shape[-1] <= widest
-
-
-def _flash(q: Array, k: Array, v: Array, mask: Array | None, bias: Array | None) -> Array:
-    """cuDNN's fused attention; its gradient wants even lengths, so an odd one gets a token that is left out again."""
-    (b, t), s = q.shape[:2], k.shape[1]
-    even = lambda x: jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
-    whole = lambda x: jnp.pad(jnp.broadcast_to(x, (*x.shape[:2], t, s)), ((0, 0), (0, 0), (0, t % 2), (0, s % 2)))
-    mask = None if mask is None else whole(mask)
-    bias = None if bias is None else whole(bias.astype(q.dtype))
-    lengths = [jnp.full(b, length, jnp.int32) if t % 2 or s % 2 else None for length in (t, s)]
-    y = jax.nn.dot_product_attention(
-        *(even(q), even(k), even(v), bias, mask),
-        query_seq_lengths=lengths[0],
-        key_value_seq_lengths=lengths[1],
-        implementation="cudnn",
-    )
-    return y[:, :t]
+def _chunked(q: Array, k: Array, v: Array, mask: Array | None, bias: Array | None) -> Array:
+    dtype = q.dtype
+    if dtype == jnp.float16:  # which XLA's CPU products do not know
+        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    return scaled_dot_product(q, k, v, mask, bias, MAX_SCORES).astype(dtype)
 
 
 @functools.partial(jax.jit, static_argnums=5)

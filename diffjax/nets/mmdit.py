@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from diffjax.nets.layers import Dense, RMSNorm, attention, keep_words, stacked, timestep_embedding
+from diffjax.nets.split import Split
 from diffjax.nets.unet import EmbeddingMLP
 from diffjax.utils.errors import UserError
 
@@ -45,11 +46,13 @@ class Attention(nn.Module):
     """Attention of the image over itself and, when given, the text, whose tokens stand behind the image's.
 
     Queries and keys are normed per head. The result of the text is `None` where there is no text or `text_out` is off.
+    With `split` there are heads of zeros, and devices share the heads.
     """
 
     heads: int
     head_dim: int
     qk_norm: bool
+    split: Split | None
     text_out: bool
     dtype: Dtype
     param_dtype: Dtype
@@ -65,8 +68,10 @@ class Attention(nn.Module):
             pairs = zip(projected, self._project(text, *names))
             projected = [jnp.concatenate(pair, axis=1) for pair in pairs]
             q, k, _ = projected
-            keep_words(self, q, k, None, slice(x.shape[1]), slice(x.shape[1], None))
-        y = attention(*projected).reshape(x.shape[0], -1, self.heads * self.head_dim)
+            own = slice(None), slice(None), slice(self.heads)
+            keep_words(self, q[own], k[own], None, slice(x.shape[1]), slice(x.shape[1], None))
+        y = self.split.attend(attention, *projected) if self.split else attention(*projected)
+        y = y.reshape(*y.shape[:2], -1)
         own, rest = jnp.split(y, [x.shape[1]], axis=1)
         text_y = dense(name="to_add_out")(rest) if text is not None and self.text_out else None
         return dense(name="to_out_0")(own), text_y
@@ -74,8 +79,9 @@ class Attention(nn.Module):
     def _project(self, x: Array, names: tuple[str, ...], norms: tuple[str, str]) -> list[Float[Array, "b l n h"]]:
         """Queries, keys and values."""
         policy = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        width = self.heads * self.head_dim
-        q, k, v = (Dense(width, **policy, name=name)(x).reshape(*x.shape[:2], self.heads, -1) for name in names)
+        heads = self.split.padded(self.heads) if self.split else self.heads
+        dense = functools.partial(Dense, heads * self.head_dim, **policy)
+        q, k, v = (dense(name=name)(x).reshape(*x.shape[:2], heads, -1) for name in names)
         if self.qk_norm:
             q, k = (RMSNorm(EPS, **policy, name=name)(y) for y, name in zip((q, k), norms))
         return [q, k, v]
@@ -111,6 +117,7 @@ class Block(nn.Module):
     heads: int
     head_dim: int
     qk_norm: bool
+    split: Split | None
     kind: Kind
     skippable: bool
     dtype: Dtype
@@ -129,10 +136,11 @@ class Block(nn.Module):
 
     def _run(self, x: Array, text: Array, emb: Array) -> tuple[Array, Array]:
         policy = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        attend = functools.partial(Attention, self.heads, self.head_dim, self.qk_norm, **policy)
+        attend = functools.partial(Attention, self.heads, self.head_dim, self.qk_norm, self.split, **policy)
         shift, scale, gate, shift_ff, scale_ff, gate_ff, *second = self._modulation(
             "norm1", emb, 9 if self.kind.dual else 6
         )
+        x, text = (self.split.place(y) if self.split else y for y in (x, text))
         normed, text_normed = layer_norm(x), layer_norm(text)
         if self.kind.last:
             text_scale, text_shift, *text_rest = self._modulation("norm1_context", emb, 2)
@@ -172,7 +180,7 @@ class MMDiT(nn.Module):
     `x` are latents, `t` is 1000 sigma, `context` the token states of the text encoders, `pooled` their pooled vectors.
     The position table is a constant (no gradient reaches it), cropped about its centre. `skip_layers` are left out, for
     skip-layer guidance; `scan` compiles one layer of each kind instead of all; `remat` recomputes layers in the
-    backward pass.
+    backward pass. With `split` devices share the work, and the parameters are those of `pad_heads`.
     """
 
     sample_size: int = 128
@@ -190,6 +198,7 @@ class MMDiT(nn.Module):
     skip_layers: tuple[int, ...] = ()
     scan: bool = True
     remat: bool = False
+    split: Split | None = None
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     out_dtype: Dtype = jnp.float32
@@ -253,6 +262,7 @@ class MMDiT(nn.Module):
             self.num_attention_heads,
             self.attention_head_dim,
             self.qk_norm is not None,
+            self.split,
             kind,
             not keep.all(),
             self.dtype,

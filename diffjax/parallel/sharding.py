@@ -22,35 +22,44 @@ SPLITS = ((OUTPUTS, one_axis(-1, "model")), (INPUTS, one_axis(-2, "model")))
 
 @dataclass(frozen=True)
 class Way:
-    """The axes of a mesh (the first of two has two devices) and the rules for it."""
+    """The axes of a mesh (the first of two has two devices), the rules for it, and the axes along which the rows of a
+    batch and the heads of attention are split.
+    """
 
     axes: tuple[str, ...]
     rules: tuple[Rule, ...]
+    rows: str | None
+    heads: str
 
 
 WAYS = {
-    "fsdp": Way(("data",), ((".*", largest_axis("data")),)),
-    "tensor": Way(("model",), SPLITS),
+    "fsdp": Way(("data",), ((".*", largest_axis("data")),), "data", "data"),
+    "tensor": Way(("model",), SPLITS, None, "model"),
     "both": Way(
         ("data", "model"),
         tuple((pattern, largest_axis("data", split)) for pattern, split in (*SPLITS, (".*", largest_axis("model")))),
+        "data",
+        "model",
     ),
 }
+
+
+def mesh(
+    way: str,
+    devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
+) -> Mesh:
+    """The devices, all unless some are given, along the axes of a way. Raises `UserError` when they are too few."""
+    chosen, axes = np.asarray(jax.devices() if devices is None else devices), WAYS[way].axes
+    if len(chosen) % 2 ** len(axes):
+        raise UserError(
+            f"parameters cannot be split ({way}) over {len(chosen)} devices: it takes a multiple of {2 ** len(axes)}"
+        )
+    return Mesh(chosen.reshape((2, -1) if len(axes) == 2 else (-1,)), axes)
 
 
 def over(
     way: str,
     devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
 ) -> Callable[[str, tuple[int, ...]], NamedSharding]:
-    """Where a parameter goes, by name and shape: as `weights.load(sharding=...)` takes it. All devices unless some
-    are given.
-
-    Raises `UserError` when there are too few of them.
-    """
-    chosen, axes = np.asarray(jax.devices() if devices is None else devices), WAYS[way].axes
-    if len(chosen) % 2 ** len(axes):
-        raise UserError(
-            f"parameters cannot be split ({way}) over {len(chosen)} devices: it takes a multiple of {2 ** len(axes)}"
-        )
-    shape = (2, -1) if len(axes) == 2 else (-1,)
-    return placement(WAYS[way].rules, Mesh(chosen.reshape(shape), axes))
+    """Where a parameter goes, by name and shape: as `weights.load(sharding=...)` takes it. `mesh` says over what."""
+    return placement(WAYS[way].rules, mesh(way, devices))

@@ -7,14 +7,13 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from diffjax.utils.errors import UserError, unknown
-from diffjax.utils.install import to_install
+from diffjax.utils.install import has_compiler, to_install
 
 GIB = 2**30
 
@@ -140,9 +139,6 @@ TARGETS = {
 A v4's devices are its chips' two cores, which a real one joins.
 """
 
-PLUGINS = {"tpu": ("libtpu",), "cuda": ("jax_cuda12_plugin", "jax_cuda13_plugin")}
-"""The packages that bring a platform's compiler; the platforms are extras of this package too."""
-
 
 def absent(kind: str, count: int = 1) -> list[jax.Device]:  # pyright: ignore[reportInvalidTypeForm]
     """`count` devices of a kind ("v4", "v5e", "v5p", "v6e", "a100", "h100", "h200") to compile for; none need be here.
@@ -153,7 +149,7 @@ def absent(kind: str, count: int = 1) -> list[jax.Device]:  # pyright: ignore[re
     the kind's compiler is not installed.
     """
     target = of(kind)
-    if not is_installed(kind):
+    if not has_compiler(target.platform):
         raise UserError(f"the compiler for {kind} is not installed: {to_install(target.platform)}")
     most = max(target.slices) if isinstance(target, Tpu) else 256
     if not 1 <= count <= most:
@@ -172,11 +168,6 @@ def of(kind: str) -> Tpu | Gpu:
     if kind not in TARGETS:
         raise unknown("device to compile for", kind, TARGETS)
     return TARGETS[kind]
-
-
-def is_installed(kind: str) -> bool:
-    """Whether the compiler for a kind is."""
-    return any(find_spec(name) for name in PLUGINS[of(kind).platform])
 
 
 def skip_search() -> None:

@@ -1,9 +1,20 @@
-"""What an extra of the package needs."""
+"""What an extra of the package needs, and whether it is there."""
 
+import functools
 import shlex
 import sys
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
+
+COMPILERS = {"tpu": ("libtpu",), "cuda": ("jax_cuda12_plugin", "jax_cuda13_plugin")}
+"""The packages that bring jax's compiler for a platform, one of which is needed."""
+
+
+@functools.cache
+def has_compiler(platform: str) -> bool:
+    """Whether jax's compiler for a platform, "tpu" or "cuda", is installed."""
+    return any(find_spec(name) for name in COMPILERS[platform])
 
 
 def to_install(extra: str) -> str:

@@ -56,13 +56,15 @@ def test_figures_of_a_product():
     found = plan.estimate(plan.Part("net", lambda held, x: x @ held["w"].astype(jnp.float32), held, (x,), 70, 3))
     assert (found.parameters, found.held, found.calls) == (70, 140, 3)
     assert found.cost.products32 == 2 * 4 * 10 * 7 and found.cost.launches == 1
-    assert found.temporary == 10 * 7 * 4 + 4 * 7 * 4
+    assert found.temporary == 4 * 7 * 4, "the cast is part of the product"
 
 
 def test_live_bytes_counts_what_is_alive_at_once():
-    wide = lambda x: jnp.sum(jnp.tile(x, 8)) + jnp.sum(jnp.tile(x + 1, 8))
-    program = jax.make_jaxpr(wide)(jax.ShapeDtypeStruct((1000,), jnp.float32)).jaxpr
-    assert 8 * 4000 <= plan.live_bytes(program) <= 2 * 8 * 4000
+    x = jax.ShapeDtypeStruct((1000,), jnp.float32)
+    of = lambda function: plan.live_bytes(jax.make_jaxpr(function)(x).jaxpr)
+    ordered = lambda x: jnp.sum(jax.lax.sort(jnp.tile(x, 8)))
+    assert 8 * 4000 <= of(lambda x: ordered(x) + ordered(x + 1)) <= 2 * 8 * 4000
+    assert of(lambda x: jnp.sum(jnp.tile(x, 8))) == 4, "what is summed is never written"
 
 
 def test_compiled_memory_of_what_replaces_what_was_held():

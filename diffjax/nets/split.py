@@ -1,0 +1,84 @@
+"""How the devices of a mesh share the work of one network: the rows of its batch, and the heads of its attention."""
+
+import functools
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, PyTree
+
+from diffjax.nets.quantize import Quantized
+from diffjax.utils.errors import UserError
+
+TO_HEADS = re.compile(r"(^|/)(to_[qkv]|add_[qkv]_proj)/")
+FROM_HEADS = re.compile(r"(^|/)(to_out_0|to_add_out)/kernel\b")
+"""The layers whose outputs, and whose inputs, are heads."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """The axes of a mesh: along `rows` the batch is split, where that divides it, and along `heads` the heads, to whom
+    some of zeros are added until it divides them. One axis that is both splits the heads of a batch that it does not
+    divide.
+    """
+
+    mesh: Mesh
+    rows: str | None = None
+    heads: str | None = None
+
+    def padded(self, heads: int) -> int:
+        """The number of heads with those of zeros."""
+        return heads if self.heads is None else heads + -heads % self.mesh.shape[self.heads]
+
+    def _row_axis(self, batch: int) -> str | None:
+        return self.rows if self.rows and batch % self.mesh.shape[self.rows] == 0 else None
+
+    def place(self, x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
+        """Rows where they belong, everything else whole on each device."""
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(self._row_axis(x.shape[0]))))
+
+    def attend(self, attention: Callable[..., Array], *qkv: Float[Array, "b l n h"]) -> Float[Array, "b t n h"]:
+        """`attention(q, k, v)`, every device with its own rows and heads."""
+        rows = self._row_axis(qkv[0].shape[0])
+        spec = PartitionSpec(rows, None, None if rows == self.heads else self.heads)
+        run = functools.partial(jax.shard_map, mesh=self.mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
+        return run(attention)(*qkv)
+
+
+def pad_heads(params: PyTree, heads: int, width: int, more: int) -> PyTree:
+    """The parameters with `more` heads of `width` zeros: all products give what they gave.
+
+    Raises `UserError` for 4-bit kernels whose groups of inputs end elsewhere than heads do.
+    """
+    if not more:
+        return params
+
+    def padded(path: Any, leaf: Array | Quantized) -> Array | Quantized:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if TO_HEADS.search(name) and not name.endswith(("/adapter/a", "/adapter/scale")):
+            return jax.tree.map(lambda array: _zeros(array, -1, more * width), leaf)
+        if not FROM_HEADS.search(name) or name.endswith(("/b", "/scale", "/gain", "/bias")):
+            return leaf
+        if isinstance(leaf, Quantized):
+            return _more_inputs(leaf, heads * width, more * width)
+        return _zeros(leaf, -2, more * width)
+
+    return jax.tree_util.tree_map_with_path(padded, params, is_leaf=lambda leaf: isinstance(leaf, Quantized))
+
+
+def _more_inputs(kernel: Quantized, inputs: int, more: int) -> Quantized:
+    groups, rows = kernel.scales.shape[-2], kernel.values.shape[-2]
+    if groups > 1 and more % (inputs // groups):
+        raise UserError("--quantize int4 and --shard do not go together for heads of this width: take int8")
+    scales = kernel.scales if groups == 1 else _zeros(kernel.scales, -2, more * groups // inputs)
+    return Quantized(_zeros(kernel.values, -2, more * rows // inputs), scales)
+
+
+def _zeros(x: Array, axis: int, more: int) -> Array:
+    width = [(0, 0)] * x.ndim
+    width[axis] = (0, more)
+    return jnp.pad(x, width)
