@@ -20,6 +20,7 @@ from a process that has imported everything and started no device; programs come
 
 import argparse
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -213,10 +214,13 @@ class Ended(NamedTuple):
 
 
 def forked(work: Callable[[], int], log: Path, kill_after: float | None = None, **environment: str) -> Ended:
-    """Run `work` in a fork, its output in a file; kill it after so many seconds."""
+    """Run `work` in a fork, what it says in a file; kill it after so many seconds."""
+    receive, send = os.pipe()  # not a file, which a limit would cut
+    fcntl.fcntl(send, fcntl.F_SETPIPE_SZ, 2**20)
     begin, pid = time.monotonic(), os.fork()
     if not pid:
-        _child(work, log, environment)
+        _child(work, send, environment)
+    os.close(send)
     left = begin + (PATIENCE if kill_after is None else kill_after)
     while not (done := os.waitpid(pid, os.WNOHANG))[0]:
         if time.monotonic() >= left:
@@ -224,17 +228,17 @@ def forked(work: Callable[[], int], log: Path, kill_after: float | None = None, 
             done = os.waitpid(pid, 0)
             break
         time.sleep(0.005)
-    said = log.read_text(errors="replace")
-    if kill_after is None and time.monotonic() >= left:
-        said += "\nKILL TEST: it hangs"
+    hangs = kill_after is None and time.monotonic() >= left
+    with open(receive, "rb") as pipe:
+        said = pipe.read().decode(errors="replace") + "\nKILL TEST: it hangs" * hangs
+    log.write_text(said)
     return Ended(os.waitstatus_to_exitcode(done[1]), said, time.monotonic() - begin)
 
 
-def _child(work: Callable[[], int], log: Path, environment: dict[str, str]) -> None:
+def _child(work: Callable[[], int], send: int, environment: dict[str, str]) -> None:
     status = 99
     try:
-        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(out, 1), os.dup2(out, 2)
+        os.dup2(send, 1), os.dup2(send, 2)
         os.environ.update(environment)
         status = work()
     except BaseException:

@@ -5,7 +5,7 @@ places them on the devices ahead of time. `default_config` has every field of th
 each means stands in `diffjax.config.base`, from which docs/configs.md has it.
 """
 
-from diffjax.data.dataset import Dataset, default_config, fetch, load
+from diffjax.data.dataset import Dataset, default_config, fetch, load, prepare_by_beam
 from diffjax.data.pipeline import Batches, Prefetch
 
-__all__ = ["Batches", "Dataset", "Prefetch", "default_config", "fetch", "load"]
+__all__ = ["Batches", "Dataset", "Prefetch", "default_config", "fetch", "load", "prepare_by_beam"]

@@ -11,9 +11,9 @@ import hashlib
 import io
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import tensorflow_datasets as tfds
 from PIL import Image
@@ -55,15 +55,19 @@ class PicturesConfig(tfds.core.BuilderConfig):
     @functools.cached_property
     def pictures(self) -> list[Captioned]:
         """Those of the source, each by another name."""
-        return _distinct(self.source.pictures())
+        return distinct(self.source.pictures())
 
     @property
     def classes(self) -> list[str]:
         """Their names, in order."""
         return sorted({picture.label for picture in self.pictures} - {""})
 
+    def for_workers(self) -> "PicturesConfig":
+        """The same without the list of pictures, to be sent to other processes."""
+        return dataclasses.replace(self)
 
-def _distinct(pictures: list[Captioned]) -> list[Captioned]:
+
+def distinct(pictures: list[Captioned]) -> list[Captioned]:
     """The pictures, those of the same name numbered."""
     taken: set[str] = set()
     found = []
@@ -150,6 +154,39 @@ def _stored(picture: Captioned, settings: PicturesConfig) -> Stored | str:
         return f"cannot be read: {error}"
 
 
+class Judged(NamedTuple):
+    """A picture as an example, None where it is left out; the (name, reason) of what is; whether it is grey, and a
+    digest of its name, pixels, captions and class.
+    """
+
+    example: dict[str, Any] | None
+    left_out: list[tuple[str, str]]
+    grey: bool = True
+    digest: int = 0
+
+
+def judged(picture: Captioned, settings: PicturesConfig, features: Collection[str]) -> Judged:
+    """What becomes of a picture in a data set of these features."""
+    stored = _stored(picture, settings)
+    lack = "has no class" if "label" in features and not picture.label else ""
+    lack = "has no caption" if "captions" in features and not picture.captions else lack
+    if isinstance(stored, str) or lack:
+        return Judged(None, [(picture.name, stored if isinstance(stored, str) else lack)])
+    more = f"holds {stored.frames} pictures, of which the first is used"
+    left_out = [(f"{picture.name} after its first", more)] if stored.frames > 1 else []
+    captions = {"captions": list(picture.captions)} if "captions" in features else {}
+    told = {"file": picture.name} | captions | ({"label": picture.label} if picture.label else {})
+    digest = hashlib.sha256(repr((picture.name, told)).encode() + stored.pixels).digest()
+    return Judged({"image": stored.data} | told, left_out, stored.grey, int.from_bytes(digest))
+
+
+def features(captioned: bool, classes: list[str]) -> dict[str, tfds.features.FeatureConnector]:
+    """Those of a data set with or without captions and classes."""
+    captions = {"captions": tfds.features.Sequence(tfds.features.Text())} if captioned else {}
+    label = {"label": tfds.features.ClassLabel(names=classes)} if classes else {}
+    return {"image": tfds.features.Image(), "file": tfds.features.Text(), **captions, **label}
+
+
 class CaptionedPictures(tfds.core.GeneratorBasedBuilder):
     """TFDS builder `captioned_pictures`: `image`, `file` and, where there are any, `captions` and `label`;
     split `train`.
@@ -164,12 +201,8 @@ class CaptionedPictures(tfds.core.GeneratorBasedBuilder):
 
     @functools.cached_property
     def _features(self) -> dict[str, tfds.features.FeatureConnector]:
-        features = {"image": tfds.features.Image(), "file": tfds.features.Text()}
-        if any(picture.captions for picture in self.builder_config.pictures):
-            features["captions"] = tfds.features.Sequence(tfds.features.Text())
-        if self.builder_config.classes:
-            features["label"] = tfds.features.ClassLabel(names=self.builder_config.classes)
-        return features
+        pictures = self.builder_config.pictures
+        return features(any(picture.captions for picture in pictures), self.builder_config.classes)
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
@@ -184,42 +217,28 @@ class CaptionedPictures(tfds.core.GeneratorBasedBuilder):
         return tfds.core.MetadataDict()
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
+        self._check_sizes()
+        return {"train": self._generate_examples(Skipped(Path(self.data_path)))}
+
+    def _check_sizes(self) -> None:
         if self.builder_config.source.refuses_small and not self.builder_config.enlarge:
             _check_sizes(self.builder_config)
-        return {"train": self._generate_examples(Skipped(Path(self.data_path)))}
 
     def _generate_examples(self, skipped: Skipped) -> Iterator[tuple[str, dict]]:
         settings, left_out, grey, content = self.builder_config, [], True, 0
-        work = in_parallel(lambda picture: _stored(picture, settings), settings.pictures, os.cpu_count() or 1)
-        for picture, stored in track(work, "preparing the pictures", len(settings.pictures)):
-            lack = self._lacks(picture)
-            if isinstance(stored, str) or lack:
-                left_out.append((picture.name, stored if isinstance(stored, str) else lack))
-                continue
-            if stored.frames > 1:
-                left_out.append(
-                    (f"{picture.name} after its first", f"holds {stored.frames} pictures, of which the first is used")
-                )
-            told = self._told(picture)
-            grey &= stored.grey
-            content += int.from_bytes(hashlib.sha256(repr((picture.name, told)).encode() + stored.pixels).digest())
-            yield picture.name, {"image": stored.data} | told
+        work = in_parallel(
+            lambda picture: judged(picture, settings, self._features), settings.pictures, os.cpu_count() or 1
+        )
+        for picture, found in track(work, "preparing the pictures", len(settings.pictures)):
+            left_out += found.left_out
+            if found.example is not None:
+                grey, content = grey and found.grey, content + found.digest
+                yield picture.name, found.example
         if not content:
             raise self._nothing(left_out)
         if left_out:
             skipped.add(sorted(left_out))
         self._metadata.update(grey=grey, content=f"{content % 2**256:064x}")
-
-    def _lacks(self, picture: Captioned) -> str:
-        """What a picture needs and has not."""
-        if "captions" in self._features and not picture.captions:
-            return "has no caption"
-        return "has no class" if "label" in self._features and not picture.label else ""
-
-    def _told(self, picture: Captioned) -> dict:
-        """What is kept of a picture besides itself."""
-        captions = {"captions": list(picture.captions)} if "captions" in self._features else {}
-        return {"file": picture.name} | captions | ({"label": picture.label} if picture.label else {})
 
     def _nothing(self, left_out: list[tuple[str, str]]) -> UserError:
         """The error when no picture can be used."""

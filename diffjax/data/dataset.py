@@ -159,8 +159,14 @@ def _openmoji(config: ml_collections.ConfigDict, folder: Path) -> Any:
 def _captioned_pictures(config: ml_collections.ConfigDict, folder: Path) -> Any:
     from diffjax.data import captioned_pictures
 
-    settings = captioned_pictures.config(_source(config), config.size, config.background, config.enlarge)
+    settings = _settings(config)
     return prepared(lambda: captioned_pictures.builder(settings, folder))
+
+
+def _settings(config: ml_collections.ConfigDict) -> Any:
+    from diffjax.data import captioned_pictures
+
+    return captioned_pictures.config(_source(config), config.size, config.background, config.enlarge)
 
 
 def _source(config: ml_collections.ConfigDict) -> Any:
@@ -201,6 +207,19 @@ def fetch(config: ml_collections.ConfigDict, retry: bool = False) -> None:
         _source(config).fetch(retry)
 
 
+def prepare_by_beam(config: ml_collections.ConfigDict, options: str) -> None:
+    """Prepare what `load` reads by Apache Beam, with pipeline options in words (empty: all cores of this machine).
+
+    Raises `UserError` as `load` does, and for a data set that is not made of one's own pictures.
+    """
+    from diffjax.data import by_beam
+
+    config = _complete(config)
+    if config.name not in SOURCES:
+        raise UserError(f"--beam prepares {', '.join(SOURCES)}: leave it out for {config.name}")
+    by_beam.prepare(_settings(config), _folder(config), options or by_beam.LOCAL)
+
+
 def captions(config: ml_collections.ConfigDict) -> list[tuple[str, ...]] | None:
     """Every picture's captions, of all splits, before anything is prepared; None where only preparing tells them.
 
@@ -238,6 +257,11 @@ def _say(skipped: Skipped, name: str) -> None:
         logging.getLogger("diffjax").warning(message, counted(len(left_out), "picture"), skipped.path, shown)
 
 
+def _folder(config: ml_collections.ConfigDict) -> Path:
+    """Where prepared data are."""
+    return Path(config.data_dir or os.environ.get("TFDS_DATA_DIR") or files.home() / "data").expanduser()
+
+
 def load(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Dataset:
     """The data set that `config` describes (`default_config` has its fields), prepared on first use.
 
@@ -245,8 +269,7 @@ def load(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Dataset:
     Raises `UserError` for anything in the configuration or the data that the user can mend.
     """
     config = _complete(config)
-    folder = Path(config.data_dir or os.environ.get("TFDS_DATA_DIR") or files.home() / "data").expanduser()
-    builder = BUILDERS.get(config.name, _named)(config, folder)
+    builder = BUILDERS.get(config.name, _named)(config, _folder(config))
     records = Records(builder, config.split)
     *shape, depth = builder.info.features[records.roles.image].shape
     if None not in shape:

@@ -73,13 +73,16 @@ class Shards:
         return stamps(self.files, self.path.parent)
 
     def pictures(self) -> list[Captioned]:
-        top = self.path if self.path.is_dir() else self.path.parent
         shards = track(self.files, "reading the shards", len(self.files))
-        return [picture for shard in shards for picture in _index(shard, os.path.relpath(shard, top))]
+        return [picture for shard in shards for picture in self.index(shard)]
+
+    def index(self, shard: Path) -> list[Captioned]:
+        """The pictures of one shard. Raises `UserError` when it is no tar file, or ends too early."""
+        top = self.path if self.path.is_dir() else self.path.parent
+        return _index(shard, os.path.relpath(shard, top))
 
 
 def _index(shard: Path, called: str) -> list[Captioned]:
-    """The pictures of a shard. Raises `UserError` when it is no tar file, or ends too early."""
     try:
         with tarfile.open(shard, "r:") as tar:
             members = _resolved(_members(tar))

@@ -105,7 +105,13 @@ class Gallery:
         Raises `UserError` when it holds pictures of another recipe, or such names without a manifest, unless
         `overwrite`: then they are removed.
         """
-        manifest = read_manifest(self.folder / "manifest.json") if (self.folder / "manifest.json").exists() else None
+        path = self.folder / "manifest.json"
+        try:
+            manifest = read_manifest(path) if path.exists() else None
+        except UserError as error:
+            if not overwrite:
+                raise UserError(f"{path} is damaged: put it back, or --overwrite draws all again") from error
+            manifest = None
         if overwrite:
             self._clear(manifest)
         elif manifest is not None:
