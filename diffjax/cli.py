@@ -172,26 +172,30 @@ def _prepare(parser: _Parser) -> Run:
       diffjax prepare --config experiments/minimagen/base64.py --config.data.path=PICTURES
       diffjax prepare --config experiments/minimagen/base64.py \
         --config.data.name=captioned_table --config.data.path=links.parquet
+      diffjax prepare --config experiments/minimagen/base64.py \
+        --config.data.name=webdataset --config.data.path=SHARDS --beam
 
     Any field of the config can be overridden: --config.a.b=value, --noconfig.flag.
     """
     _add_config(parser)
     parser.add_argument("--retry", action="store_true", help="try once more to fetch the pictures that failed before")
+    parser.add_argument(
+        "--beam",
+        nargs="?",
+        const="",
+        metavar="OPTIONS",
+        help="prepare the pictures by Apache Beam, on all cores here or as these pipeline options say",
+    )
 
     def run(args: argparse.Namespace) -> None:
         if "data" not in args.config:
             raise UserError("this experiment reads no data: there is nothing to prepare")
-        from diffjax import data
         from diffjax.parallel import devices
-        from diffjax.text import frozen
-        from diffjax.train import experiment
+        from diffjax.train.ready import make_ready
 
-        experiment.check_conditions(args.config)
-        data.fetch(args.config.data, args.retry)
-        found = data.load(args.config.data)
-        if frozen.is_frozen(args.config.get("text")):
-            devices.find()
-            frozen.encoded(args.config.text, frozen.captions(found, args.config.sample.prompts))
+        devices.join_hosts()
+        devices.find()
+        found = make_ready(args.config, args.retry, args.beam)
         print(f"ready: {counted(len(found), 'picture')} of {found.size} pixels")
 
     return run

@@ -34,7 +34,7 @@ def prepare(settings: PicturesConfig, folder: Path, options: str = LOCAL) -> Non
     Raises `UserError` where Beam is not installed, none of the pictures can be used, or the folder cannot be written.
     """
     try:
-        from apache_beam.options.pipeline_options import PipelineOptions
+        from apache_beam.options.pipeline_options import PipelineOptions  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UserError("--beam needs Apache Beam: pip install 'diffjax[beam]' in an environment of its own") from error
     import tensorflow_datasets as tfds
@@ -58,9 +58,10 @@ class Work:
     features: frozenset[str]
 
     def __call__(self, lot: Lot) -> Iterator[Any]:
-        from apache_beam.pvalue import TaggedOutput
+        from apache_beam.pvalue import TaggedOutput  # pyright: ignore[reportMissingImports]
 
-        pictures = distinct(self.settings.source.index(lot)) if isinstance(lot, Path) else lot
+        source = self.settings.source
+        pictures: Any = distinct(source.index(lot)) if isinstance(source, Shards) and isinstance(lot, Path) else lot
         for picture in pictures:
             kept = judged(picture, self.settings, self.features)
             yield from (TaggedOutput("left_out", entry) for entry in kept.left_out)
@@ -86,7 +87,7 @@ def _total(facts: Iterable[tuple[bool, str]]) -> tuple[bool, str]:
 
 @functools.cache
 def _builder() -> type:
-    import apache_beam as beam
+    import apache_beam as beam  # pyright: ignore[reportMissingImports]
     import tensorflow_datasets as tfds
 
     class BeamPictures(CaptionedPictures, skip_registration=True):
@@ -115,8 +116,8 @@ def _builder() -> type:
                 | "pictures" >> beam.FlatMap(work).with_outputs("left_out", "facts", main="examples")
             )
             total = made.facts | "facts" >> beam.CombineGlobally(_total)
-            self.info.metadata["grey"] = total | "grey" >> beam.Map(lambda total: total[0])
-            self.info.metadata["content"] = total | "content" >> beam.Map(lambda total: total[1])
+            self._metadata["grey"] = total | "grey" >> beam.Map(lambda total: total[0])
+            self._metadata["content"] = total | "content" >> beam.Map(lambda total: total[1])
             noted = made.left_out | "left out" >> beam.combiners.ToList()
             _ = noted | "note" >> beam.Map(lambda entries: skipped.add(sorted(entries)) if entries else None)
             return {"train": made.examples}

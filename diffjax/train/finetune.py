@@ -52,10 +52,7 @@ class FineTuning(Experiment):
 
         Raises `UserError` for data that change from one look to the next, and for a model that is no latent one.
         """
-        every = [data, dataset.load(config.prior.data)] if config.prior.weight else [data]
-        if any(some.config.flip or some.config.crop != "center" for some in every):
-            raise UserError("latents are computed once: set data.flip=False and data.crop=center")
-        texts = [text for some in every for text in frozen.captions(some, config.sample.prompts)]
+        every, texts = _read(config, data)
         base, commit = _base(config, config.get("revision", ""), texts)
         files.write_json(workdir / BASE, {"model": base.name, "commit": commit})
         own, *prior = [replace(some, pictures=latents.encode(base, some)) for some in every]
@@ -132,6 +129,24 @@ class FineTuning(Experiment):
         """What previews show, as arguments of `Model.sample`: the prompts, in the size of the pictures."""
         prompts = list(self.config.sample.prompts)
         return {"num": len(prompts), "prompt": prompts, "size": self.config.data.size}
+
+
+def encode(config: ConfigDict, data: Dataset, part: tuple[int, int] = (0, 1)) -> None:
+    """Encode what such a run reads, or part (i, n) of it, before it begins. Raises `UserError` as `FineTuning.begin`
+    does.
+    """
+    every, texts = _read(config, data)
+    base, _ = _base(config, config.get("revision", ""), texts[part[0] :: part[1]])
+    for some in every:
+        latents.encode(base, some, part)
+
+
+def _read(config: ConfigDict, data: Dataset) -> tuple[list[Dataset], list[str]]:
+    """The data sets of a run, that of its class beside its own, and all texts that it reads."""
+    every = [data, dataset.load(config.prior.data)] if config.prior.weight else [data]
+    if any(some.config.flip or some.config.crop != "center" for some in every):
+        raise UserError("latents are computed once: set data.flip=False and data.crop=center")
+    return every, [text for some in every for text in frozen.captions(some, config.sample.prompts)]
 
 
 def _base(config: ConfigDict, revision: str, prompts: Sequence[str] | None) -> tuple[Model, str]:

@@ -91,12 +91,15 @@ class WithPrior:
         return Paired(own, of_class, self.prior)
 
 
-def encode(base: Model, data: Dataset) -> Latents:
-    """The latents of all pictures; what no earlier run has encoded is, each written at once."""
+def encode(base: Model, data: Dataset, part: tuple[int, int] = (0, 1)) -> Latents:
+    """The latents of all pictures, or of every n-th from i on for the part (i, n); what no earlier run has encoded is,
+    each written at once.
+    """
     base.state_shape(data.size)
     folder = files.home() / "latents" / _digest(base.encode.params, repr(base.encode.module))
     found = []
-    for index in track(range(len(data)), "pictures to latents", len(data)):
+    wanted = range(part[0], len(data), part[1])
+    for index in track(wanted, "pictures to latents", len(wanted)):
         example = data.pictures.example(index)
         pixels = np.repeat(example.image, 3 // data.channels, axis=-1)
         path = folder / f"{_digest(pixels, str(pixels.shape))}.npy"
@@ -104,7 +107,7 @@ def encode(base: Model, data: Dataset) -> Latents:
             with files.open_atomic(path) as file:
                 np.save(file, np.asarray(base.encode(image.from_uint8(pixels[None])))[0].astype(np.float32))
         found.append((path, example.captions))
-    return Latents(*zip(*found))
+    return Latents(*zip(*found, strict=True)) if found else Latents((), ())
 
 
 def _digest(tree: PyTree, *how: str) -> str:

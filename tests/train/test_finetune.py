@@ -17,7 +17,8 @@ from diffjax.data.dataset import default_config
 from diffjax.data.pipeline import batches
 from diffjax.nets import lora
 from diffjax.plan.programs import experiment as experiment_jobs
-from diffjax.train import latents
+from diffjax.train import latents, ready
+from diffjax.train.finetune import FineTuning
 from diffjax.train.loop import train
 from diffjax.utils.errors import UserError
 from diffjax.weights import lora as lora_file
@@ -80,6 +81,21 @@ def test_adapters_are_trained_beside_a_frozen_model(place, tmp_path):
         UserError, match="`diffjax convert .*run OUT` it, and give .* adapters with the published model"
     ):
         diffjax.load(tmp_path / "run", lora=tmp_path / "out")
+
+
+def test_what_is_read_is_encoded_beforehand_in_parts(place, monkeypatch, tmp_path):
+    monkeypatch.setenv("DIFFJAX_HOME", str(tmp_path))
+    settings = experiment(place, "lora")
+    with monkeypatch.context() as patch:
+        patch.setattr(ready, "sync_global_devices", lambda _: None)
+        patch.setattr(jax, "process_count", lambda: 2)
+        for process in range(2):
+            patch.setattr(jax, "process_index", lambda process=process: process)
+            found = ready.make_ready(settings)
+            assert len([*tmp_path.glob("latents/*/*.npy")]) == 2 * (process + 1)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.np*")}
+    FineTuning.begin(settings, tmp_path / "run", found)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.np*")} == before and len(before) > 4
 
 
 @pytest.mark.slow
