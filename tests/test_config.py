@@ -201,6 +201,7 @@ def test_a_field_is_read_by_its_earlier_name():
     whole = config.complete(config.load("experiments/minimagen/super256.py"))
     earlier = whole.to_dict() | {"low_res": {"size": 64, "most": 0.5}}
     assert config.complete(earlier) == whole
+    assert kinds.imagen(low_res={"size": 64, "most": 0.5}).low_res == whole.low_res
 
 
 @pytest.mark.parametrize("file", TRAINED, ids=lambda file: file.stem)

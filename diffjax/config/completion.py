@@ -22,11 +22,12 @@ def complete(config: Mapping[str, Any] | ConfigDict) -> ConfigDict:
     Raises `UserError`, naming the field, for one that does not exist or is missing, and for a value that it
     cannot have.
     """
-    found = _renamed(plain(config))
+    found = renamed(plain(config))
     return ConfigDict(completed("", found, base.table(found)) if trains(found) else found)
 
 
-def _renamed(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def renamed(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config with today's names of fields."""
     for (table, old), new in RENAMED.items():
         fields = config.get(table)
         if isinstance(fields, Mapping) and old in fields:

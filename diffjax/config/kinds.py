@@ -12,7 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from diffjax.config.base import table
-from diffjax.config.completion import completed, trains
+from diffjax.config.completion import completed, renamed, trains
 
 PIXELS = {
     "process": {"name": "flow"},
@@ -95,7 +95,7 @@ def finetune(**fields: Any) -> ConfigDict:
 
 def _experiment(base: dict[str, Any], fields: dict[str, Any]) -> ConfigDict:
     """The fields over those of a base, and all others; None for what an experiment must say and neither does."""
-    config = _over(base, fields)
+    config = _over(base, renamed(fields))
     return ConfigDict(completed("", config, table(config), lambda kind: None) if trains(config) else config)
 
 
