@@ -27,6 +27,7 @@ from diffjax.diffusion.refine import Chain, Refine, adams, extrapolate, heun, un
 from diffjax.diffusion.sample import Sampler, ddim_law
 from diffjax.nets.dit import DiT
 from diffjax.nets.imagen import ImagenUNet
+from diffjax.nets.orthogonal import orthogonal_kernel
 from diffjax.nets.subpixel import SubPixel
 from diffjax.nets.unet import UNet
 from diffjax.parallel import processor
@@ -335,12 +336,20 @@ def muon(
     momentum: float = 0.95,
     b1: float = 0.9,
     b2: float = 0.99,
+    dtype: str = "float32",
 ) -> optax.GradientTransformation:
-    """Muon (Jordan et al. 2024; Nesterov, 5 Newton-Schulz steps) on the kernels of blocks, `adamw` elsewhere."""
+    """Muon (Jordan et al. 2024; Nesterov, 5 Newton-Schulz steps) on the kernels of blocks, `adamw` elsewhere.
+
+    `dtype` is what the products of Newton-Schulz read (`orthogonal`).
+    """
     rate = lambda step: learning_rate * factor(step)
+    orthogonalise = functools.partial(orthogonal_kernel, dtype=_static("dtype", dtype))
     ways: dict[Hashable, optax.GradientTransformation] = {
-        "muon": optax.contrib.muon(
-            rate, beta=momentum, weight_decay=weight_decay, muon_weight_dimension_numbers=matrix_axes
+        "muon": optax.chain(
+            optax.trace(momentum, nesterov=True),
+            optax.stateless(lambda updates, _: jax.tree.map(orthogonalise, updates)),
+            optax.add_decayed_weights(weight_decay),
+            optax.scale_by_learning_rate(rate),
         ),
         "adamw": adamw(factor, adam_learning_rate, weight_decay, b1, b2),
     }
@@ -358,15 +367,6 @@ def muon_or_adamw(params: PyTree) -> PyTree:
         return "muon" if MUON.search(jax.tree_util.keystr(path, simple=True, separator="/")) else "adamw"
 
     return jax.tree_util.tree_map_with_path(label, params)
-
-
-def matrix_axes(kernels: PyTree) -> PyTree:
-    """Which axes of a kernel are its input and which its output: a convolution (h, w, i, o) is the matrix (h w i, o).
-
-    Leading axes that `nn.scan` added are a batch.
-    """
-    axes = optax.contrib.MuonDimensionNumbers
-    return jax.tree.map(lambda leaf: axes((-4, -3, -2) if leaf.ndim >= 4 else -2, -1), kernels)
 
 
 def is_kernel(params: PyTree) -> PyTree:

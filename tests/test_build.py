@@ -125,9 +125,23 @@ def test_muon_takes_the_convolutions_of_the_u_nets_blocks():
     params = jax.eval_shape(module.init, jax.random.key(0), x["x"], x["t"], label=jnp.zeros(1, jnp.int32))["params"]
     left = [name for name, label in labels(params).items() if label == "adamw" and name.endswith("kernel")]
     assert left and all("time_emb" in name or "embed" in name or name.startswith("conv_") for name in left)
-    kernel = params["down_blocks_0"]["resnets_0"]["conv1"]["kernel"]
     assert labels(params)["down_blocks_0/resnets_0/conv1/kernel"] == "muon"
-    assert build.matrix_axes(kernel).reduction_axis == (-4, -3, -2)
+
+
+@pytest.mark.parametrize("dtype, near", [("float32", 1e-5), ("bfloat16", 0.05)])
+def test_the_first_step_of_muon_is_that_of_optax(dtype, near):
+    params = {"blocks": {"conv": {"kernel": jnp.zeros((3, 3, 8, 24))}, "out": {"kernel": jnp.zeros((2, 32, 16))}}}
+    gradients = jax.tree.map(lambda x: jax.random.normal(jax.random.key(0), x.shape), params)
+    axes = optax.contrib.MuonDimensionNumbers
+    axes = {"blocks": {"conv": {"kernel": axes((0, 1, 2), 3)}, "out": {"kernel": axes(1, 2)}}}
+    updates = []
+    for optimizer in (
+        build.optimizer(CONSTANT | MUON | {"clip": 0.0, "dtype": dtype}, 10)[0],
+        optax.contrib.muon(0.02, muon_weight_dimension_numbers=axes),
+    ):
+        updates.append(optimizer.update(gradients, optimizer.init(params), params)[0])
+    for ours, theirs in zip(*map(jax.tree.leaves, updates)):
+        assert jnp.linalg.norm(ours - theirs) < near * jnp.linalg.norm(theirs)
 
 
 def test_muon_orthogonalises_each_layer_of_a_scanned_kernel():

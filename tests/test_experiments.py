@@ -50,9 +50,11 @@ class Data:
     def captions(self):
         return [("red heart", "love"), ("pizza",)]
 
+    def images(self, indices):
+        return np.zeros((len(indices), self.size, self.size, self.channels), np.uint8)
+
     def examples(self, indices):
-        images = np.zeros((len(indices), self.size, self.size, self.channels), np.uint8)
-        return {"image": images, "captions": self.captions(), "label": np.zeros(len(indices), np.int32)}
+        return {"image": self.images(indices), "captions": self.captions(), "label": np.zeros(len(indices), np.int32)}
 
 
 def ways(file):
@@ -124,6 +126,7 @@ def trained_on(way, number, workdir):
     """The parameters and the losses of a few steps of the small emoji experiment in float32."""
     settings = experiment("emoji", "dit", small=True)
     settings.dit.update(dtype="float32", depth=2)
+    settings.optimizer.dtype = "float32"
     found = begun(settings, workdir)
     parallel = way(make_step(found.objective(), found.optimizer), devices.data_mesh(jax.devices()[:number]))
     new = lambda: create(found.init(jax.random.key(0)), found.optimizer, jax.random.key(1))

@@ -121,8 +121,9 @@ def locate(of: Place, path: str) -> Place | None:
     return found
 
 
+AUTO = "auto: bfloat16, but float32 on a CPU that has none"
 DTYPE = Field(
-    "what its layers compute in; auto: bfloat16, but float32 on a CPU that has none",
+    f"what its layers compute in; {AUTO}",
     allowed=(*build.DTYPES, processor.AUTO),
 )
 

@@ -19,7 +19,7 @@ PIXELS = {
     "prediction": {"name": "x0"},
     "network": "dit",
     "loss": {"weight": {"name": "velocity", "floor": 0.1}, "times": {"name": "logit_normal", "mean": 0.6}},
-    "optimizer": {"name": "muon"},
+    "optimizer": {"name": "muon", "dtype": "auto"},
     "log": {"tensorboard": True},
 }
 

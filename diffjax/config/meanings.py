@@ -4,8 +4,10 @@ Their defaults are those of what is named. An argument that is not here is shown
 none is missing.
 """
 
+import dataclasses
+
 from diffjax import build
-from diffjax.config.fields import DTYPE, Field
+from diffjax.config.fields import AUTO, DTYPE, Field
 from diffjax.text import frozen
 
 PARAM_DTYPE = Field("what its parameters are kept in", allowed=tuple(build.DTYPES))
@@ -76,6 +78,7 @@ OPTIMIZERS = {
         "adam_learning_rate": Field("largest step size of all other parameters, by AdamW", allowed="(0, inf)"),
         "momentum": Field("decay of Muon's mean of gradients", allowed="[0, 1)"),
         **ADAM,
+        "dtype": dataclasses.replace(DTYPE, meaning=f"what Muon's products read; {AUTO}"),
     },
 }
 

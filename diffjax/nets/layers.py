@@ -143,7 +143,11 @@ def _outer_product(x: Array, y: Array) -> Array:
 
 
 def _outer_product_cpu(x: Array, y: Array) -> Array:
-    """`x^T y`; XLA's fast CPU product reads rows, so `x` is transposed first, exactly, by a product with 1."""
+    """`x^T y`; XLA's fast CPU product reads rows, so the narrower one is transposed first, exactly, by a product
+    with 1.
+    """
+    if x.shape[1] > y.shape[1]:
+        return lax.optimization_barrier(_outer_product_cpu(y, x)).T  # else XLA reads columns after all
     transposed = _product(jnp.eye(x.shape[1], dtype=x.dtype), x, 1, 1).astype(x.dtype)
     return _product(transposed, y, 1, 0)
 
