@@ -415,6 +415,7 @@ def _plan(parser: _Parser) -> Run:
     examples:
       diffjax plan --model google/ddpm-cat-256 --steps 25 --num 4
       diffjax plan --model stabilityai/stable-diffusion-3.5-large --size 1024 --steps 28 --device h100
+      diffjax plan --model stabilityai/stable-diffusion-3.5-large --device v5e-8 --shard tensor --compile
       diffjax plan --run runs/emoji --sampler heun
       diffjax plan --config experiments/emoji64.py --device h100 --config.train.batch=512
     """
@@ -424,9 +425,13 @@ def _plan(parser: _Parser) -> Run:
     dtype = {"type": str, "help": "float32 or bfloat16 (default: float32, of latent models bfloat16)"}
     options.add_flags(parser, Asked, num={"help": "pictures in all (default 1)"}, dtype=dtype)
     parser.add_argument(
-        "--device", metavar="NAME", help="h100, h200, a100, t4, v5e or cpu; default: the one found here"
+        "--device",
+        metavar="NAME[-N]",
+        help="h100, h200, a100, t4, v4, v5e, v5p, v6e or cpu, and how many, as v5e-8; default: the one found here",
     )
-    parser.add_argument("--compile", action="store_true", help="compile, for the exact peak memory")
+    options.add_flags(parser, Request, ("shard",), shard={"help": "how several devices share the parameters"})
+    help = "compile for that device, for its exact memory; an accelerator's compiler is enough, it need not be here"
+    parser.add_argument("--compile", action="store_true", help=help)
 
     def run(args: argparse.Namespace) -> None:
         from diffjax import plan
@@ -434,16 +439,18 @@ def _plan(parser: _Parser) -> Run:
         from diffjax.parallel import devices
 
         devices.find()
-        asked = Asked(**options.given(Asked, args))
+        asked, target = Asked(**options.given(Asked, args)), plan.Target.parse(args.device, args.shard)
+        if args.compile:
+            target.devices()
         if args.model:
-            jobs = plan.model(args.model, asked, args.revision or None, args.variant)
+            jobs = plan.model(args.model, asked, args.revision or None, args.variant, args.shard)
         elif args.revision or args.variant:
             raise UserError("--revision and --variant are of --model: leave them out")
         elif args.config:
-            jobs = plan.config(_for_device(args.config, args.device), asked)
+            jobs = plan.config(_for_device(args.config, target.kind), asked, args.shard)
         else:
-            jobs = plan.run(run_folder(args.workdir), asked)
-        print("\n\n".join(plan.report(job, args.device, args.compile) for job in jobs))
+            jobs = plan.run(run_folder(args.workdir), asked, args.shard)
+        print("\n\n".join(plan.report(job, target, args.compile) for job in jobs))
 
     return run
 

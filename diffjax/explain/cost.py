@@ -12,7 +12,6 @@ from diffjax.explain.section import Block, Figure, Section, Table, Text
 from diffjax.explain.subject import Subject, advance
 from diffjax.explain.walk import draw, witnessed
 from diffjax.models.model import Inputs, Recipe
-from diffjax.nets import Cost
 from diffjax.plan import rates
 from diffjax.plan.cost import Estimate, estimate
 from diffjax.plan.programs import evaluations
@@ -100,7 +99,7 @@ def _parts(figures: Sequence[Estimate], measured: Measured, device: str, speed: 
     said = f"{counted(measured.calls, 'evaluation')} of the network in {duration(measured.seconds)}"
     network = next((of for of in figures if of.name in ("network", "transformer")), None)
     if network is not None:
-        numbers["share_of_peak"] = share = busy(network.cost, speed) / measured.each
+        numbers["share_of_peak"] = share = speed.computing(network.cost) / measured.each
         said += f", at {share:.0%} of what {device} can do"
     plain = (
         "Almost all of the work is the network's, which is called once at every step: that is how a picture comes to "
@@ -108,12 +107,6 @@ def _parts(figures: Sequence[Estimate], measured: Measured, device: str, speed: 
     )
     exact = "2 FLOPs for every multiply-add of a product; share = FLOPs / (seconds · FLOPs a second of a large product)"
     return Figure("The bill", plain, exact, "diffjax/plan/cost.py", (Text(f"{said}.", strong=True), *blocks))
-
-
-def busy(cost: Cost, speed: rates.Rates) -> float:
-    """The seconds that the operations of a program take at the device's measured peak."""
-    products = cost.products16 / speed.products16 + cost.products32 / speed.products32
-    return products + cost.convolutions / speed.convolutions
 
 
 def _errors(subject: Subject, numbers: dict) -> Figure:

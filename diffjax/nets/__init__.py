@@ -14,8 +14,8 @@ def parameter_count(module: nn.Module, *inputs: Any, **named: Any) -> int:
 
 
 class Cost(NamedTuple):
-    """What a program does: floating-point operations of its matrix products (of 16-bit operands, and of wider ones) and
-    convolutions, the bytes that these and sums move, how many such operations there are, and the further bytes of
+    """What a program does: floating-point operations of its matrix products and convolutions (of 16-bit operands, and
+    of wider ones), the bytes that these and sums move, how many such operations there are, and the further bytes of
     attention scores, which only a device without fused attention moves.
     """
 
@@ -25,11 +25,12 @@ class Cost(NamedTuple):
     traffic: float = 0.0
     launches: float = 0.0
     scores: float = 0.0
+    convolutions16: float = 0.0
 
     @property
     def flops(self) -> float:
         """All floating-point operations counted."""
-        return self.products16 + self.products32 + self.convolutions
+        return self.products16 + self.products32 + self.convolutions16 + self.convolutions
 
     def times(self, n: float) -> "Cost":
         """The cost of n such programs."""
@@ -64,7 +65,9 @@ def program_cost(jaxpr: Any) -> Cost:
         if name == "dot_general":
             total = total.plus(_product(_dot(equation), equation.invars[0].aval).plus(moved))
         elif name == "conv_general_dilated":
-            total = total.plus(moved._replace(convolutions=_convolution(equation)))
+            narrow = equation.invars[0].aval.dtype.itemsize < 4
+            kind = "convolutions16" if narrow else "convolutions"
+            total = total.plus(moved._replace(**{kind: _convolution(equation)}))
         elif name.startswith("dot_product_attention"):
             (b, t, n, h), s = equation.invars[0].aval.shape, equation.invars[1].aval.shape[1]
             total = total.plus(_product(4.0 * b * n * t * s * h, equation.invars[0].aval).plus(moved))

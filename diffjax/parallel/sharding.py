@@ -50,11 +50,15 @@ def mesh(
 ) -> Mesh:
     """The devices, all unless some are given, along the axes of a way. Raises `UserError` when they are too few."""
     chosen, axes = np.asarray(jax.devices() if devices is None else devices), WAYS[way].axes
-    if len(chosen) % 2 ** len(axes):
-        raise UserError(
-            f"parameters cannot be split ({way}) over {len(chosen)} devices: it takes a multiple of {2 ** len(axes)}"
-        )
+    check(way, len(chosen))
     return Mesh(chosen.reshape((2, -1) if len(axes) == 2 else (-1,)), axes)
+
+
+def check(way: str, count: int) -> None:
+    """Raises `UserError` for a number of devices over which parameters cannot be split that way."""
+    least = 2 ** len(WAYS[way].axes)
+    if count % least:
+        raise UserError(f"parameters cannot be split ({way}) over {count} devices: it takes a multiple of {least}")
 
 
 def over(

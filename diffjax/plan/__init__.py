@@ -12,16 +12,21 @@ from ml_collections import ConfigDict
 from diffjax.loading import is_run
 from diffjax.models.options import Asked
 from diffjax.plan import latent
+from diffjax.plan.compiled import Compiled, compile_part
 from diffjax.plan.cost import Part, compiled_bytes, estimate, live_bytes, tree_bytes, tree_size
 from diffjax.plan.programs import Job, experiment, published, run
 from diffjax.plan.report import duration, peak, report
+from diffjax.plan.target import Target
 from diffjax.utils.errors import UserError
 from diffjax.weights import hub
 
 __all__ = [
     "Asked",
+    "Compiled",
     "Job",
     "Part",
+    "Target",
+    "compile_part",
     "compiled_bytes",
     "config",
     "duration",
@@ -38,30 +43,34 @@ __all__ = [
 ]
 
 
-def model(name: str, asked: Asked, revision: str | None = None, variant: str | None = None) -> list[Job]:
+def model(
+    name: str, asked: Asked, revision: str | None = None, variant: str | None = None, shard: str | None = None
+) -> list[Job]:
     """The job of drawing with a published model: a folder, or a hub id, of which only JSON files are fetched.
 
     The configurations of well-known models come with the package, and need no network. Raises `UserError` as
     `diffjax.load` does.
     """
     if is_run(Path(name)):
-        return run(name, asked)
+        return run(name, asked, shard)
     folder = hub.configs(name, revision, variant=variant)
     if folder.is_file():
         raise UserError(f"{name} is one file without configurations: plan the hub id or the folder of the same model")
-    return [
-        latent.drawing(folder, asked, name) if (folder / "transformer").is_dir() else published(folder, asked, name)
-    ]
+    if (folder / "transformer").is_dir():
+        return [latent.drawing(folder, asked, name, shard)]
+    if shard:
+        raise UserError(f"{name} fits one device: only Stable Diffusion 3 is split; leave --shard out")
+    return [published(folder, asked, name)]
 
 
-def config(settings: ConfigDict, asked: Asked) -> list[Job]:
+def config(settings: ConfigDict, asked: Asked, shard: str | None = None) -> list[Job]:
     """The jobs of an experiment: training and drawing, or drawing alone where it only samples; what is asked
     for wins.
     """
     if settings.get("closed_form"):
         raise UserError("a closed form has no network to plan for: `diffjax sample --config` draws with it in seconds")
     if "train" in settings:
-        return experiment(settings, asked)
+        return experiment(settings, asked, shard)
     own = [field.name for field in dataclasses.fields(Asked) if getattr(asked, field.name) == field.default]
     asked = dataclasses.replace(asked, **{name: settings[name] for name in own if name in settings})
-    return model(settings.model, asked, settings.get("revision"), settings.get("variant"))
+    return model(settings.model, asked, settings.get("revision"), settings.get("variant"), shard)

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,9 @@ class Part:
     """A program `call(held, *given)` of the job, its arguments as shapes: what stays in memory, and what each call
     is given.
 
-    Where it `replaces`, as a training step does its state, the result takes the place of what was held.
+    Where it `replaces`, as a training step does its state, the result takes the place of what was held. `over(devices)`
+    is its program on several: a function under `jit`, and shapes of what is held and given that say where they lie;
+    whether it `splits` what is held is said too.
     """
 
     name: str
@@ -27,6 +29,8 @@ class Part:
     parameters: int
     calls: float
     replaces: bool = False
+    splits: bool = False
+    over: Callable[[Sequence[Any]], tuple[Callable[..., Any], PyTree, tuple[Any, ...]]] | None = None
 
 
 @dataclass(frozen=True)
@@ -43,12 +47,11 @@ class Estimate:
     cost: Cost
 
 
-def estimate(part: Part, exact: bool = False) -> Estimate:
-    """The figures of a part, from shapes alone, or, `exact`, with the memory that the compiler allocates."""
+def estimate(part: Part) -> Estimate:
+    """The figures of a part on one device, from shapes alone."""
     program = jax.make_jaxpr(part.call)(part.held, *part.given).jaxpr
-    cost = program_cost(program)
-    temporary = compiled_bytes(part) if exact else live_bytes(program)
-    return Estimate(part.name, part.parameters, tree_bytes(part.held), temporary, part.calls, cost)
+    held, temporary = tree_bytes(part.held), live_bytes(program)
+    return Estimate(part.name, part.parameters, held, temporary, part.calls, program_cost(program))
 
 
 def tree_bytes(tree: PyTree) -> int:

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from diffjax import build, weights
@@ -17,7 +18,11 @@ from diffjax.diffusion.process import Flow, Shift
 from diffjax.models import sd3
 from diffjax.models.model import Defaults
 from diffjax.models.options import Asked, sides
+from diffjax.nets.mmdit import MMDiT
 from diffjax.nets.quantize import SCHEMES, quantize_kernels
+from diffjax.parallel import sharding
+from diffjax.parallel.devices import shard_by_rules
+from diffjax.plan.compiled import placed
 from diffjax.plan.cost import Part, tree_size
 from diffjax.plan.programs import Job, Way, apply, calls, chosen, guided_share, titled
 from diffjax.weights.scheduler import FlowScheduler
@@ -29,8 +34,10 @@ COUNTS = (2, 4, 8)
 """The numbers of devices that the transformer is split over."""
 
 
-def drawing(folder: Path, asked: Asked, name: str) -> Job:
-    """Drawing with a published latent model, of which only the configurations need to be there."""
+def drawing(folder: Path, asked: Asked, name: str, shard: str | None = None) -> Job:
+    """Drawing with a published latent model, of which only the configurations need to be there; its transformer split
+    over devices in the way `shard`.
+    """
     modules = described(folder, asked.dtype or "bfloat16")
     network, vae = modules["transformer"], modules["vae"]
     scheduler = FlowScheduler(shift=sd3.SHIFT)
@@ -38,8 +45,25 @@ def drawing(folder: Path, asked: Asked, name: str) -> Job:
     size = sides(asked.size or network.sample_size * vae.factor)
     share = guided_share(how, Shift(Flow(), scheduler.shift))
     parts = components(modules, how, asked.num, size, share)
-    title = titled(name, size, how, asked.num)
-    return Job(title, tuple(parts.values()), "transformer", how.steps, asked.num, ways=ways(parts))
+    if shard:
+        parts["transformer"] = split(parts["transformer"], network, shard)
+    title, batches = titled(name, size, how, asked.num), math.ceil(asked.num / how.batch)
+    every = (Way(f"texts first, --shard {shard}", _staged(parts)),) if shard else ways(parts)
+    return Job(title, tuple(parts.values()), "transformer", how.steps, asked.num, ways=every, batches=batches)
+
+
+def split(part: Part, module: MMDiT, way: str) -> Part:
+    """The transformer's part split over devices."""
+
+    def over(devices: Sequence[Any]) -> tuple[Any, PyTree, tuple[Any, ...]]:
+        how = sd3.split_over(way, devices)
+        shared, whole = module.clone(split=how), NamedSharding(how.mesh, PartitionSpec())
+        params = weights.shapes(shared)
+        places = shard_by_rules(params, sharding.WAYS[way].rules, how.mesh)
+        program = jax.jit(functools.partial(apply, shared), out_shardings=whole)
+        return program, {"params": placed(params, places)}, placed(part.given, whole)
+
+    return replace(part, over=over, splits=True)
 
 
 def described(folder: Path, dtype: str) -> dict[str, Any]:
@@ -86,18 +110,21 @@ def ways(parts: Mapping[str, Part]) -> tuple[Way, ...]:
     """From the simplest to those that need least: texts first, fewer bits, T5 left out, split over devices."""
     large = [name for name in ("transformer", sd3.T5) if name in parts]
     small = {bits: dict(parts) | {name: _quantized(parts[name], bits) for name in large} for bits in SCHEMES}
-    staged = lambda parts: (tuple(parts[name] for name in TEXTS if name in parts), (parts["transformer"], parts["vae"]))
     first, lighter = "texts first", {}
     if sd3.T5 in parts:
         lighter["T5 in int8"] = dict(parts) | {sd3.T5: small["int8"][sd3.T5]}
         lighter["no T5"] = {name: part for name, part in parts.items() if name != sd3.T5}
     return (
         Way("all components together", (tuple(parts.values()),)),
-        Way(first, staged(parts)),
-        *(Way(f"{first}, {name}", staged(some)) for name, some in lighter.items()),
-        *(Way(f"{first}, --quantize {bits}", staged(some)) for bits, some in small.items()),
-        *(Way(f"{first}, --shard over {n}", staged(parts), n) for n in COUNTS),
+        Way(first, _staged(parts)),
+        *(Way(f"{first}, {name}", _staged(some)) for name, some in lighter.items()),
+        *(Way(f"{first}, --quantize {bits}", _staged(some)) for bits, some in small.items()),
+        *(Way(f"{first}, --shard over {n}", _staged(parts), n) for n in COUNTS),
     )
+
+
+def _staged(parts: Mapping[str, Part]) -> tuple[tuple[Part, ...], ...]:
+    return tuple(parts[name] for name in TEXTS if name in parts), (parts["transformer"], parts["vae"])
 
 
 def _quantized(part: Part, bits: str) -> Part:

@@ -22,11 +22,15 @@ from diffjax.models import ddpm, fitted
 from diffjax.models.model import Defaults
 from diffjax.models.options import Asked, Size, sides
 from diffjax.nets.unet import UNet
+from diffjax.parallel import layout
+from diffjax.parallel.devices import shard_by_rules
+from diffjax.plan.compiled import placed
 from diffjax.plan.cost import Part, tree_size
 from diffjax.text import frozen
 from diffjax.text.learned import CaptionTokenizer
 from diffjax.train import facts
 from diffjax.train.experiment import Experiment
+from diffjax.train.parallel import by_jit
 from diffjax.train.state import create
 from diffjax.utils.errors import UserError
 from diffjax.utils.progress import counted
@@ -50,7 +54,7 @@ class Way:
 @dataclass(frozen=True)
 class Job:
     """The parts of a job that makes `steps` steps of `images` images; `loop` is the part that each step calls; a `note`
-    says what is not known of it.
+    says what is not known of it. Each of several devices can have some of the `batches`.
 
     Without `ways`, all parts are in memory together.
     """
@@ -62,18 +66,19 @@ class Job:
     images: int
     note: str = ""
     ways: tuple[Way, ...] = ()
+    batches: int = 1
 
 
-def run(folder: str | Path, asked: Asked) -> list[Job]:
+def run(folder: str | Path, asked: Asked, shard: str | None = None) -> list[Job]:
     """The jobs of training a run, from its first step, and of drawing with it.
 
     Raises `UserError` when there is none.
     """
     found = Experiment.recall(Path(folder))
-    return [training(found), drawing(found, asked, str(folder))]
+    return [training(found, shard), drawing(found, asked, str(folder))]
 
 
-def experiment(config: ConfigDict, asked: Asked) -> list[Job]:
+def experiment(config: ConfigDict, asked: Asked, shard: str | None = None) -> list[Job]:
     """The jobs of training an experiment and of drawing with it, before its data are there.
 
     A text encoder is counted with the words of the captions, or, where these are not at hand, with as many as it can
@@ -87,7 +92,7 @@ def experiment(config: ConfigDict, asked: Asked) -> list[Job]:
     tokenize = vocabulary(config) if own else None
     found = Experiment.before_data(config, tokenize)
     note = AT_MOST if isinstance(tokenize, facts.Blank) else ""
-    return [replace(job, note=note) for job in (training(found), drawing(found, asked, config.name))]
+    return [replace(job, note=note) for job in (training(found, shard), drawing(found, asked, config.name))]
 
 
 def vocabulary(config: ConfigDict) -> CaptionTokenizer | facts.Blank:
@@ -129,14 +134,30 @@ def drawing(experiment: Experiment, asked: Asked, name: str) -> Job:
     return _drawing(name, shape, how, asked.num, denoiser.apply.module, denoiser.process, cond, encoders)
 
 
-def training(experiment: Experiment) -> Job:
-    """Training an experiment: its step, backward pass, optimizer and average included."""
+def training(experiment: Experiment, shard: str | None = None) -> Job:
+    """Training an experiment: its step, backward pass, optimizer and average included; its state split over devices in
+    the way `shard`, or as its config says.
+    """
     name, train, key = experiment.config.name, experiment.config.train, jax.random.key(0)
+    mode = shard or train.shard
     state = jax.eval_shape(lambda: create(experiment.init(key), experiment.optimizer, key))
     batch = experiment.batch_shapes(train.batch)
-    part = Part("training", experiment.step(), state, (batch,), tree_size(state.params), train.steps, replaces=True)
+    over = functools.partial(_over, experiment, mode, state, batch)
+    step, size = experiment.step(), tree_size(state.params)
+    part = Part("training", step, state, (batch,), size, train.steps, replaces=True, splits=mode != "data", over=over)
     title = f"training {name}: {counted(train.steps, 'step')} of {counted(train.batch, 'image')}"
     return Job(title, (part,), "training", train.steps, train.batch)
+
+
+def _over(experiment: Experiment, mode: str, state: PyTree, batch: PyTree, devices: Sequence[Any]) -> tuple:
+    """Training on several devices, as `Part.over`. Raises `UserError` for a batch that they cannot split."""
+    train = experiment.config.train
+    mesh = layout.mesh(mode, train.replicas, devices)
+    if train.batch % (train.accumulate * layout.parts(mesh)):
+        raise UserError(f"train.batch {train.batch} cannot be split over {len(devices)} devices: choose a multiple")
+    rules = layout.RULES[mode]
+    held = placed(state, shard_by_rules(state, rules, mesh))
+    return by_jit(experiment.step(), mesh, rules).step, held, (placed(batch, layout.rows(mesh)),)
 
 
 def _drawing(
@@ -156,7 +177,8 @@ def _drawing(
     network = lambda name, calls: _network(name, module, inputs, cond, calls)
     networks = [network("network", calls(how, num, share))]
     networks += [network("weaker network", share * calls(how, num, share))] if weaker else []
-    return Job(titled(name, shape, how, num), (*encoders, *networks), "network", how.steps, num)
+    title, batches = titled(name, shape, how, num), math.ceil(num / how.batch)
+    return Job(title, (*encoders, *networks), "network", how.steps, num, batches=batches)
 
 
 def chosen(asked: Asked, defaults: Defaults) -> Defaults:

@@ -8,13 +8,14 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from diffjax.nets import Cost
+from diffjax.parallel import targets
 from diffjax.utils import files
 from diffjax.utils.errors import unknown
 
@@ -29,11 +30,15 @@ CONVOLUTIONS = ((128, 128), (64, 256), (32, 256), (16, 512))
 channels).
 """
 
+CONVOLVED = {16: jnp.bfloat16, 32: jnp.float32}
+"""Their dtypes, by bits."""
+
 
 @dataclass(frozen=True)
 class Rates:
-    """Operations a second of 16-bit and 32-bit products and of convolutions, bytes a second of memory, the seconds that
-    it takes to start one operation, and whether attention is fused.
+    """Operations a second of 16-bit and 32-bit products and of 32-bit convolutions, bytes a second of memory, the
+    seconds that it takes to start one operation, whether attention is fused, operations a second of 16-bit convolutions
+    (0: those of 32-bit ones), and the bytes a second that come from other devices (0: there are none).
     """
 
     products16: float
@@ -42,32 +47,47 @@ class Rates:
     bandwidth: float
     launch: float
     fused: bool = False
+    convolutions16: float = 0.0
+    network: float = 0.0
 
     def seconds(self, cost: Cost) -> float:
         """The time of a program of this cost."""
+        return self.computing(cost) + self.moving(cost) + cost.launches * self.launch
+
+    def computing(self, cost: Cost) -> float:
+        """The time of its products and convolutions."""
         return (
             cost.products16 / self.products16
             + cost.products32 / self.products32
             + cost.convolutions / self.convolutions
-            + (cost.traffic + (0 if self.fused else cost.scores)) / self.bandwidth
-            + cost.launches * self.launch
+            + cost.convolutions16 / (self.convolutions16 or self.convolutions)
         )
 
+    def moving(self, cost: Cost) -> float:
+        """The time in which memory moves what they read and write."""
+        return (cost.traffic + (0 if self.fused else cost.scores)) / self.bandwidth
 
-def _published(products16: float, products32: float, bandwidth: float, fused: bool) -> Rates:
-    """Rates of dense peaks; convolutions count as 32-bit products."""
-    return Rates(SHARE * products16, SHARE * products32, SHARE * products32, bandwidth, 5e-6, fused)
+
+def _published(products16: float, products32: float, bandwidth: float, fused: bool, network: float = 0.0) -> Rates:
+    """Rates of dense peaks; convolutions count as products."""
+    half, single = SHARE * products16, SHARE * products32
+    return Rates(half, single, single, bandwidth, 5e-6, fused, half, network)
 
 
-# Vendors' data sheets; 32-bit products as jax makes them by default: TF32 on H100 and A100, bfloat16 on TPUs.
+# Vendors' data sheets; 32-bit products as jax makes them by default: TF32 on H100 and A100, bfloat16 on TPUs. Networks:
+# NVLink and the links between TPU chips, what one device receives. v4's are of a core, half a chip.
 NAMED = {
-    "h100": _published(989e12, 494e12, 3.35e12, True),
-    "h200": _published(989e12, 494e12, 4.8e12, True),
-    "a100": _published(312e12, 156e12, 2.04e12, True),
+    "h100": _published(989e12, 494e12, 3.35e12, True, 450e9),
+    "h200": _published(989e12, 494e12, 4.8e12, True, 450e9),
+    "a100": _published(312e12, 156e12, 2.04e12, True, 300e9),
     "t4": _published(65e12, 8.1e12, 0.32e12, False),
-    "v5e": _published(197e12, 197e12, 0.82e12, False),
+    "v4": _published(137e12, 137e12, 0.61e12, True, 75e9),
+    "v5e": _published(197e12, 197e12, 0.82e12, True, 200e9),
+    "v5p": _published(459e12, 459e12, 2.77e12, True, 600e9),
+    "v6e": _published(918e12, 918e12, 1.64e12, True, 400e9),
 }
-MEMORY = {"h100": 80e9, "h200": 141e9, "a100": 80e9, "t4": 16e9, "v5e": 16e9}
+T4 = 0.75 * 16e9
+"""The bytes that jax takes of a T4's memory, which is no target to compile for."""
 
 
 def of_device(name: str | None = None) -> tuple[str, Rates]:
@@ -85,9 +105,11 @@ def of_device(name: str | None = None) -> tuple[str, Rates]:
 
 
 def memory(name: str | None = None) -> float | None:
-    """The bytes of a device's memory, where they are known: from the table, or as the device at hand says."""
-    if name in MEMORY:
-        return MEMORY[name]
+    """The bytes of a device's memory that programs can have, where they are known: of a GPU, jax's pool."""
+    if name in targets.TARGETS:
+        return targets.of(name).memory
+    if name == "t4":
+        return T4
     kind = name or jax.default_backend()
     if kind == "cpu":
         return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
@@ -99,7 +121,7 @@ def _measured(kind: str) -> Rates:
     key = f"{device.device_kind}, {os.cpu_count()} cores, jax {jax.__version__}"
     path = files.home() / "calibration.json"
     known = json.loads(path.read_text()) if path.exists() else {}
-    if key not in known:
+    if set(known.get(key, ())) != {field.name for field in fields(Rates)}:
         with jax.default_device(device):
             known[key] = asdict(calibrate())
         files.write_json(path, known)
@@ -115,20 +137,22 @@ def calibrate() -> Rates:
     random = lambda *shape, dtype=jnp.float32: jax.random.normal(jax.random.key(0), shape, dtype)
     product, convolve = jax.jit(_product), jax.jit(_convolution)
     half, single, big = random(SIDE, SIDE, dtype=jnp.bfloat16), random(SIDE, SIDE), random(1 << 24)
-    programs = {
+    programs: dict[Any, Any] = {
         "products16": (lambda: product(half, half), 2 * SIDE**3),
         "products32": (lambda: product(single, single), 2 * SIDE**3),
         "bandwidth": (functools.partial(jax.jit(lambda x: 1.5 * x), big), 2 * big.nbytes),
         "launch": (functools.partial(jax.jit(_chain), random(8, 8)), LINKS),
     }
     for side, c in CONVOLUTIONS:
-        x, w = random(1, side, side, c), random(3, 3, c, c)
-        programs[f"convolution {side}"] = functools.partial(convolve, x, w), 2 * 9 * (side * c) ** 2
+        for bits, dtype in CONVOLVED.items():
+            x, w = random(1, side, side, c, dtype=dtype), random(3, 3, c, c, dtype=dtype)
+            programs[bits, side] = functools.partial(convolve, x, w), 2 * 9 * (side * c) ** 2
     best = _best({name: program for name, (program, _) in programs.items()})
     speed = {name: work / best[name] for name, (_, work) in programs.items()}
-    sides = [f"convolution {side}" for side, _ in CONVOLUTIONS]
-    convolutions = sum(programs[side][1] for side in sides) / sum(best[side] for side in sides)
-    return Rates(speed["products16"], speed["products32"], convolutions, speed["bandwidth"], 1 / speed["launch"])
+    keys = {bits: [(bits, side) for side, _ in CONVOLUTIONS] for bits in CONVOLVED}
+    half, single = (sum(programs[k][1] for k in of) / sum(best[k] for k in of) for of in keys.values())
+    products = speed["products16"], speed["products32"]
+    return Rates(*products, single, speed["bandwidth"], 1 / speed["launch"], convolutions16=half)
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -104,6 +104,6 @@ def test_the_command(large, capsys):
     said = capsys.readouterr().out
     assert "1 image of 1024 x 1024 pixels, 28 steps" in said.replace("\n", " ")
     assert re.search(r"texts first +\d\d\.\d GB  too much", said)
-    assert "what fits 16 GB: texts first, --quantize int8" in said
+    assert "what fits 12 GB: texts first, --quantize int8" in said
     assert all(len(line) <= 60 or "/" in line for line in said.splitlines())
     assert rates.NAMED["h100"].fused and not rates.NAMED["t4"].fused
