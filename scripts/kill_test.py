@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 FAULTS = ("kill", "cut", "full", "limit", "truncate", "flip")
-PATIENCE = 180
+PATIENCE = 600
 STEPS, SAVE_EVERY = 12, 3
 
 CONFIG = """
@@ -50,8 +50,8 @@ def get_config():
         name="kills",
         data={{"name": "captioned_folder", "path": "{pictures}", "size": 16}},
         unet={{
-            "block_out_channels": (8, 8), "norm_num_groups": 4, "layers_per_block": 1,
-            "down_block_types": ("DownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "UpBlock2D"),
+            "block_out_channels": (8,), "norm_num_groups": 4, "layers_per_block": 1,
+            "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",),
         }},
         optimizer={{"learning_rate": 1e-3, "schedule": {{"warmup": 2}}}},
         train={{"steps": {steps}, "batch": 8, "ema": 0.9, "log_every": 1, "save_every": {every}, "preview_every": 0}},
@@ -239,6 +239,7 @@ def _child(work: Callable[[], int], send: int, environment: dict[str, str]) -> N
     status = 99
     try:
         os.dup2(send, 1), os.dup2(send, 2)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
         os.environ.update(environment)
         status = work()
     except BaseException:
@@ -459,7 +460,7 @@ class Bench:
                 file.write(json.dumps(told) + "\n")
             if told["problem"]:
                 shutil.copytree(self.out / "logs", self.out / f"problem{number}", dirs_exist_ok=True)
-                print(f"trial {number}, {told['job']}, {told['fault']}: {told['problem']}", flush=True)
+                print(f"trial {number}, {told['job']}, {told['fault']}: {told['problem'][-200:]}", flush=True)
 
     def summary(self) -> str:
         """Counts of trials by job and fault, of refusals and problems, and the most steps that were lost."""

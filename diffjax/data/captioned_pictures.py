@@ -20,7 +20,7 @@ from PIL import Image
 
 from diffjax.data.captions import Captioned, label
 from diffjax.data.images import check_size, colour, flatten, formats, frames, open_picture, shrink
-from diffjax.data.prepare import in_parallel
+from diffjax.data.prepare import damaged, in_parallel
 from diffjax.data.skipped import Skipped
 from diffjax.data.walk import printable
 from diffjax.utils.errors import UserError
@@ -100,9 +100,10 @@ def config(source: Source, size: int, background: str, enlarge: bool) -> Picture
 
 def builder(settings: PicturesConfig, data_dir: Path) -> tfds.core.DatasetBuilder:
     """The builder of these settings; one that has been prepared is read back without looking at the source again."""
-    name = f"captioned_pictures/{settings.name}/{CaptionedPictures.VERSION}"
-    if (data_dir / name / "dataset_info.json").exists():
-        return tfds.builder_from_directory(data_dir / name)
+    place = data_dir / f"captioned_pictures/{settings.name}/{CaptionedPictures.VERSION}"
+    if (place / "dataset_info.json").exists():
+        with damaged(place):
+            return tfds.builder_from_directory(place)
     return CaptionedPictures(config=settings, data_dir=data_dir)
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from diffjax.data.captions import Classes, Folder
 from diffjax.data.images import check_size, colour
 from diffjax.data.pipeline import Batches, Pictures, Tokenize, batches
-from diffjax.data.prepare import prepared
+from diffjax.data.prepare import damaged, prepared
 from diffjax.data.records import Records
 from diffjax.data.skipped import Skipped
 from diffjax.data.tables import Table
@@ -270,12 +270,14 @@ def load(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Dataset:
     """
     config = _complete(config)
     builder = BUILDERS.get(config.name, _named)(config, _folder(config))
-    records = Records(builder, config.split)
-    *shape, depth = builder.info.features[records.roles.image].shape
+    place = Path(builder.data_path)
+    with damaged(place):
+        records = Records(builder, config.split)
+        *shape, depth = builder.info.features[records.roles.image].shape
+        channels = config.channels or _channels(config, depth, builder.info.metadata)
     if None not in shape:
         check_size(tuple(shape), config.size, config.enlarge, f"a picture of {config.name}")
-    channels = config.channels or _channels(config, depth, builder.info.metadata)
-    skipped = Skipped(Path(builder.data_path))
+    skipped = Skipped(place)
     _say(skipped, config.name)
     pictures = Pictures(records, config, channels, skipped)
     return Dataset(config.name, config, records, channels, skipped, pictures)

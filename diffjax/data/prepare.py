@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from pathlib import Path
 from typing import Any, TypeVar
 
 from diffjax.utils.errors import UserError
@@ -72,9 +73,23 @@ def prepared(make_builder: Callable[[], Any], quiet: bool = True, download: Any 
     return builder
 
 
+@contextlib.contextmanager
+def damaged(place: Path) -> Iterator[None]:
+    """A block that reads what was prepared in a folder: whatever its readers stumble over there is a `UserError`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        why = str(error).partition("\n")[0][:200]
+        raise UserError(
+            f"what was prepared in {place} is damaged ({why}): remove that folder, and it is prepared again"
+        ) from error
+
+
 def _unwritable(error: OSError | RuntimeError) -> str | None:
     """What keeps the folder from being written, if that is the error; array_record says it in its message alone."""
-    for number in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
         if getattr(error, "errno", None) == number or os.strerror(number) in str(error):
             return os.strerror(number)
     return None

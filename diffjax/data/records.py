@@ -3,10 +3,12 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from diffjax.data.prepare import damaged
 from diffjax.utils.errors import UserError
 
 CAPTION_FEATURES = ("captions", "caption", "text", "description", "sentence", "prompt", "title")
@@ -68,7 +70,7 @@ class Records:
     def __init__(self, builder: Any, split: str):
         import tensorflow_datasets as tfds
 
-        self.roles = roles(builder.info.features)
+        self.roles, self._place = roles(builder.info.features), Path(builder.data_path)
         wanted = {self.roles.image, self.roles.captions, self.roles.label} - {None}
         self._features = tfds.features.FeaturesDict({name: builder.info.features[name] for name in wanted})
         names = builder.info.features[self.roles.label].names if self.roles.label else ()
@@ -99,10 +101,12 @@ class Records:
 
         Of our own builders, by the digest of all pictures, captions and classes that they keep; of others, by `SAMPLED`
         whole records, evenly spaced. The order is that of as many captions.
+        Raises `UserError` for one that cannot be read.
         """
         total = hashlib.sha256(repr((self._content, len(self), self.class_names)).encode())
         for index in np.linspace(0, len(self) - 1, min(SAMPLED, len(self))).astype(int):
-            record = self[int(index)]
+            with damaged(self._place):
+                record = self[int(index)]
             total.update(repr((record.captions, record.label, None if self._content else record.picture)).encode())
         return total.hexdigest()[:32]
 

@@ -16,7 +16,7 @@ def make_ready(config: ConfigDict, retry: bool = False, beam: str | None = None)
 
     Process 0 fetches and prepares the pictures, by Apache Beam with the pipeline options `beam` where these are given;
     of what is encoded every process does its part, into a cache folder that all see. What is done already is not done
-    again.
+    again. Raises `UserError` for prepared pictures that cannot be read.
     """
     check_conditions(config)
     if jax.process_index() == 0:
@@ -26,6 +26,7 @@ def make_ready(config: ConfigDict, retry: bool = False, beam: str | None = None)
         data.load(config.data)
     sync_global_devices("prepared")
     found, part = data.load(config.data), (jax.process_index(), jax.process_count())
+    found.records.digest()
     if frozen.is_frozen(config.get("text")):
         texts = frozen.captions(found, config.sample.prompts)
         frozen.encoded(config.text, texts[part[0] :: part[1]])
