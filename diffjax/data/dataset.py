@@ -20,7 +20,7 @@ from diffjax.data.records import Records
 from diffjax.data.skipped import Skipped
 from diffjax.data.tables import Table
 from diffjax.data.webdataset import Shards
-from diffjax.utils import files, image
+from diffjax.utils import files
 from diffjax.utils.errors import UserError
 from diffjax.utils.progress import counted, track
 
@@ -128,6 +128,8 @@ class Dataset:
 
     def images(self, indices: Sequence[int] | np.ndarray) -> Float[np.ndarray, "n size size channels"]:
         """The pictures alone, in [-1, 1]."""
+        from diffjax.utils import image
+
         return image.from_uint8(self.examples(indices)["image"])
 
     def batches(
