@@ -449,7 +449,7 @@ def _plan(parser: _Parser) -> Run:
         elif args.config:
             jobs = plan.config(_for_device(args.config, target.kind), asked, args.shard)
         else:
-            jobs = plan.run(run_folder(args.workdir), asked, args.shard)
+            jobs = plan.of_run(run_folder(args.workdir), asked, args.shard)
         print("\n\n".join(plan.report(job, target, args.compile) for job in jobs))
 
     return run

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from diffjax import config as configs
 from diffjax.loading import is_run
 from diffjax.models.options import Asked
 from diffjax.plan import latent
@@ -17,6 +18,8 @@ from diffjax.plan.cost import Part, compiled_bytes, estimate, live_bytes, tree_b
 from diffjax.plan.programs import Job, experiment, published, run
 from diffjax.plan.report import duration, peak, report
 from diffjax.plan.target import Target
+from diffjax.train import finetune
+from diffjax.utils import files
 from diffjax.utils.errors import UserError
 from diffjax.weights import hub
 
@@ -34,6 +37,7 @@ __all__ = [
     "experiment",
     "live_bytes",
     "model",
+    "of_run",
     "peak",
     "published",
     "report",
@@ -52,15 +56,26 @@ def model(
     `diffjax.load` does.
     """
     if is_run(Path(name)):
-        return run(name, asked, shard)
+        return of_run(name, asked, shard)
     folder = hub.configs(name, revision, variant=variant)
     if folder.is_file():
-        raise UserError(f"{name} is one file without configurations: plan the hub id or the folder of the same model")
+        return [latent.of_file(folder, asked, shard)]
     if (folder / "transformer").is_dir():
         return [latent.drawing(folder, asked, name, shard)]
     if shard:
         raise UserError(f"{name} fits one device: only Stable Diffusion 3 is split; leave --shard out")
     return [published(folder, asked, name)]
+
+
+def of_run(folder: str, asked: Asked, shard: str | None = None) -> list[Job]:
+    """The jobs of training a run, from its first step, and of drawing with it, or what it trains on from.
+
+    Raises `UserError` when there is none.
+    """
+    workdir = Path(folder)
+    if not finetune.is_one(workdir):
+        return run(folder, asked, shard)
+    return latent.finetuning(configs.read(workdir), asked, shard, files.read_json(workdir / finetune.BASE)["commit"])
 
 
 def config(settings: ConfigDict, asked: Asked, shard: str | None = None) -> list[Job]:
@@ -69,6 +84,8 @@ def config(settings: ConfigDict, asked: Asked, shard: str | None = None) -> list
     """
     if settings.get("closed_form"):
         raise UserError("a closed form has no network to plan for: `diffjax sample --config` draws with it in seconds")
+    if "train" in settings and "model" in settings:
+        return latent.finetuning(settings, asked, shard)
     if "train" in settings:
         return experiment(settings, asked, shard)
     own = [field.name for field in dataclasses.fields(Asked) if getattr(asked, field.name) == field.default]

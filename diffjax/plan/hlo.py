@@ -17,6 +17,7 @@ SHAPE = re.compile(r"\b(pred|bf16|[fsuc]\d+(?:e\w+)?)\[([\d,]*)\]")
 CALLED = re.compile(r"(body|condition|calls|to_apply|\w+_computation|async_execution_thread)=%?([\w.\-]+)")
 BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+INTEGER = re.compile(r"constant \d+\)")
 GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]*)\})")
 NAME = re.compile(r'op_name="([^"]*)"')
 
@@ -78,8 +79,7 @@ def _run(name: str, times: float, computations: dict, runs: dict, fused: set) ->
     """Count a computation that runs so many times more, and what it calls; of a conditional, every branch."""
     runs[name] += times
     for instruction in computations[name]:
-        trips = TRIPS.search(instruction.rest)
-        each = times * (int(trips[1]) if trips and instruction.name == "while" else 1)
+        each = times * (_trips(instruction, computations) if instruction.name == "while" else 1)
         called = [(kind, other) for kind, other in CALLED.findall(instruction.rest) if other in computations]
         for listed in BRANCHES.findall(instruction.rest):
             called += [("branch", other) for other in re.findall(r"[\w.\-]+", listed) if other in computations]
@@ -87,6 +87,15 @@ def _run(name: str, times: float, computations: dict, runs: dict, fused: set) ->
             if kind == "calls" and instruction.name == "fusion":
                 fused.add(other)
             _run(other, each, computations, runs, fused)
+
+
+def _trips(loop: Instruction, computations: dict[str, list[Instruction]]) -> int:
+    """How often a loop runs: as XLA notes it, or, for TPUs, what its condition compares the counter with; else 1."""
+    if known := TRIPS.search(loop.rest):
+        return int(known[1])
+    condition = computations.get(dict(CALLED.findall(loop.rest)).get("condition", ""), [])
+    bounds = [int(line.rest.partition(")")[0]) for line in condition if INTEGER.match(f"{line.name} {line.rest}")]
+    return max(bounds) if bounds and any("direction=LT" in line.rest for line in condition) else 1
 
 
 def collectives(program: Program, devices: int) -> Counter[str]:

@@ -1,10 +1,13 @@
-"""Drawing with Stable Diffusion 3 and 3.5: the parts of the job, and the ways to fit them into a device's memory."""
+"""Drawing with Stable Diffusion 3 and 3.5, and training on from it: the parts of the job, and the ways to fit them into
+a device's memory.
+"""
 
 import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -12,11 +15,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
+from ml_collections import ConfigDict
 
 from diffjax import build, weights
+from diffjax.diffusion.denoise import Apply, Denoiser, thousand_sigma
+from diffjax.diffusion.predict import Straight
 from diffjax.diffusion.process import Flow, Shift
 from diffjax.models import sd3
-from diffjax.models.model import Defaults
+from diffjax.models.model import Defaults, Model
 from diffjax.models.options import Asked, sides
 from diffjax.nets.mmdit import MMDiT
 from diffjax.nets.quantize import SCHEMES, quantize_kernels
@@ -24,7 +30,10 @@ from diffjax.parallel import sharding
 from diffjax.parallel.devices import shard_by_rules
 from diffjax.plan.compiled import placed
 from diffjax.plan.cost import Part, tree_size
-from diffjax.plan.programs import Job, Way, apply, calls, chosen, guided_share, titled
+from diffjax.plan.programs import Job, Way, apply, calls, chosen, guided_share, titled, training
+from diffjax.train.finetune import FineTuning
+from diffjax.utils.errors import UserError
+from diffjax.weights import hub, single_file
 from diffjax.weights.scheduler import FlowScheduler
 
 TEXTS = dict.fromkeys(sd3.CLIPS, sd3.CLIP_TOKENS) | {sd3.T5: sd3.T5_TOKENS}
@@ -34,11 +43,17 @@ COUNTS = (2, 4, 8)
 """The numbers of devices that the transformer is split over."""
 
 
-def drawing(folder: Path, asked: Asked, name: str, shard: str | None = None) -> Job:
-    """Drawing with a published latent model, of which only the configurations need to be there; its transformer split
-    over devices in the way `shard`.
+def drawing(
+    folder: Path,
+    asked: Asked,
+    name: str,
+    shard: str | None = None,
+    given: Mapping[str, nn.Module] = MappingProxyType({}),
+) -> Job:
+    """Drawing with a published latent model, of which only the configurations need to be there, or those of the
+    networks that are not `given`; its transformer split over devices in the way `shard`.
     """
-    modules = described(folder, asked.dtype or "bfloat16")
+    modules = described(folder, asked.dtype or "bfloat16", given)
     network, vae = modules["transformer"], modules["vae"]
     scheduler = FlowScheduler(shift=sd3.SHIFT)
     how = chosen(asked, sd3.defaults(scheduler, sd3.kind(name, network)))
@@ -66,11 +81,54 @@ def split(part: Part, module: MMDiT, way: str) -> Part:
     return replace(part, over=over, splits=True)
 
 
-def described(folder: Path, dtype: str) -> dict[str, Any]:
-    """The networks of a folder's configurations, in the order in which they run; T5 may be missing."""
-    names = [name for name in (*TEXTS, "transformer", "vae") if name != sd3.T5 or (folder / name).is_dir()]
+def of_file(path: Path, asked: Asked, shard: str | None = None) -> Job:
+    """Drawing with a single file: of the weights only the shapes are read, and what it lacks is that of its family.
+
+    Raises `UserError` for a file that holds no transformer.
+    """
+    parts, folder = single_file.read(path), path.parent
+    if not (folder / "model_index.json").exists():
+        folder = hub.configs(sd3.home(str(path), parts))
+    given = {name: weights.check(part.config, part.tensors, name) for name, part in parts.items()}
+    return drawing(folder, asked, str(path), shard, given)
+
+
+def finetuning(config: ConfigDict, asked: Asked, shard: str | None = None, commit: str | None = None) -> list[Job]:
+    """Training on from a published model, and drawing with what it becomes. Raises `UserError` for a model that is no
+    Stable Diffusion 3.
+    """
+    folder = hub.configs(config.model, commit or config.get("revision") or None)
+    if folder.is_file() or not (folder / "transformer").is_dir():
+        raise UserError(f"{config.model} is no Stable Diffusion 3: give the folder or the hub id of one as `model`")
+    dtype = build.named("dtype", build.DTYPES, config.dtype)
+    modules = described(folder, config.dtype)
+    network, vae = modules["transformer"].clone(remat=config.remat), modules["vae"]
+    network = network if config.lora else network.clone(param_dtype=jnp.float32)
+    params, scheduler = weights.shapes(network), FlowScheduler(shift=sd3.SHIFT)
+    base = Model(
+        Denoiser(Shift(Flow(), scheduler.shift), Straight(), params, Apply(network.clone(dtype=dtype)), thousand_sigma),
+        (network.sample_size, network.sample_size, network.in_channels),
+        sd3.defaults(scheduler, sd3.kind(config.model, network)),
+        factor=vae.factor,
+        multiple=vae.factor * network.patch_size,
+        largest=vae.factor * network.patch_size * network.pos_embed_max_size,
+        name=config.model,
+    )
+    found, key = FineTuning.on(config, base), jax.random.key(0)
+    state = jax.eval_shape(lambda params: found.first_state(params, key), params)
+    drawn = drawing(folder, replace(asked, size=asked.size or config.data.size), config.name, shard)
+    return [training(found, shard, state), drawn]
+
+
+def described(folder: Path, dtype: str, given: Mapping[str, nn.Module] = MappingProxyType({})) -> dict[str, Any]:
+    """The networks of a folder's configurations, in the order in which they run, but for those that are given; T5 may
+    be missing.
+    """
+    listed = (*TEXTS, "transformer", "vae")
+    names = [name for name in listed if name != sd3.T5 or name in given or (folder / name).is_dir()]
     chosen = build.named("dtype", build.DTYPES, dtype)
-    return {name: weights.describe(folder / name).clone(dtype=chosen, param_dtype=chosen) for name in names}
+    found = {name: given[name] if name in given else weights.describe(folder / name) for name in names}
+    return {name: module.clone(dtype=chosen, param_dtype=chosen) for name, module in found.items()}
 
 
 def components(

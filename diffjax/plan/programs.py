@@ -82,12 +82,8 @@ def experiment(config: ConfigDict, asked: Asked, shard: str | None = None) -> li
     """The jobs of training an experiment and of drawing with it, before its data are there.
 
     A text encoder is counted with the words of the captions, or, where these are not at hand, with as many as it can
-    have. Raises `UserError` for an experiment that trains a published model.
+    have.
     """
-    if "model" in config:
-        raise UserError(
-            f"this trains {config.model}: docs/sd35.md says what it keeps, `diffjax plan --model` what drawing costs"
-        )
     own = config.text and not frozen.is_frozen(config.text)
     tokenize = vocabulary(config) if own else None
     found = Experiment.before_data(config, tokenize)
@@ -134,13 +130,13 @@ def drawing(experiment: Experiment, asked: Asked, name: str) -> Job:
     return _drawing(name, shape, how, asked.num, denoiser.apply.module, denoiser.process, cond, encoders)
 
 
-def training(experiment: Experiment, shard: str | None = None) -> Job:
+def training(experiment: Experiment, shard: str | None = None, state: PyTree = None) -> Job:
     """Training an experiment: its step, backward pass, optimizer and average included; its state split over devices in
-    the way `shard`, or as its config says.
+    the way `shard`, or as its config says. `state` are the shapes of its first one, where they do not follow from it.
     """
     name, train, key = experiment.config.name, experiment.config.train, jax.random.key(0)
     mode = shard or train.shard
-    state = jax.eval_shape(lambda: create(experiment.init(key), experiment.optimizer, key))
+    state = state or jax.eval_shape(lambda: create(experiment.init(key), experiment.optimizer, key))
     batch = experiment.batch_shapes(train.batch)
     over = functools.partial(_over, experiment, mode, state, batch)
     step, size = experiment.step(), tree_size(state.params)

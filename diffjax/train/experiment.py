@@ -189,6 +189,10 @@ class Experiment:
         """The parameters that never change: none here."""
         return None
 
+    def holding(self, frozen_params: PyTree) -> Self:
+        """The same experiment with its frozen parameters where they are now."""
+        return self
+
     def whole(self, params: PyTree, frozen_params: PyTree) -> PyTree:
         """The parameters that the network reads: those that are trained, joined with those that are frozen."""
         return params

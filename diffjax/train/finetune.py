@@ -28,6 +28,7 @@ from diffjax.text import frozen
 from diffjax.train import latents
 from diffjax.train.checkpoint import load_run
 from diffjax.train.experiment import Experiment
+from diffjax.train.state import State, create
 from diffjax.utils import files
 from diffjax.utils.errors import UserError
 from diffjax.weights import hub, lora as lora_file
@@ -41,7 +42,7 @@ class FineTuning(Experiment):
 
     Its `data` have latents for pictures, and `shape` is that of one latent. With `config.lora` (rank, alpha, targets)
     the model's parameters are frozen and adapters are trained. Since all of it follows from the model's files, it is
-    neither rehearsed nor planned before they are there.
+    not rehearsed before they are there.
     """
 
     base: Model = field(kw_only=True)
@@ -58,7 +59,7 @@ class FineTuning(Experiment):
         own, *prior = [replace(some, pictures=latents.encode(base, some)) for some in every]
         read = latents.WithPrior(own, prior[0], config.prior.weight) if prior else own
         on_host = replace(base.denoiser, params=jax.device_get(base.denoiser.params))
-        return cls._of(config, replace(base, denoiser=on_host), read)
+        return cls.on(config, replace(base, denoiser=on_host), read)
 
     @classmethod
     def recall(cls, workdir: Path, prompts: Sequence[str] | None = None) -> Self:
@@ -67,10 +68,11 @@ class FineTuning(Experiment):
         """
         config = configs.read(workdir)
         base, _ = _base(config, files.read_json(workdir / BASE)["commit"], prompts)
-        return cls._of(config, base)
+        return cls.on(config, base)
 
     @classmethod
-    def _of(cls, config: ConfigDict, base: Model, data: Any = None) -> Self:
+    def on(cls, config: ConfigDict, base: Model, data: Any = None) -> Self:
+        """The experiment on a base that is read, or planned for: the latter's parameters are shapes."""
         height, width, channels = base.state_shape(config.data.size)
         return cls(config, (height, width, channels), tokenize=base.text, data=data, base=base)
 
@@ -97,6 +99,26 @@ class FineTuning(Experiment):
     def frozen_params(self) -> PyTree:
         """The parameters that never change: those of the model, beside adapters."""
         return self.base.denoiser.params if self.config.lora else None
+
+    def holding(self, frozen_params: PyTree) -> Self:
+        """The same experiment whose adapters are beside these parameters, as training has them on its devices."""
+        return self._on(frozen_params) if self.config.lora else self
+
+    def _on(self, params: PyTree) -> Self:
+        return replace(self, base=replace(self.base, denoiser=replace(self.base.denoiser, params=params)))
+
+    def first_state(self, params: PyTree, key: Key[Array, ""]) -> State:
+        """The state before the first step, of a base of these parameters."""
+        held = self._on(params)
+        return replace(create(held.init(key), self.optimizer, key), frozen=held.frozen_params)
+
+    def batch_shapes(self, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """The shapes of what a step reads of a batch: latents, and the states of the text encoders."""
+        module = self.base.denoiser.apply.module
+        tokens = sd3.CLIP_TOKENS + sd3.T5_TOKENS
+        rows = {"image": self.shape, "context": (tokens, module.joint_attention_dim)}
+        rows |= {"pooled": (module.pooled_projection_dim,), "weight": ()}
+        return {name: jax.ShapeDtypeStruct((size, *rows[name]), jnp.float32) for name in self.reads}
 
     def whole(self, params: PyTree, frozen_params: PyTree) -> PyTree:
         """The parameters that the network reads: those that are trained, joined with those that are frozen."""

@@ -157,11 +157,12 @@ class Training:
 
     def show(self, stop: Stop) -> None:
         """Draw the preview and the sanity panel; what cannot be shown is said and does not end the training."""
-        ema = self.parallel.gather(self.held()).ema
+        state = self.parallel.gather(self.held())
+        experiment, ema = self.experiment.holding(state.frozen), state.ema
         try:
-            self.log.preview(self.done, self.experiment.preview(ema))
-            if self.experiment.seen and not stop.is_set():  # pictures, not latents
-                self.log.sanity(self.done, sanity.look(self.experiment, ema))
+            self.log.preview(self.done, experiment.preview(ema))
+            if experiment.seen and not stop.is_set():  # pictures, not latents
+                self.log.sanity(self.done, sanity.look(experiment, ema))
         except UserError as error:
             self.log.terminal.say(f"step {self.done}: no preview: {error}")
 

@@ -52,6 +52,13 @@ def test_collectives_count_as_often_as_their_loops_run():
     assert found == {"all-reduce": 10 * 2 * 3 / 4 * one, "all-gather": 10 * 3 / 4 * one, "collective-permute": one}
 
 
+def test_a_loop_whose_number_of_rounds_stands_in_its_condition():
+    counted = LOOP.replace(', backend_config={"known_trip_count":{"n":"10"}}', "")
+    said = counted.replace("  %state.1 =", "  %n = s32[]{:T(128)} constant(7)\n  %state.1 =")
+    sums = lambda text: hlo.collectives(hlo.read(text), 8)["all-reduce"]
+    assert sums(said) == 7 * sums(counted) > 0
+
+
 def test_the_largest_tensors_are_those_with_memory_of_their_own():
     shape, size, place = hlo.largest(hlo.read(LOOP))[0]
     assert (shape, size, place) == ("f32[8,64]", 8 * 64 * 4, "jit(step)/net/mul")

@@ -4,8 +4,10 @@ import re
 
 import jax.numpy as jnp
 import pytest
+import reference
+import sd3_folder
 
-from diffjax import cli, plan
+from diffjax import cli, plan, weights
 from diffjax.nets.clip import ClipText
 from diffjax.nets.mmdit import MMDiT
 from diffjax.nets.t5 import T5Encoder
@@ -13,7 +15,7 @@ from diffjax.nets.vae import AutoencoderKL
 from diffjax.plan import latent, rates
 from diffjax.utils import files
 from diffjax.utils.errors import UserError
-from diffjax.weights import clip, mmdit, t5, vae
+from diffjax.weights import clip, mmdit, single_file, t5, vae
 
 CLIP_G = ClipText(
     hidden_size=1280,
@@ -97,6 +99,18 @@ def test_without_t5(large, tmp_path):
     job = latent.drawing(tmp_path, plan.Asked(), "large")
     assert [part.name for part in job.parts] == ["text_encoder", "text_encoder_2", "transformer", "vae"]
     assert not any("T5" in way.name for way in job.ways)
+
+
+def test_a_single_file_is_planned_like_the_folder_it_came_from(tmp_path):
+    sd3_folder.write(tmp_path, t5=False)
+    module = sd3_folder.TRANSFORMERS["medium"]
+    params = reference.params(mmdit.FORMAT, module, reference.checkpoint(mmdit.FORMAT, module))
+    single_file.write_transformer(tmp_path / "one.safetensors", module, params)
+    (job,) = plan.model(str(tmp_path / "one.safetensors"), plan.Asked(steps=2, size=16))
+    weights.save(tmp_path / "transformer", module, params)
+    (same,) = plan.model(str(tmp_path), plan.Asked(steps=2, size=16))
+    figures = lambda job: [(part.name, part.parameters, plan.estimate(part).cost) for part in job.parts]
+    assert figures(job) == figures(same)
 
 
 def test_the_command(large, capsys):

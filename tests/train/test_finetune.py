@@ -12,11 +12,11 @@ import toys
 from PIL import Image
 
 import diffjax
-from diffjax import config, convert, weights
+from diffjax import config, convert, plan, weights
+from diffjax.data import dataset
 from diffjax.data.dataset import default_config
 from diffjax.data.pipeline import batches
 from diffjax.nets import lora
-from diffjax.plan.programs import experiment as experiment_jobs
 from diffjax.train import latents, ready
 from diffjax.train.finetune import FineTuning
 from diffjax.train.loop import train
@@ -83,6 +83,41 @@ def test_adapters_are_trained_beside_a_frozen_model(place, tmp_path):
         diffjax.load(tmp_path / "run", lora=tmp_path / "out")
 
 
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_run_and_its_config_are_planned(place, kind, tmp_path):
+    settings = experiment(place, kind)
+    found = dataset.load(settings.data)
+    run = FineTuning.begin(settings, tmp_path, found)
+    training, drawing = plan.config(settings, plan.Asked())
+    (part,) = training.parts
+    state, batch = part.held, part.given[0]
+    first = jax.eval_shape(lambda: run.first_state(run.base.denoiser.params, jax.random.key(0)))
+    assert jax.tree.map(shape_of, state) == jax.tree.map(shape_of, first)
+    real = next(run.batches((0, 1)))
+    assert {name: real[name].shape for name in run.reads} == {name: leaf.shape for name, leaf in batch.items()}
+    assert plan.estimate(part).cost.flops > 0 and drawing.parts[-1].given[0].shape[1:3] == (8, 8)
+
+
+def shape_of(leaf):
+    return leaf.shape, leaf.dtype
+
+
+def test_previews_take_the_frozen_parameters_of_the_device(place, tmp_path, monkeypatch):
+    settings, seen = experiment(place, "lora"), []
+    settings.train.update(steps=2, preview_every=1)
+
+    def preview(self, params):
+        kernel = self.model(params).denoiser.params["blocks_0"]["attn"]["to_q"]["kernel"].kernel
+        seen.append(isinstance(kernel, jax.Array) and not kernel.is_deleted())
+        raise UserError("nothing is drawn")
+
+    monkeypatch.setattr(FineTuning, "preview", preview)
+    train(settings, tmp_path / "run")
+    assert seen == [True, True]
+    training, _ = plan.of_run(str(tmp_path / "run"), plan.Asked())
+    assert training.parts[0].name == "training"
+
+
 def test_what_is_read_is_encoded_beforehand_in_parts(place, monkeypatch, tmp_path):
     monkeypatch.setenv("DIFFJAX_HOME", str(tmp_path))
     settings = experiment(place, "lora")
@@ -134,8 +169,6 @@ def test_what_cannot_be_precomputed_is_said(place, tmp_path):
     settings.data.flip = True
     with pytest.raises(UserError, match="set data.flip=False"):
         train(settings, tmp_path / "run")
-    with pytest.raises(UserError, match="this trains .*model"):
-        experiment_jobs(settings, None)
 
 
 def test_grey_pictures_are_encoded_in_three_channels(place, tmp_path):
