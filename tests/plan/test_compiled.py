@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from diffjax import cli, config, plan
-from diffjax.plan import compiled, hlo, rates, report
+from diffjax.plan import compiled, hlo, rates
+from diffjax.plan.report import measured
 from diffjax.utils.errors import UserError
 
 EMOJI = str(Path(__file__).parents[2] / "experiments" / "emoji.py")
@@ -100,7 +101,7 @@ def test_without_the_compiler_a_plan_says_what_to_install(monkeypatch, capsys):
 
 def test_several_devices_share_a_training_and_its_estimate():
     job = plan.experiment(config.load(EMOJI), plan.Asked(), "fsdp")[0]
-    one, four = (report.measured(job, job.parts[0], plan.Target("v6e", count), False) for count in (1, 4))
+    one, four = (measured(job, job.parts[0], plan.Target("v6e", count), False) for count in (1, 4))
     speed = rates.NAMED["v6e"]
     assert four.seconds(speed) == one.seconds(speed) / 4 and four.estimate.held == one.estimate.held // 4
 
