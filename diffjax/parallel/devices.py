@@ -21,6 +21,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from diffjax.parallel.targets import absent as absent, skip_search
+from diffjax.utils.determinism import ask_xla
 from diffjax.utils.errors import UserError
 from diffjax.utils.files import home
 from diffjax.utils.progress import counted
@@ -37,6 +38,7 @@ def start() -> None:
 
     Raises `UserError` when jax cannot start the device that it was told to use.
     """
+    ask_xla()
     join_hosts()
     keep_compiled()
     find()

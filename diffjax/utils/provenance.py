@@ -17,12 +17,16 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from diffjax.utils import determinism
+
 TIME = "%Y-%m-%dT%H:%M:%S%z"
 PACKAGES = ("diffjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 def description(device: str) -> dict[str, Any]:
-    """The command, time, code version and packages of this process, and the `device` that it runs on."""
+    """The command, time, code version and packages of this process, the `device` that it runs on, and whether that
+    gives the same bits again.
+    """
     return {
         "time": time.strftime(TIME),
         "command": shlex.join(sys.argv),
@@ -30,6 +34,7 @@ def description(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
         "device": device,
+        "determinism": determinism.facts(),
         "host": platform.platform(),
     }
 

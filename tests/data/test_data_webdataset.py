@@ -246,3 +246,22 @@ def test_shards_that_were_joined_or_packed_are_refused(tmp_path):
     (tmp_path / "s" / "1.tar.gz").write_bytes(gzip.compress(one.read_bytes()))
     with pytest.raises(UserError, match="1.tar.gz is packed: unpack it"):
         load(tmp_path / "s")
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "features.json", "metadata.json", "array_record"])
+def test_damaged_prepared_data_are_one_line_with_a_remedy(tmp_path, name):
+    shard = write(tmp_path / "0.tar", [(f"{i}.{end}", body) for i in range(3) for end, body in _sample(i)])
+    load(shard)
+    (path,) = (tmp_path / "home" / "data").rglob(f"*{name}*")
+    whole = path.read_bytes()
+    flipped = [] if name == "array_record" else [bytes([whole[0] ^ 255]) + whole[1:]]  # its first byte is never read
+    for spoiled in (whole[: len(whole) // 2], b"", *flipped):
+        path.write_bytes(spoiled)
+        with pytest.raises(UserError, match="is damaged .*: remove that folder, and it is prepared again"):
+            load(shard).records.digest()
+    path.write_bytes(whole)
+    load(shard).records.digest()
+
+
+def _sample(number):
+    return ("png", encoded(40 * number, "PNG")), ("txt", b"thing")

@@ -29,7 +29,9 @@ def test_a_run_says_how_it_was_started(tmp_path):
     claim(tmp_path / "run", **{"train.steps": 20})
     first, second = json.loads((tmp_path / "run" / "run.json").read_text())
     assert first["packages"]["jax"] and first["device"].startswith("CPU") and first["command"]
-    assert set(first) == {"time", "command", "git", "python", "packages", "device", "host"} == set(second)
+    assert (
+        set(first) == {"time", "command", "git", "python", "packages", "device", "determinism", "host"} == set(second)
+    )
     assert json.loads((tmp_path / "run" / "config.json").read_text())["train"]["steps"] == 20
 
 
