@@ -204,7 +204,20 @@ def _mixed(weight: Float[Array, "g h m w"], planes: Float[Array, "c h m w"]) -> 
     """sum_m weight planes, channel by channel: in jax 0.10.2 the CPU's fused sum of a product with a broadcast repeats
     the first channels beyond 32,768 outputs.
     """
-    return jnp.stack([(weight[i % len(weight)] * plane).sum(1) for i, plane in enumerate(planes)])
+    return jnp.stack([_summed(weight[i % len(weight)] * plane) for i, plane in enumerate(planes)])
+
+
+def _summed(values: Float[Array, "h m w"]) -> Float[Array, "h w"]:
+    """The sum over m, eight slices at a time: on a CPU a quarter of the time of a reduction over an axis in the middle,
+    and more exact.
+    """
+    left = []
+    while (m := values.shape[1]) > 1:
+        parts = min(8, m)
+        size = m // parts
+        left += [values[:, i : i + 1] for i in range(parts * size, m)]
+        values = apart(sum(values[:, i * size : (i + 1) * size] for i in range(parts)))
+    return sum(left, values)[:, 0]
 
 
 class _Query(NamedTuple):
@@ -243,19 +256,28 @@ class _Query(NamedTuple):
         chosen = planes[row, :, :, column].transpose(1, 2, 0, 3)[None]
         return Pictures(chosen, jnp.ones((1, keep), bool), keep), priors[row, column]
 
+    def _over(self, shifted: Callable[[Any, Array], Any], found: Any, prior: Float[Array, " m"]) -> Any:
+        """`shifted(found, shift)` over all shifts at which some pixel may be compared, if any picture has a weight."""
+
+        def step(found: Any, shift: Array) -> tuple[Any, None]:
+            may = jnp.any(self.barred(shift) > NEVER)
+            return jax.lax.cond(may, shifted, lambda found, shift: found, found, shift), None
+
+        over = lambda found: jax.lax.scan(step, found, self.shifts)[0]
+        return jax.lax.cond(jnp.any(prior > NEVER), over, lambda found: found, found)
+
     def total(self, data: Pictures, prior: Float[Array, " n"]) -> _Sum:
         """The sums over all pictures and shifts, in the places of the image's pixels."""
 
-        def shifted(found: _Sum, shift: Array, planes: Array, prior: Array) -> tuple[_Sum, None]:
+        def shifted(found: _Sum, shift: Array, planes: Array, prior: Array) -> _Sum:
             logits = apart(self.logits(planes, prior, shift))
             top = apart(logits.max(2))
             weight = apart(jnp.exp(logits - top[:, :, None]))
-            part = _Sum(top, weight.sum(2), _mixed(weight, planes))
-            return found.join(jax.tree.map(lambda leaf: jnp.roll(leaf, -shift, (1, 2)), part)), None
+            part = _Sum(top, jnp.stack([_summed(one) for one in weight]), _mixed(weight, planes))
+            return found.join(jax.tree.map(lambda leaf: jnp.roll(leaf, -shift, (1, 2)), part))
 
         def block(found: _Sum, given: tuple[Array, Array]) -> tuple[_Sum, None]:
-            over = lambda found: jax.lax.scan(lambda found, shift: shifted(found, shift, *given), found, self.shifts)[0]
-            return jax.lax.cond(jnp.any(given[1] > NEVER), over, lambda found: found, found), None
+            return self._over(lambda found, shift: shifted(found, shift, *given), found, given[1]), None
 
         blocks = self.blocks(data, prior)
         first = jax.tree.map(lambda leaf: leaf[0], blocks)
@@ -269,13 +291,12 @@ class _Query(NamedTuple):
         total = found.top + jnp.log(found.total)
 
         def block(given: tuple[Array, Array]) -> Float[Array, "h m w"]:
-            def shifted(share: Array, shift: Array) -> tuple[Array, None]:
+            def shifted(share: Array, shift: Array) -> Array:
                 weight = jnp.exp(self.logits(*given, shift) - jnp.roll(total, shift, (1, 2))[:, :, None])
-                return share + jnp.roll(weight.mean(0), -shift, (0, 2)), None
+                return share + jnp.roll(weight.mean(0), -shift, (0, 2))
 
             _, _, h, m, w = data.planes.shape
-            over = lambda share: jax.lax.scan(shifted, share, self.shifts)[0]
-            return jax.lax.cond(jnp.any(given[1] > NEVER), over, lambda share: share, jnp.zeros((h, m, w)))
+            return self._over(shifted, jnp.zeros((h, m, w)), given[1])
 
         share = jax.lax.map(block, self.blocks(data, prior))
         return share.transpose(0, 2, 1, 3).reshape(-1, *self.x.shape[1:])[: data.count]
