@@ -348,6 +348,13 @@ def _explain(parser: _Parser) -> Run:
     options.add_flags(parser, Request, ("labels", "size", "seed"), labels=labels, seed=seed)
     options.add_flags(parser, Method)
     parser.add_argument("--out", required=True, metavar="DIR", help="where index.html goes")
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=120.0,
+        metavar="SECONDS",
+        help="figures that would take longer are put off, and the page says so (default 120)",
+    )
 
     def run(args: argparse.Namespace) -> None:
         from diffjax import explain
@@ -355,7 +362,7 @@ def _explain(parser: _Parser) -> Run:
 
         request = explain.requested(args)
         devices.start()
-        print(f"open {explain.write(request, args.out)} in a browser")
+        print(f"open {explain.write(request, args.out, args.patience)} in a browser")
 
     return run
 

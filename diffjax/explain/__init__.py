@@ -11,6 +11,7 @@ The modules, from what is shown to how:
     guidance     what the text adds at each step, and what more of it would do
     frequencies  large shapes first: when each octave of frequencies was settled
     nearest      where the picture comes from: the nearest training pictures, and a verdict
+    features     what the network itself sees in a picture
     closed_form  the network beside the machine without one, from the same noise
     cost         evaluations, operations, bytes and seconds
     training     the run's losses, whether it learned and listens, its data
@@ -29,7 +30,7 @@ from pathlib import Path
 from diffjax.diffusion.denoise import Denoiser
 from diffjax.explain import closed_form, cost, frequencies, guidance, nearest, page, subject, training, walk, words
 from diffjax.explain.section import Section, Shown
-from diffjax.explain.subject import Subject
+from diffjax.explain.subject import PATIENCE, Subject
 from diffjax.explain.walk import Step
 from diffjax.loading import run_folder
 from diffjax.models.model import Inputs, Recipe
@@ -51,16 +52,16 @@ FORMULA = (
 )
 
 
-def write(request: Request, out: str | Path) -> Path:
+def write(request: Request, out: str | Path, patience: float = PATIENCE) -> Path:
     """Draw what is asked for once more and write the page about it; its path.
 
-    Raises `UserError` for what cannot be drawn, for a request of several pictures, where jinja2 is not installed, and
-    for a file in the place of the folder.
+    Figures that would take longer than `patience` seconds are put off, in words. Raises `UserError` for what cannot be
+    drawn, for a request of several pictures, where jinja2 is not installed, and for a file in the place of the folder.
     """
     page.check_installed()
     if Path(out).is_file():
         raise UserError(f"{out} is a file: give --out a folder")
-    about = subject.find(preset(request))
+    about = dataclasses.replace(subject.find(preset(request)), patience=patience)
     recipe = about.recipe()
     inputs = about.inputs(recipe)
     steps = walk.walk(recipe, inputs)
@@ -93,7 +94,7 @@ def sections(about: Subject, recipe: Recipe, inputs: Inputs, steps: Sequence[Ste
         lambda: words.section(about, recipe, inputs, steps),
         lambda: guidance.section(about, steps, target, each),
         lambda: frequencies.section(about, recipe, frequencies.finer(about, recipe, inputs, steps)),
-        lambda: nearest.section(about, picture),
+        lambda: nearest.section(about, picture, each),
         lambda: closed_form.section(about, steps[-1].after),
         lambda: bill,
         lambda: training.section(about),

@@ -22,9 +22,6 @@ from diffjax.utils.progress import counted
 COUNTS, FINE = (1, 2, 4, 8, 16, 32), 64
 """Numbers of steps that are compared with a fine solution."""
 
-PATIENCE = 120.0
-"""Seconds above which the page goes without a figure that needs more drawings."""
-
 
 @dataclass(frozen=True)
 class Measured:
@@ -65,9 +62,10 @@ def section(subject: Subject, recipe: Recipe, inputs: Inputs) -> Section:
         for of in figures
     ]
     shown = [_parts(figures, measured, device, speed, numbers)]
-    if measured.each * (sum(COUNTS) + FINE) * _evaluations(subject) < PATIENCE:
+    seconds = measured.each * (sum(COUNTS) + FINE) * _evaluations(subject)
+    if not (put_off := subject.put_off("What more steps would give", seconds)):
         shown.append(_errors(subject, numbers))
-    return Section("cost", "What it cost", tuple(shown), numbers)
+    return Section("cost", "What it cost", tuple(shown), numbers, put_off)
 
 
 def _planned(subject: Subject) -> list[Estimate]:

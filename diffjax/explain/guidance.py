@@ -14,7 +14,6 @@ from diffjax import build
 from diffjax.explain import pictures
 from diffjax.explain.attention import ask
 from diffjax.explain.chart import Chart, Line
-from diffjax.explain.cost import PATIENCE
 from diffjax.explain.section import Figure, Section, Shown, Strip, Text
 from diffjax.explain.subject import Subject
 from diffjax.explain.walk import Step, draw, look
@@ -51,9 +50,10 @@ def section(
     own = build.scale(subject.request.guidance) or 1.0
     numbers: dict[str, Any] = {"scale": own}
     figures = [_difference(subject, steps, own, numbers)]
-    if each * (steps[-1].index + 1 + MANY) * 2 * len(SCALES) < PATIENCE:
+    seconds = each * (steps[-1].index + 1 + MANY) * 2 * len(SCALES)
+    if not (put_off := subject.put_off("More and less of it", seconds)):
         figures.append(_scales(subject, steps[-1].index + 1, target, numbers))
-    return Section(name, title, tuple(figures), numbers)
+    return Section(name, title, tuple(figures), numbers, put_off)
 
 
 def pairs(subject: Subject, steps: Sequence[Step]) -> list[Float[np.ndarray, "2 b ..."]]:

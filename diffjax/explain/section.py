@@ -95,7 +95,9 @@ class Figure:
 
 @dataclass(frozen=True)
 class Section:
-    """A section of the page, and its numbers in JSON types; one that does not apply has no figures and says why."""
+    """A section of the page, and its numbers in JSON types; `left_out` says why it has no figures, or not all of
+    them.
+    """
 
     name: str
     title: str

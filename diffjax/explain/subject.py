@@ -1,5 +1,6 @@
 """What a page is about: one picture of one model, asked for as of `diffjax sample`, and the model's training data."""
 
+import math
 import warnings
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,11 +19,15 @@ from diffjax.diffusion import sample
 from diffjax.loading import is_run
 from diffjax.models.closed_form import Captions
 from diffjax.models.model import Inputs, Model, Recipe
+from diffjax.plan.report import duration
 from diffjax.sampling import job
 from diffjax.sampling.job import Request
 from diffjax.text.learned import Prompts
 from diffjax.utils import seeds
 from diffjax.utils.errors import UserError
+
+PATIENCE = 120.0
+"""Seconds above which a figure that needs more drawings is put off by default."""
 
 ROWS = 32
 """Steps that one program makes at most; a run of more calls it again."""
@@ -32,7 +37,8 @@ ROWS = 32
 class Subject:
     """A model, a completed request of one picture, and the `prompt` as the model reads it.
 
-    Of a run, `folder` and `config` are its own; of a closed form, the latter is its table.
+    Of a run, `folder` and `config` are its own; of a closed form, the latter is its table. A figure that would take
+    longer than `patience` seconds is put off.
     """
 
     model: Model
@@ -40,6 +46,14 @@ class Subject:
     prompt: str | None = None
     folder: Path | None = None
     config: ConfigDict | None = None
+    patience: float = PATIENCE
+
+    def put_off(self, figure: str, seconds: float) -> str:
+        """ "" where there is time for a figure, else a sentence that says why it is not here, and how to have it."""
+        if seconds < self.patience:
+            return ""
+        needed = math.ceil(seconds * 1.5)
+        return f"{figure}: not here, since it would take {duration(seconds)}; `--patience {needed}` draws it too."
 
     @property
     def label(self) -> str | None:

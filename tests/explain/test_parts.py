@@ -157,10 +157,10 @@ def test_a_copy_is_called_one_and_noise_is_new(data):
     usual = [of.ratio for of in nearest.nearest(every, data, records, records)]
     assert all(0.5 < ratio < 1.2 for ratio in usual)
     ratio = lambda pixels: nearest.nearest(pixels[None], data, records)[0].ratio
-    assert ratio(every[7]) < 1e-3 and nearest.judged(ratio(every[7]), usual)[0] == "copied"
-    assert nearest.judged(ratio(RANDOM.integers(0, 256, (8, 8, 3), np.uint8)), usual)[0] == "new"
+    assert ratio(every[7]) < 1e-3 and nearest.judged(ratio(every[7]), usual) == "copied"
+    assert nearest.judged(ratio(RANDOM.integers(0, 256, (8, 8, 3), np.uint8)), usual) == "new"
     half = (every[7].astype(int) + RANDOM.integers(0, 256, (8, 8, 3))) // 2
-    assert nearest.judged(ratio(half.astype(np.uint8)), usual)[0] == "close"
+    assert nearest.judged(ratio(half.astype(np.uint8)), usual) == "close"
 
 
 def test_a_pair_is_measured_by_correlation_and_by_what_is_left():

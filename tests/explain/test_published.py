@@ -69,7 +69,7 @@ def test_a_closed_form_is_explained_too(request, tmp_path):
     assert cli.main(["explain", *given]) == 0
     numbers = json.loads((tmp_path / "page" / "numbers.json").read_text())
     assert [of["word"] for of in numbers["words"]["without"]] == ["red", "heart", "blue", "ball"]
-    assert "attention" not in numbers["words"] and numbers["nearest"]["pictures"] == 8
+    assert "attention" not in numbers["words"] and numbers["nearest"]["pixels"]["pictures"] == 8
     assert not numbers["cost"]["parts"] and numbers["cost"]["evaluations"] == 4
     text = (tmp_path / "page" / "index.html").read_text()
     assert "Here there is none" in text and "without a network in the first place" in text
