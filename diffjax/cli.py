@@ -39,11 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             args = parse(argv)
             status = args.run(args) or 0
             sys.stdout.flush()
+            if several := _hosts():
+                several.leave()
             return status
     except (Exception, KeyboardInterrupt) as error:
         if "--debug" in argv:
             traceback.print_exc()
-        return _report(error)
+        return _end(error)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -190,13 +192,13 @@ def _prepare(parser: _Parser) -> Run:
     def run(args: argparse.Namespace) -> None:
         if "data" not in args.config:
             raise UserError("this experiment reads no data: there is nothing to prepare")
-        from diffjax.parallel import devices
+        from diffjax.parallel import devices, hosts
         from diffjax.train.ready import make_ready
 
         devices.join_hosts()
         devices.find()
         found = make_ready(args.config, args.retry, args.beam)
-        print(f"ready: {counted(len(found), 'picture')} of {found.size} pixels")
+        hosts.say(f"ready: {counted(len(found), 'picture')} of {found.size} pixels")
 
     return run
 
@@ -578,6 +580,24 @@ def _add_model(
 
 def _one_line(message: Warning | str, *place: object) -> str:
     return f"diffjax: {message}\n"
+
+
+def _hosts() -> Any:
+    """`parallel.hosts` where this process is one of several, else None."""
+    module = sys.modules.get("diffjax.parallel.hosts")
+    return module if module and module.count() > 1 else None
+
+
+def _end(error: BaseException) -> int:
+    """The exit status of an error, which is said; one of several hosts ends here, since the others wait for it."""
+    several = _hosts()
+    if several and not isinstance(error, (UserError, KeyboardInterrupt)):
+        several.blame()
+    status = _report(error)
+    if several:
+        several.leave(failed=True)
+        os._exit(status)
+    return status
 
 
 def _report(error: BaseException) -> int:

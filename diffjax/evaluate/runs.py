@@ -22,6 +22,7 @@ from diffjax.evaluate import metrics
 from diffjax.loading import load
 from diffjax.models.model import Model, Recipe
 from diffjax.models.options import Keywords, Method, changed
+from diffjax.parallel import hosts
 from diffjax.sampling.batches import Drawing, Picture, shown
 from diffjax.text.learned import Prompts
 from diffjax.text.reading import Reworded
@@ -73,6 +74,8 @@ def measure(
     found = of(model, recipe, config, num, seed)
     guide = {"guide": dict(model.rule(how.guide))} if recipe.reads else {}
     sampling = how.said() | {"steps": len(recipe.grid), "seed": seed} | guide
+    if hosts.index():
+        return found.measures
     result = {"run": run.resolve().name, "step": int(model.revision), **found.measures, "sampling": sampling}
     files.write_json(run / "evaluation.json", result)
     for name, sheet in found.sheets.items():
@@ -171,15 +174,18 @@ def _can_read(model: Model, prompt: str) -> bool:
 
 
 def draw(drawing: Drawing, prompts: Sequence[str]) -> tuple[metrics.Pictures, float | None]:
-    """One picture of each prompt, number i of prompt i; seconds an image once compiled, None where one batch is all."""
-    groups = drawing.groups(drawing.parts([Picture(i, prompt) for i, prompt in enumerate(prompts)]))
-    found, times = [], []
+    """One picture of each prompt, number i of prompt i, drawn by all hosts; seconds an image once compiled, None where
+    one batch is all.
+    """
+    parts = drawing.parts([Picture(i, prompt) for i, prompt in enumerate(prompts)])
+    groups = drawing.groups(parts[hosts.index() :: hosts.count()])
+    found, times = np.zeros((len(prompts), *drawing.recipe.shape), np.uint8), []
     for stage in shown(drawing.stages(groups), groups, drawing.steps, counted(len(prompts), "prompt")):
         if stage.finished:
-            found.append(drawing.images(stage))
-            times.append(time.perf_counter())
-    later = sum(map(len, found[1:]))
-    return np.concatenate(found), (times[-1] - times[0]) / later if later else None
+            found[[picture.number for picture in stage.pictures]] = drawing.images(stage)
+            times.append((time.perf_counter(), len(stage.pictures)))
+    later = sum(number for _, number in times[1:])
+    return hosts.total(found), (times[-1][0] - times[0][0]) / later / hosts.count() if later else None
 
 
 def report(result: dict[str, Any], run: Path) -> None:

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from diffjax.parallel import hosts
 from diffjax.parallel.targets import absent as absent, skip_search
 from diffjax.utils.determinism import ask_xla
 from diffjax.utils.errors import UserError
@@ -80,7 +81,7 @@ def join_hosts() -> None:
 
 def _join(sought: str, *where: Any) -> None:
     try:
-        jax.distributed.initialize(*where)
+        hosts.join(*where)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"jax does not find {sought}") from error
 

@@ -77,3 +77,10 @@ def share(over: Mesh) -> tuple[int, int]:
     places = rows(over).addressable_devices_indices_map((number,))
     own = sorted({index[0].indices(number)[0] for index in places.values() if index})
     return own[0] // len(own), number // len(own)
+
+
+def here(over: Mesh) -> Mesh:
+    """This host's devices alone, along `model` where the mesh has more than one there, else along `data`."""
+    local = over.local_devices
+    shape = (1, 1, len(local)) if over.shape["model"] > 1 else (1, len(local), 1)
+    return Mesh(np.asarray(local).reshape(shape), AXES)

@@ -24,6 +24,8 @@ import numpy as np
 from jaxtyping import PyTree
 
 from diffjax import config as configs
+from diffjax.parallel import hosts
+from diffjax.train import sums
 from diffjax.train.state import State
 from diffjax.utils import files
 from diffjax.utils.errors import UserError
@@ -65,7 +67,8 @@ class Checkpoints:
             "key": np.asarray(jax.random.key_data(state.key)).tolist(),
             "data": data,
             "loss": float(loss),
-            "checksums": {name: checksum(item) for name, item in items.items()},
+            "checksums": {name: sums.of(item) for name, item in items.items()},
+            "spread": any(hosts.spread(item) for item in items.values()),
         }
         progress["checksum"] = _checksum_of_json(progress)
         saved = {name: args.PyTreeSave(item) for name, item in items.items()}
@@ -99,12 +102,17 @@ class Checkpoints:
         failed = {}
         for step in sorted(self.manager.all_steps(), reverse=True):
             self._refuse_another(step, state)
+            restored, why = None, "another host cannot read it"
             try:
                 restored = self._read(step, state)
             except Exception as error:  # whatever the reader of a damaged file stumbles over
-                failed[step] = self._why(error)
+                why = self._why(error)
+            if not hosts.everywhere(restored is not None):
+                failed[step] = why
                 continue
-            self._set_aside(failed, step)
+            hosts.first(lambda step=step: self._set_aside(failed, step))
+            if failed:
+                self.manager.reload()
             return restored
         if failed:
             step, why = next(iter(failed.items()))
@@ -159,8 +167,6 @@ class Checkpoints:
             aside.parent.mkdir(exist_ok=True)
             (self.folder / str(step)).rename(_unused(aside))
             log.warning("checkpoint %d cannot be read (%s): moved to %s, going on from step %d", step, why, aside, good)
-        if failed:
-            self.manager.reload()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -183,13 +189,14 @@ class Checkpoints:
 def check_place(workdir: str | Path) -> None:
     """Write a small checkpoint in `workdir` and read it back. Raises `UserError` where that cannot be done."""
     place = Path(workdir) / ".check"
-    shutil.rmtree(place, ignore_errors=True)
+    clear = lambda: hosts.first(lambda: shutil.rmtree(place, ignore_errors=True))
+    clear()
     try:
         with contextlib.closing(Checkpoints(place)) as checkpoints:
             array = np.arange(3, dtype=np.float32)
             checkpoints.save(State(jnp.int32(0), {"x": array}, {"x": array}, {"x": array}, jax.random.key(0)), "", 0.0)
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        clear()
 
 
 def load_run(workdir: str | Path, step: int | None = None, ema: bool = True) -> Run:
@@ -293,10 +300,11 @@ def _restore(manager: Any, step: int, shapes: dict[str, PyTree]) -> tuple[dict[s
     wanted = {name: ocp.args.PyTreeRestore(tree, restore_args=to_numpy(tree)) for name, tree in shapes.items()}
     found = manager.restore(step, args=ocp.args.Composite(**wanted, progress=ocp.args.JsonRestore()))
     items = {name: found[name] for name in shapes}
-    for name, item in items.items():
-        if checksum(item) != found["progress"]["checksums"][name]:
-            raise ValueError(f"the checksum of {name} differs")
     progress = found["progress"]
+    of = sums.by_place if progress.get("spread") else checksum
+    for name, item in items.items():
+        if of(item) != progress["checksums"][name]:
+            raise ValueError(f"the checksum of {name} differs")
     own = progress.pop("checksum", None)
     early = own is None and "loss" not in progress
     if not early and own != _checksum_of_json(progress):

@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import json
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +18,7 @@ from ml_collections import ConfigDict
 import diffjax.data
 from diffjax import build, config as configs, user_code
 from diffjax.data.pipeline import Prefetch
-from diffjax.parallel import devices, layout
+from diffjax.parallel import devices, hosts, layout
 from diffjax.train import record, sanity, transfer
 from diffjax.train.checkpoint import Checkpoints, check_place
 from diffjax.train.experiment import Experiment, check_conditions
@@ -46,21 +48,25 @@ def train(config: ConfigDict, workdir: str | Path, allow_change: bool = False) -
     workdir = Path(workdir).expanduser()
     config = configs.settle(configs.complete(config), workdir)
     check(config)
-    if "model" not in config and not (workdir / "config.json").exists():
+    if "model" not in config and hosts.first(lambda: not (workdir / "config.json").exists()):
         Experiment.before_data(config).rehearse()
-    with record.claim(workdir, config, allow_change), contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        claimed = record.claim(workdir, config, allow_change)
+        hosts.first(lambda: stack.enter_context(claimed))
+        seen_by_all(workdir)
         checkpoints = Checkpoints(workdir, config.train.keep_last, config.train.keep_best)
         stack.callback(checkpoints.close)
         done = checkpoints.last() or 0
         if not done:
             check_place(workdir)
-            record.forget_facts(workdir)
+            hosts.first(lambda: record.forget_facts(workdir))
         if done >= config.train.steps and not checkpoints.damage(done):
-            print(f"{workdir} is finished: {done} of {config.train.steps} steps are done; raise train.steps to go on")
+            finished = f"{workdir} is finished: {done} of {config.train.steps} steps are done"
+            hosts.say(f"{finished}; raise train.steps to go on")
             return
-        user_code.keep(config, workdir)
+        hosts.first(lambda: user_code.keep(config, workdir))
         kind = FineTuning if "model" in config else Experiment
-        experiment = kind.begin(config, workdir, diffjax.data.load(config.data))
+        experiment = hosts.in_turn(lambda: kind.begin(config, workdir, diffjax.data.load(config.data)))
         parallel = split(config, experiment.step())
         batches = Prefetch(experiment.batches(parallel.share), functools.partial(place, parallel, experiment))
         stack.callback(batches.close)
@@ -96,15 +102,21 @@ class Training:
         every = self.experiment.config.train
         with self.log.compiling():
             self.parallel.step.lower(self.state, self.batches.peek()[0]).compile()
+        vote = hosts.Vote()
         with stop_on_signal() as stop, self.saving():
-            while self.done < every.steps and self.batches.wait(stop.is_set):
+            leave = stop.is_set if hosts.count() == 1 else lambda: False  # the others count on this host's batch
+            stopping = False
+            while not stopping and self.done < every.steps and self.batches.wait(leave):
                 self.advance()
+                stopping = vote.ask(stop.is_set())
                 if self.due(every.log_every):
                     self.flush()
                 if self.due(every.save_every):
                     self.save()
-                if self.due(every.preview_every) and not stop.is_set():
+                if self.due(every.preview_every) and not stopping:
                     self.show(stop)
+            if stopping:
+                stop.take(signal.SIGTERM)
 
     def due(self, every: int) -> bool:
         """Whether what is done every so many steps, 0 for never, and at the end, is due."""
@@ -147,7 +159,7 @@ class Training:
         try:
             yield
         except Exception:
-            if self.state is not None:
+            if self.state is not None and hosts.count() == 1:
                 with contextlib.suppress(Exception):
                     self.save()
                     self.checkpoints.last()
@@ -156,9 +168,13 @@ class Training:
         self.checkpoints.last()
 
     def show(self, stop: Stop) -> None:
-        """Draw the preview and the sanity panel; what cannot be shown is said and does not end the training."""
-        state = self.parallel.gather(self.held())
-        experiment, ema = self.experiment.holding(state.frozen), state.ema
+        """Draw the preview and the sanity panel; what cannot be shown is said and does not end the training. Of several
+        hosts, the first one draws.
+        """
+        frozen, ema = self.parallel.own((self.held().frozen, self.held().ema))
+        if hosts.index():
+            return
+        experiment = self.experiment.holding(frozen)
         try:
             self.log.preview(self.done, experiment.preview(ema))
             if experiment.seen and not stop.is_set():  # pictures, not latents
@@ -200,6 +216,18 @@ def split(config: ConfigDict, step: Step) -> Parallel:
     return by_jit(step, mesh(config), layout.RULES[config.train.shard])
 
 
+def seen_by_all(workdir: Path) -> None:
+    """Raises `UserError` where the folder that the first host has claimed is not what another one sees by its name."""
+    if hosts.count() == 1:
+        return
+    token = hosts.first(lambda: json.loads((workdir / "run.json").read_text())[-1])
+    own = workdir / "run.json"
+    if not hosts.everywhere(own.exists() and json.loads(own.read_text())[-1] == token):
+        raise UserError(
+            f"not every host sees {workdir} as the first one does: choose a --workdir that all of them share"
+        )
+
+
 def place(
     parallel: Parallel, experiment: Experiment, batch: dict[str, np.ndarray]
 ) -> tuple[dict[str, Any], np.ndarray]:
@@ -224,10 +252,11 @@ def first_state(
     if restored is None:
         return replace(new_state(experiment, workdir, parallel, new, init_key), frozen=frozen), 0
     state, position = restored
-    if changed := batches.set_state(position.encode(), allow_change):
+    changed = batches.set_state(position.encode(), allow_change)
+    if changed and hosts.index() == 0:
         record.note(workdir, changed)
     step = int(state.step)
-    print(f"going on from step {step} of {config.train.steps}")
+    hosts.say(f"going on from step {step} of {config.train.steps}")
     return replace(parallel.place(state), frozen=frozen), step
 
 
@@ -239,8 +268,8 @@ def new_state(
     if "model" in config:
         params = experiment.init(key)
     elif config.get("init_from"):
-        made = jax.device_get(parallel.gather(parallel.create(experiment.init, key)))
-        params = transfer.start(made, experiment, config.init_from, workdir)
+        made = jax.device_get(parallel.own(parallel.create(experiment.init, key)))
+        params = hosts.in_turn(lambda: transfer.start(made, experiment, config.init_from, workdir))
     else:
         return parallel.create(lambda key: new(experiment.init(key)), key)
     return parallel.create(new, parallel.place(params))
@@ -250,9 +279,9 @@ def not_finite(broken: Pending, workdir: Path, checkpoints: Checkpoints) -> User
     """The error that ends a run whose loss or gradient is not finite; `not_finite.json` lists the batch."""
     numbers = {name: float(broken.values[name]) for name in ("loss", "grad_norm")}
     path = workdir / "not_finite.json"
-    files.write_json(
-        path, {"step": broken.step, **{k: str(v) for k, v in numbers.items()}, "records": broken.rows.tolist()}
-    )
+    found = {"step": broken.step, **{k: str(v) for k, v in numbers.items()}, "records": broken.rows.tolist()}
+    if hosts.index() == 0:
+        files.write_json(path, found)
     good = checkpoints.last()
     return UserError(
         f"step {broken.step}: the loss is {numbers['loss']:g} and the gradient's norm {numbers['grad_norm']:g}, on the"

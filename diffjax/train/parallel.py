@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from diffjax.parallel import devices, layout
+from diffjax.parallel import devices, hosts, layout
 from diffjax.parallel.devices import Rule
 from diffjax.train.state import State
 from diffjax.train.step import Batch, Step
@@ -22,8 +22,8 @@ class Parallel(NamedTuple):
 
     `create(function, *arguments)` computes a tree (a state, or parameters) and `place` takes one from the host to where
     `step` wants it; `feed` takes this host's part of a batch, which is `share = (i, n)`: number i of n equal ones.
-    `step(state, batch) -> (state, metrics)` frees the state that it is given. `gather` is the inverse of `place` with
-    one copy of each leaf, still on the devices under `jit`.
+    `step(state, batch) -> (state, metrics)` frees the state that it is given. `gather` has one copy of each leaf, as
+    checkpoints take it; `own` (called by all hosts) has it on this host's devices alone, for what one host computes.
     """
 
     create: Callable[..., Any]
@@ -31,6 +31,7 @@ class Parallel(NamedTuple):
     feed: Callable[[dict[str, np.ndarray]], Batch]
     step: Callable[[State, Batch], tuple[State, dict[str, Any]]]
     gather: Callable[[PyTree], PyTree]
+    own: Callable[[PyTree], PyTree]
     share: tuple[int, int]
 
 
@@ -56,12 +57,19 @@ def by_jit(step: Step, mesh: Mesh, rules: Sequence[Rule] = ()) -> Parallel:
     def place(tree: PyTree) -> PyTree:
         return _plainly(lambda plain: jax.tree.map(put, plain, devices.shard_by_rules(plain, rules, mesh)), tree)
 
+    def own(tree: PyTree) -> PyTree:
+        if not hosts.spread(tree):
+            return tree
+        here = layout.here(mesh)
+        return jax.tree.map(put, jax.tree.map(hosts.whole, tree), devices.shard_by_rules(tree, rules, here))
+
     return Parallel(
         create=create,
         place=place,
         feed=functools.partial(_feed, mesh),
         step=jax.jit(stepped, donate_argnums=0),
         gather=lambda tree: tree,
+        own=own,
         share=layout.share(mesh),
     )
 
@@ -102,12 +110,17 @@ def by_pmap(step: Step, mesh: Mesh) -> Parallel:
         donate_argnums=0,
         devices=None if jax.process_count() > 1 else local,
     )
+
+    def gather(tree: PyTree) -> PyTree:
+        return _plainly(lambda plain: plain, jax.tree.map(lambda leaf: leaf[0], tree))
+
     return Parallel(
         create=lambda function, *arguments: place(jax.jit(function)(*arguments)),
         place=place,
         feed=feed,
         step=mapped,
-        gather=lambda tree: _plainly(lambda plain: plain, jax.tree.map(lambda leaf: leaf[0], tree)),
+        gather=gather,
+        own=gather,
         share=(jax.process_index(), jax.process_count()),
     )
 

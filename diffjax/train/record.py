@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
 from diffjax import config as configs
@@ -34,7 +33,7 @@ FACTS = ("data.json", "tokenizer.json", "encoder.json", "seen.npz", "base.json",
 
 @contextlib.contextmanager
 def claim(workdir: str | Path, config: ConfigDict, allow_change: bool = False) -> Iterator[None]:
-    """Hold `workdir` for this job and write `config.json` and `run.json` there; of several hosts, the first one does.
+    """Hold `workdir` for this job and write `config.json` and `run.json` there.
 
     What differs from the config that the run had before is printed and added to `changes.json`. When the job is stopped
     or ends in a `UserError` before its next step, all is as it was before: mended, its config is another one. Raises
@@ -42,9 +41,6 @@ def claim(workdir: str | Path, config: ConfigDict, allow_change: bool = False) -
     with `allow_change`.
     """
     workdir = Path(workdir)
-    if jax.process_index():
-        yield
-        return
     with _alone(workdir):
         wanted = json.loads(config.to_json_best_effort())
         before = {path: path.read_bytes() for name in FILES if (path := workdir / name).exists()}
@@ -97,8 +93,7 @@ def _newest(workdir: Path) -> int:
 
 def forget_facts(workdir: Path) -> None:
     """Remove the facts of a run that has no checkpoint: it begins anew, maybe with other data."""
-    if not jax.process_index():
-        _remove({workdir / name for name in FACTS})
+    _remove({workdir / name for name in FACTS})
 
 
 def _begun_with(workdir: Path) -> dict[str, Any]:
