@@ -137,6 +137,12 @@ def in_turn(function: Callable[[], T]) -> T:
     return made[0] if made else function()
 
 
+def meet() -> None:
+    """Wait until all hosts are here, however long that takes."""
+    if count() > 1:
+        _client().wait_at_barrier(f"diffjax/meet/{next(_numbers)}", PATIENCE)
+
+
 def everywhere(true: bool) -> bool:
     """Whether it is true on every host."""
     if count() == 1:

@@ -17,7 +17,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.multihost_utils import sync_global_devices
 from jaxtyping import Array, Float, UInt8
 from ml_collections import ConfigDict
 
@@ -29,6 +28,7 @@ from diffjax.models.model import Encoded, Model
 from diffjax.models.options import EACH, FILES, Method, Request, given, names, read_lines, tupled
 from diffjax.models.prompt_cache import MANY, OnDisk
 from diffjax.models.sd3 import SkipLayers
+from diffjax.parallel import hosts
 from diffjax.sampling.batches import Drawing, Part, Picture, Stage, shown
 from diffjax.sampling.folder import (
     PROVENANCE,
@@ -149,23 +149,19 @@ def fill(gallery: Gallery, drawing: Drawing, overwrite: bool, preview: int | Non
     """Draw what a gallery lacks. Each process looks at what is its own to draw before any begins, so that none sees
     what another has just drawn; the first one makes the folder and finishes it.
     """
-    first = jax.process_index() == 0
-    if first:
-        gallery.claim(overwrite)
-    sync_global_devices("claimed")
-    mine = gallery.owned(jax.process_index(), jax.process_count())
+    hosts.first(lambda: gallery.claim(overwrite))
+    mine = gallery.owned(hosts.index(), hosts.count())
     gallery.mend(mine)
     parts = to_draw(gallery, drawing, mine)
-    sync_global_devices("planned")
+    hosts.meet()
     if parts:
         Job(drawing, gallery, preview, save_seconds).run(parts)
     elif mine:
         print(f"{gallery.folder} has {counted(len(mine), 'image')} already: nothing to draw; --overwrite draws again")
-    sync_global_devices("drawn")
+    hosts.meet()
     gallery.settle(mine)
-    sync_global_devices("settled")
-    if first:
-        gallery.finish()
+    hosts.meet()
+    hosts.first(gallery.finish)
 
 
 def replay(

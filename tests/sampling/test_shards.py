@@ -20,6 +20,7 @@ from PIL import Image
 from diffjax import loading
 from diffjax.data.webdataset import Shards as Tars
 from diffjax.models import prompt_cache
+from diffjax.parallel import hosts
 from diffjax.sampling import folder, job
 from diffjax.sampling.job import Request
 from diffjax.sampling.shards import FORMATS
@@ -200,9 +201,10 @@ def test_two_processes_draw_what_one_does_each_its_own(tmp_path, monkeypatch, fo
     request = Request("plain", num=30, steps=2, format=format, per_file=8)
     job.generate(request, tmp_path / "one")
     together, process, drawn = threading.Barrier(2), threading.local(), []
-    monkeypatch.setattr(job, "sync_global_devices", lambda _: together.wait(60))
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(jax, "process_index", lambda: getattr(process, "index", 0))
+    monkeypatch.setattr(hosts, "meet", lambda: together.wait(60))
+    monkeypatch.setattr(hosts, "first", lambda function: (function() if process.index == 0 else None, hosts.meet()))
+    monkeypatch.setattr(hosts, "count", lambda: 2)
+    monkeypatch.setattr(hosts, "index", lambda: process.index)
     write = folder.Gallery.write
     note = lambda self, pictures, images: (drawn.extend(pictures), write(self, pictures, images))
     monkeypatch.setattr(folder.Gallery, "write", note)
@@ -223,12 +225,13 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import toys
 from diffjax import loading
-from diffjax.parallel import devices
+from diffjax.parallel import devices, hosts
 from diffjax.sampling import job
 devices.join_hosts()
 model = toys.model().replace(name="plain")
 loading.load = lambda *_, **__: model
 job.generate(job.Request("plain", num=300, steps=3, format="webdataset", per_file=40), sys.argv[2])
+hosts.leave()
 """
 
 
@@ -238,10 +241,10 @@ def start(out):
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     alike = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "false"}  # as the fixture `optimized` has it
-    hosts = os.environ | alike | {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    environment = os.environ | alike | {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
     command = [sys.executable, "-c", SCRIPT, str(Path(toys.__file__).parent), str(out)]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return [subprocess.Popen(command, env=hosts | {"JAX_PROCESS_ID": str(i)}, **quiet) for i in range(2)]
+    return [subprocess.Popen(command, env=environment | {"JAX_PROCESS_ID": str(i)}, **quiet) for i in range(2)]
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from diffjax.data import dataset
 from diffjax.data.dataset import default_config
 from diffjax.data.pipeline import batches
 from diffjax.nets import lora
+from diffjax.parallel import hosts
 from diffjax.train import latents, ready
 from diffjax.train.finetune import FineTuning
 from diffjax.train.loop import train
@@ -122,10 +123,11 @@ def test_what_is_read_is_encoded_beforehand_in_parts(place, monkeypatch, tmp_pat
     monkeypatch.setenv("DIFFJAX_HOME", str(tmp_path))
     settings = experiment(place, "lora")
     with monkeypatch.context() as patch:
-        patch.setattr(ready, "sync_global_devices", lambda _: None)
-        patch.setattr(jax, "process_count", lambda: 2)
+        patch.setattr(hosts, "meet", lambda: None)
+        patch.setattr(hosts, "first", lambda function: function())
+        patch.setattr(hosts, "count", lambda: 2)
         for process in range(2):
-            patch.setattr(jax, "process_index", lambda process=process: process)
+            patch.setattr(hosts, "index", lambda process=process: process)
             found = ready.make_ready(settings)
             assert len([*tmp_path.glob("latents/*/*.npy")]) == 2 * (process + 1)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.np*")}
