@@ -96,6 +96,7 @@ def run(workdir, at=lambda name: None, way="jit", steps=STEPS, place=None):
     config.update({"optimizer": {"learning_rate": 0.1}, "log": {"tensorboard": False, "wandb": ""}})
     preview = lambda ema: Preview(np.zeros((1, 8, 8, 3)), 1, [])
     experiment = SimpleNamespace(config=config, preview=preview, seen=True)
+    experiment.holding = lambda frozen: experiment
     parallel, checkpoints = WAY[way], Checkpoints(workdir)
     batches = Prefetch(Numbers(), place or (lambda batch: (parallel.feed(batch), np.arange(8))))
     state = create({"w": jnp.zeros(4)}, OPTIMIZER, jax.random.key(0))
