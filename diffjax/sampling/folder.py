@@ -120,11 +120,15 @@ class Gallery:
             raise UserError(f"{there} is there and was not drawn by diffjax: choose another --out, or --overwrite")
         self._write_manifest()
 
+    def put(self, path: Path, png: bytes) -> None:
+        """Write the file of a picture."""
+        files.write_atomic(path, png)
+
     def write(self, pictures: Sequence[Picture], images: UInt8[np.ndarray, "n h w c"]) -> None:
         """Write finished pictures; what is there stays, and their previews go."""
         for picture, pixels in zip(pictures, images, strict=True):
             if not self.path(picture).exists():
-                image.write_png(self.path(picture), pixels, self._metadata(picture))
+                self.put(self.path(picture), image.png(pixels, self._metadata(picture)))
             self._preview(picture).unlink(missing_ok=True)
 
     def write_beside(self, kind: str, picture: Picture, shown: UInt8[np.ndarray, "h w 3"]) -> None:
@@ -134,9 +138,7 @@ class Gallery:
     def preview(self, pictures: Sequence[Picture], images: UInt8[np.ndarray, "n h w c"]) -> None:
         """Write what pictures under way look like."""
         for picture, pixels in zip(pictures, images, strict=True):
-            _write_lightly(
-                self._preview(picture), image.png(pixels, {"prompt": picture.prompt or "", "preview": "yes"})
-            )
+            write_lightly(self._preview(picture), image.png(pixels, {"prompt": picture.prompt or "", "preview": "yes"}))
 
     def save(self, parts: Sequence[Part]) -> None:
         """Keep batches under way, for `saved`."""
@@ -261,7 +263,7 @@ class Background:
             future.result()
 
 
-def _write_lightly(path: Path, data: bytes) -> None:
+def write_lightly(path: Path, data: bytes) -> None:
     """All or nothing for those who look, but unlike `write_atomic` without waiting for the disk."""
     part = path.with_name(f".{path.name}")
     try:

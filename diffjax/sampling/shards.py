@@ -22,7 +22,16 @@ import numpy as np
 from jaxtyping import UInt8
 
 from diffjax.sampling.batches import Picture
-from diffjax.sampling.folder import ON_SHEET, UNDER_WAY, Gallery, Recipe, read_manifest, remove_damaged, sha256
+from diffjax.sampling.folder import (
+    ON_SHEET,
+    UNDER_WAY,
+    Gallery,
+    Recipe,
+    read_manifest,
+    remove_damaged,
+    sha256,
+    write_lightly,
+)
 from diffjax.utils import files, image
 
 
@@ -168,6 +177,10 @@ class Shards(Gallery):
         has = self.has()
         for index in self._indices(mine):
             self._waiting[index] = {picture for picture in self.shards[index] if not has(picture)}
+
+    def put(self, path: Path, png: bytes) -> None:
+        """Write a picture without waiting for the disk: one that a power cut spoils is drawn again, see `mend`."""
+        write_lightly(path, png)
 
     def write(self, pictures: Sequence[Picture], images: UInt8[np.ndarray, "n h w c"]) -> None:
         """As `Gallery.write`, and the files that are whole with these."""
