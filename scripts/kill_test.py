@@ -281,7 +281,8 @@ class Trial:
         words = self.job.words(self.bench.base, self.folder)
         reached = self.reached()
         ended = forked(lambda: (before(), cli.main(words))[1], self.logs / log, kill_after, **self.environment())
-        if (going_on := re.search(r"going on from step (\d+)", ended.said)) or reached:
+        going_on = re.search(r"going on from step (\d+)", ended.said)
+        if reached and (going_on or "step 1 of" in ended.said):
             self.lost.append(max(0, reached - int(going_on[1] if going_on else 0)))
         return ended
 
@@ -468,7 +469,8 @@ class Bench:
         count = Counter((row["job"], row["fault"]) for row in told)
         head = f"{'':16}" + "".join(f"{fault:>10}" for fault in FAULTS)
         rows = [f"{job:16}" + "".join(f"{count[job, fault]:10}" for fault in FAULTS) for job in JOBS]
-        lost = Counter(steps for row in told for steps in row["lost"])
+        spoiled = ("truncate", "flip")
+        lost = Counter(steps for row in told if row["fault"] not in spoiled for steps in row["lost"])
         return "\n".join(
             [
                 head,
