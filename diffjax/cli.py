@@ -389,10 +389,11 @@ def _words(parser: _Parser) -> Run:
 
 
 def _evaluate(parser: _Parser) -> Run:
-    """Draw training prompts and compare with the training pictures: retrieval top-1 and PSNR. Of a
-    super-resolution stage: PSNR on the pictures of config.data.held_out, against bicubic interpolation.
-    It draws as the run's config says, but for what is given. The result goes to evaluation.json and
-    evaluation.png in the run's folder.
+    """Draw training prompts and compare with the training pictures: retrieval top-1, PSNR and, where the data
+    have classes, whether the class is right; the same of the prompts of config.data.held_out, which no training
+    picture has. Of a super-resolution stage: PSNR on those pictures, against bicubic interpolation. It draws as
+    the run's config says, but for what is given. The result goes to evaluation.json, evaluation.png and
+    held_out.png in the run's folder.
 
     examples:
       diffjax evaluate --run runs/emoji

@@ -1,31 +1,34 @@
 #!/bin/bash
-# Train a text-to-image model on this machine and draw:  bash scripts/demo.sh ["a red heart" "another prompt" ...]
-# What an earlier call has installed, prepared, trained or drawn is used again.
+# Train a text-to-image model on this machine and draw what no training picture shows:
+#     bash scripts/demo.sh ["a purple panda" "another prompt" ...]
+# What an earlier call has installed, prepared, trained or drawn is used again, so that other prompts take seconds.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh emoji
 
-[ $# -gt 0 ] || set -- "red heart" "pizza" "cat face" "rainbow" "sun with face" "soccer ball" "green apple" "rocket"
+[ $# -gt 0 ] || set -- "a purple panda" "a blue penguin" "unicorn, green" "yellow rockets" "an orange cat" "a crimson robot" \
+    "a red heart" "pizza"
 run=runs/emoji
+page=drawn/demo-page
 pictures=drawn/demo-$(printf '%s\n' "$@" | cksum | cut -d ' ' -f 1)
 prompts=()
 for prompt in "$@"; do prompts+=(--prompt "$prompt"); done
 
-.venv/bin/diffjax doctor
-.venv/bin/diffjax train --config experiments/emoji.py --workdir $run
-.venv/bin/diffjax sample --run $run "${prompts[@]}" --num 2 --out "$pictures"
-.venv/bin/diffjax evaluate --run $run
-[ -f "$pictures-page/index.html" ] || .venv/bin/diffjax explain --run $run --prompt "$1" --out "$pictures-page"
+if [ ! -f $run/evaluation.json ]; then
+    .venv/bin/diffjax doctor
+    .venv/bin/diffjax train --config experiments/emoji.py --workdir $run
+    .venv/bin/diffjax evaluate --run $run --num 200
+fi
+.venv/bin/diffjax sample --run $run "${prompts[@]}" --num 1 --out "$pictures"
+[ -f $page/index.html ] || .venv/bin/diffjax explain --run $run --prompt "$1" --out $page
+.venv/bin/python scripts/demo_sheet.py $run "$pictures" "$pictures/sheet.png"
 cat <<END
 
-Your pictures are in $PWD/$pictures: look at grid.png first.
-How the first of them was made, open in a browser: $PWD/$pictures-page/index.html
+Your pictures, pairs that no training picture shows, and the figures: $PWD/$pictures/sheet.png
+How a picture was made, for a browser: $PWD/$page/index.html
 
-To go on:
-
-    cd $(printf '%q' "$PWD")
-    source .venv/bin/activate
-    diffjax words --run $run                                              # what your prompts can say
-    diffjax sample --run $run --prompt "a red heart" --num 4 --out drawn/hearts
-    diffjax COMMAND --help                                                # doctor, train, sample, evaluate, plan, ...
+Next, in $(printf '%q' "$PWD") after \`source .venv/bin/activate\`:
+    diffjax sample --run $run --prompt "a green unicorn" --num 4 --out drawn/unicorns    # draw more
+    diffjax words --run $run                                                             # what prompts can say
+    diffjax --help                                                                       # all there is to do
 END

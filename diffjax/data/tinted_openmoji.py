@@ -16,8 +16,8 @@ from diffjax.utils.progress import track
 
 COLOURS = {
     "red": (230, 40, 40),
-    "orange": (245, 140, 30),
-    "yellow": (250, 220, 50),
+    "orange": (245, 125, 20),
+    "yellow": (252, 234, 43),
     "green": (60, 180, 75),
     "blue": (50, 110, 230),
     "pink": (250, 130, 180),

@@ -38,6 +38,7 @@ Sheet = UInt8[np.ndarray, "h w 3"]
 Split = diffjax.data.Dataset
 
 COLUMNS = 8
+ON_SHEET = 32
 SHOWN = 16
 
 
@@ -124,7 +125,7 @@ def recalled(
     found = metrics.retrieval(drawn, own, among) | {"seconds_per_image": seconds}
     found["prompts"] = [{"prompt": prompt, "psnr": psnr} for prompt, psnr in each]
     pairs = np.concatenate([drawn, np.full_like(drawn[:, :1], 255), own["image"]], axis=1)
-    return Found(found, {"evaluation.png": image.sheet(pairs, COLUMNS, prompts)})
+    return Found(found, {"evaluation.png": image.sheet(pairs[:ON_SHEET], COLUMNS, prompts[:ON_SHEET])})
 
 
 def of_low_res(model: Model, recipe: Recipe, config: ConfigDict, num: int, seed: int) -> Found:

@@ -23,7 +23,7 @@ import runpy
 
 def get_config():
     config = runpy.run_path({experiment!r})["get_config"]()
-    config.data.update(name="captioned_folder", path={pictures!r}, size=8)
+    config.data.update(name="captioned_folder", path={pictures!r}, size=8, held_out="")
     config.text.update(tokens=4, width=8, depth=1, heads=2)
     config.dit.update(patch=4, width=16, depth=1, heads=2, hidden=16, rank=2, dtype="float32")
     return config
@@ -169,7 +169,7 @@ def test_every_brace_of_a_template_is_the_caption(run, config):
 
 def test_a_run_is_measured_as_its_config_draws(run):
     sampling = runs.measure(run, num=2)["sampling"]
-    assert sampling == {"sampler": "dpmpp_2m", "grid": "uniform", "guidance": 1.0, "steps": 4, "seed": 0}
+    assert sampling == {"sampler": "dpmpp_2m", "grid": "uniform", "guidance": 1.0, "steps": 8, "seed": 0}
     assert runs.measure(run, num=2, steps=3, grid="logsnr")["sampling"] == sampling | {"steps": 3, "grid": "logsnr"}
 
 

@@ -19,7 +19,7 @@ import runpy
 
 def get_config():
     config = runpy.run_path({experiment!r})["get_config"]()
-    config.data.update(name="captioned_folder", path={pictures!r}, size=8)
+    config.data.update(name="captioned_folder", path={pictures!r}, size=8, held_out="")
     config.text.update(tokens=4, width=8, depth=1, heads=2)
     config.dit.update(patch=4, width=16, depth=2, heads=2, hidden=16, rank=2, dtype="float32")
     config.sample.steps = 3
