@@ -39,7 +39,15 @@ class Skipped:
             log.write("".join(told))
 
     def read(self) -> list[tuple[str, str]]:
-        """Each distinct (name, reason) once, in order of arrival."""
+        """Each distinct (name, reason) once, in order of arrival; lines that were damaged are passed over."""
         paths = dict.fromkeys(path for path in (self.folder / NAME, self.path) if path.exists())
-        lines = (line for path in paths for line in path.read_text(encoding="utf-8").split("\n") if line)
-        return list(dict.fromkeys((entry["name"], entry["reason"]) for entry in map(json.loads, lines)))
+        lines = (line for path in paths for line in path.read_bytes().split(b"\n") if line)
+        return list(dict.fromkeys(filter(None, map(_entry, lines))))
+
+
+def _entry(line: bytes) -> tuple[str, str] | None:
+    try:
+        entry = json.loads(line)
+        return entry["name"], entry["reason"]
+    except (ValueError, KeyError, TypeError):
+        return None

@@ -8,6 +8,7 @@ from PIL import Image
 
 from diffjax import data
 from diffjax.data import webdataset
+from diffjax.data.skipped import Skipped
 from diffjax.utils.errors import UserError
 
 
@@ -265,3 +266,12 @@ def test_damaged_prepared_data_are_one_line_with_a_remedy(tmp_path, name):
 
 def _sample(number):
     return ("png", encoded(40 * number, "PNG")), ("txt", b"thing")
+
+
+def test_a_damaged_list_of_what_is_left_out_is_read_as_far_as_it_goes(tmp_path):
+    skipped = Skipped(tmp_path)
+    skipped.add([("a.png", "is broken"), ("b.png", "is small")])
+    lines = skipped.path.read_bytes()
+    for damaged in (lines[:-9], b"\xff" + lines, b"[1]\n" + lines):
+        skipped.path.write_bytes(damaged)
+        assert skipped.read() and set(skipped.read()) <= {("a.png", "is broken"), ("b.png", "is small")}

@@ -21,7 +21,7 @@ from diffjax import loading
 from diffjax.data.webdataset import Shards as Tars
 from diffjax.models import prompt_cache
 from diffjax.parallel import hosts
-from diffjax.sampling import folder, job
+from diffjax.sampling import batches, folder, job
 from diffjax.sampling.job import Request
 from diffjax.sampling.shards import FORMATS
 from diffjax.utils import image
@@ -119,6 +119,13 @@ def test_the_conditioning_of_many_prompts_stays_on_disk(monkeypatch):
         assert (on_disk(["thing 3", "thing 0"])[name] == leaf).all()
     with pytest.raises(UserError, match="'cat' was not among the prompts"):
         on_disk(["cat"])
+
+
+def test_without_a_terminal_a_line_says_now_and_then_what_is_left(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(batches, "REPORT_SECONDS", 0.0)
+    job.generate(Request("plain", num=12, steps=2, batch=4), tmp_path)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("12 images")]
+    assert any(line.split()[2] == "4/6" and "steps, left" in line for line in lines), lines
 
 
 class Killed(BaseException):
