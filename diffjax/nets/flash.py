@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.shard_alike import shard_alike
 from jaxtyping import Array, Bool, Float
 
 from diffjax.utils.install import has_compiler
@@ -60,8 +61,14 @@ def cudnn(
     mask: Bool[Array, "#b #n #t s"] | None,
     bias: Float[Array, "#b #n #t s"] | None,
 ) -> Float[Array, "b t n h"]:
-    """cuDNN's fused attention; its gradient wants even lengths, so an odd one gets a token that is left out again."""
+    """cuDNN's fused attention; its gradient wants even lengths, so an odd one gets a token that is left out again.
+
+    Split over devices, it wants queries, keys and values split alike, which the compiler does not see to by itself.
+    """
     (b, t), s = q.shape[:2], k.shape[1]
+    k, v = shard_alike(k, v)
+    if t == s:
+        q, k = shard_alike(q, k)
     even = lambda x: jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
     whole = lambda x: jnp.pad(jnp.broadcast_to(x, (*x.shape[:2], t, s)), ((0, 0), (0, 0), (0, t % 2), (0, s % 2)))
     mask = None if mask is None else whole(mask)
