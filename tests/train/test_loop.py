@@ -103,6 +103,16 @@ def test_a_run(pictures, tmp_path, capsys):
     assert "is finished: 8 of 8 steps" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("place", ["gs://bucket/run", "s3://bucket/run"])
+def test_an_object_store_is_no_workdir(pictures, place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        UserError, match=f"{place} is in an object store, .*: choose a --workdir on a file system, and copy"
+    ):
+        train(pictures, place)
+    assert not list(tmp_path.iterdir())
+
+
 def one_device():
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
     return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "JAX_ENABLE_COMPILATION_CACHE": "true"}

@@ -130,3 +130,21 @@ def test_without_the_first_host_no_other_goes_on(place):
     processes[0].kill()
     processes[1].communicate(timeout=60)
     assert processes[1].returncode != 0
+
+
+CHAIN = [(1, 1, {}), (1, 8, {"train.shard": "fsdp"}), (2, 1, {}), (2, 2, {"train.shard": "both"})]
+"""Processes, devices of each, and how they split the state."""
+
+
+def test_a_run_goes_on_with_any_number_of_hosts_and_devices(place):
+    """1, 8, 2 and 4 devices: the same pictures in the same order, the same losses."""
+    flags = {"train.steps": 24, "train.save_every": 1000}
+    many_hosts.finish(start(place, "at once", 1, **flags))
+    for turn, (number, devices, changes) in enumerate(CHAIN, 1):
+        processes = start(place, "in turns", number, devices, **flags, **changes)
+        if turn < len(CHAIN):
+            wait_for(place / "in turns", len(losses(place / "in turns")) + 2, processes)
+            processes[0].send_signal(signal.SIGTERM)
+        many_hosts.finish(processes, 128 + signal.SIGTERM if turn < len(CHAIN) else 0)
+        print(number, devices, len(losses(place / "in turns")))
+    same(place, "in turns", "at once")
