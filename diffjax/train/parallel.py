@@ -55,7 +55,8 @@ def by_jit(step: Step, mesh: Mesh, rules: Sequence[Rule] = ()) -> Parallel:
         return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
 
     def place(tree: PyTree) -> PyTree:
-        return _plainly(lambda plain: jax.tree.map(put, plain, devices.shard_by_rules(plain, rules, mesh)), tree)
+        shardings = devices.shard_by_rules(tree, rules, mesh)  # of a key, not of its bits, which stay together
+        return _plainly(lambda plain: jax.tree.map(put, plain, shardings), tree)
 
     def own(tree: PyTree) -> PyTree:
         if not hosts.spread(tree):

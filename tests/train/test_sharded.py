@@ -56,7 +56,8 @@ NETWORKS = ("dit", "imagen", "subpixel", "unet", "mmdit")
 def optimizer(name):
     """Adam's epsilon is large, since the sign of a gradient that is zero but for rounding is anybody's."""
     adamw = optax.adamw(1e-2, eps=1e-3)
-    by_matrix = optax.contrib.muon(1e-2, muon_weight_dimension_numbers=build.matrix_axes)
+    turn = optax.stateless(lambda updates, _: jax.tree.map(build.orthogonal_kernel, updates))
+    by_matrix = optax.chain(optax.trace(0.95, nesterov=True), turn, optax.scale(-1e-2))
     muon = optax.partition({"muon": by_matrix, "adamw": adamw}, build.muon_or_adamw)
     return optax.chain(optax.clip_by_global_norm(0.5), {"adamw": adamw, "muon": muon}[name])
 
@@ -190,6 +191,19 @@ def test_the_mesh_of_a_mode(mode, replicas, shape):
 def test_what_a_mesh_cannot_be_is_refused(mode, replicas, number, message):
     with pytest.raises(UserError, match=message):
         layout.mesh(mode, replicas, jax.devices()[:number])
+
+
+@pytest.mark.parametrize("mode", layout.RULES)
+def test_what_is_placed_lies_where_it_is_made(mode):
+    """A state that is read from a checkpoint, as one that is made here; two devices would divide the bits of a key."""
+    update, weights = optimizer("adamw"), {"network": {"q": {"kernel": jnp.arange(32.0).reshape(4, 8)}}}
+    parallel = by_jit(lambda state, batch: (state, {}), layout.mesh(mode, 1, jax.devices()[:4]), layout.RULES[mode])
+    made = parallel.create(lambda: create(weights, update, jax.random.key(3)))
+    again = parallel.place(jax.device_get(made.replace(key=None)).replace(key=made.key))
+    assert jax.tree.all(jax.tree.map(lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim), made, again))
+    assert distance(jax.device_get(again.params), jax.device_get(weights)) == 0 and jax.random.key_data(
+        again.key
+    ).tolist() == [0, 3]
 
 
 def test_pmap_splits_no_state():
