@@ -6,6 +6,11 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh emoji
 
+mixes=drawn/demo-mixes
+[ -f $mixes/grid.png ] || .venv/bin/diffjax sample --config experiments/closed_form.py --num 1 --out $mixes \
+    --prompt "frog + red heart" --prompt "panda + strawberry" --prompt "ghost + rainbow" --prompt "fox + rocket"
+echo "Before any training, out of 200 pictures alone: $PWD/$mixes/grid.png, and in $mixes/provenance where each pixel is from"
+
 [ $# -gt 0 ] || set -- "a purple panda" "a blue penguin" "unicorn, green" "yellow rockets" "an orange cat" "a crimson robot" \
     "a red heart" "pizza"
 run=runs/emoji

@@ -152,6 +152,11 @@ def _slider(subject: Subject, total: int, steps: Sequence[Step], moves: list[Mov
         "The computer begins with pure noise; at each step a network looks at what there is, guesses the clean picture "
         "and the noise in it, and a little of the noise is taken away. Move the slider to see every step."
     )
+    if subject.model.decode is not None:
+        plain += (
+            " This model draws a smaller picture that only it can read, and a decoder turns it into pixels at the end: "
+            "x_t and x0 are shown decoded, the noise is that of one of its channels."
+        )
     exact = (
         "x_s = alpha_s x0 + sigma_s (r^eta eps + sqrt(1 - r^(2 eta)) z), with r = alpha_t sigma_s / (alpha_s sigma_t)"
     )

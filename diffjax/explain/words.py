@@ -117,11 +117,11 @@ def _without(subject: Subject, recipe: Recipe, steps: Sequence[Step], numbers: d
         other, distance = look(subject, x), float(np.sqrt(np.mean((x - final) ** 2)))
         change = np.abs(other.astype(np.float32) - picture).mean(axis=-1) / 255
         map_ = pictures.heat(change, picture.shape[:2], 0.5)
-        left = f"\N{LEFT DOUBLE QUOTATION MARK}{prompt}\N{RIGHT DOUBLE QUOTATION MARK}" if prompt else "nothing"
+        left, what = _quoted(prompt) if prompt else "nothing", _quoted(word) if subject.prompt else word
         shown += [
-            Shown(f"words-{i:02d}-without", other, f"without {word}: of {left}", f"the picture drawn of {left}"),
+            Shown(f"words-{i:02d}-without", other, f"without {what}: of {left}", f"the picture drawn of {left}"),
             Shown(
-                f"words-{i:02d}-change", map_, f"what {word} changed: {distance:.2f}", f"where {word} made a difference"
+                f"words-{i:02d}-change", map_, f"what {what} changed: {distance:.2f}", f"where {what} made a difference"
             ),
         ]
         found.append({"word": word, "prompt": prompt, "distance": distance})
@@ -135,6 +135,10 @@ def _without(subject: Subject, recipe: Recipe, steps: Sequence[Step], numbers: d
     exact = "|x(c) - x(c without j)| from the same noise, and its root mean square"
     blocks = (Strip(tuple(shown), columns=4), Text(_verdict(found), strong=True))
     return Figure("The picture without it", plain, exact, "diffjax/explain/words.py", blocks)
+
+
+def _quoted(text: str) -> str:
+    return f"\N{LEFT DOUBLE QUOTATION MARK}{text}\N{RIGHT DOUBLE QUOTATION MARK}"
 
 
 def _drawn_without(subject: Subject, recipe: Recipe) -> Iterator[tuple[str, str, np.ndarray]]:
