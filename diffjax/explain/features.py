@@ -21,8 +21,8 @@ from diffjax.diffusion.denoise import Apply, Denoiser
 from diffjax.explain.subject import Subject
 from diffjax.utils import image
 
-MIDDLE = ("blocks", "mid_block")
-"""What lies in the middle of the networks of `nets/` is called: a stack of layers, whose middle one counts, or one."""
+STACK, MIDDLE = "blocks", "mid_block"
+"""Names in the networks of `nets/`: of a stack of layers, whose middle one counts, and of what lies in the middle."""
 
 LOGSNR = 2 * math.log(3)
 AT_ONCE = 32
@@ -30,25 +30,25 @@ AT_ONCE = 32
 
 @dataclass(frozen=True)
 class Middle:
-    """`module.apply` that returns what its middle says, (layers, b, ..., c) or (b, ..., c), in place of its output."""
+    """`module.apply` that returns what its middle says, (b, ..., c), in place of its output; nothing of one without."""
 
     module: nn.Module
 
     def __call__(self, params: Any, x: Array, t: Array, **cond: Array) -> list[Array]:
         given = {"capture_intermediates": _is_middle, "mutable": ["intermediates"]}
         _, kept = self.module.apply({"params": params}, x, t, **cond, **given)
-        leaves = jax.tree_util.tree_leaves_with_path(kept)
-        return [leaf for path, leaf in leaves if jax.tree_util.DictKey("__call__") in path]
+        named = jax.tree_util.tree_leaves_with_path(kept)
+        found = [([key.key for key in path if hasattr(key, "key")], leaf) for path, leaf in named]
+        return [leaf[len(leaf) // 2] if STACK in names else leaf for names, leaf in found if "__call__" in names]
 
 
 def _is_middle(module: nn.Module, method: str) -> bool:
-    return module.name in MIDDLE and method == "__call__"
+    return module.name in (STACK, MIDDLE) and method == "__call__"
 
 
 @jax.jit
 def _seen(denoiser: Denoiser, x: Array, t: Array, cond: Any) -> Float[Array, "b d"]:
-    (kept,) = denoiser.network(x, t, cond)
-    layer = kept[len(kept) // 2] if kept.shape[0] != len(x) else kept
+    (layer,) = denoiser.network(x, t, cond)
     return layer.reshape(len(x), -1, layer.shape[-1]).mean(axis=1)
 
 
