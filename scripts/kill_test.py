@@ -20,6 +20,7 @@ from a process that has imported everything and started no device; programs come
 
 import argparse
 import contextlib
+import ctypes
 import fcntl
 import hashlib
 import json
@@ -40,6 +41,7 @@ from typing import Any, NamedTuple
 
 FAULTS = ("kill", "cut", "full", "limit", "truncate", "flip")
 PATIENCE = 600
+DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux's prctl
 STEPS, SAVE_EVERY = 12, 3
 
 CONFIG = """
@@ -238,6 +240,7 @@ def forked(work: Callable[[], int], log: Path, kill_after: float | None = None, 
 def _child(work: Callable[[], int], send: int, environment: dict[str, str]) -> None:
     status = 99
     try:
+        ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
         os.dup2(send, 1), os.dup2(send, 2)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
         os.environ.update(environment)
