@@ -175,6 +175,16 @@ def test_a_damaged_picture_is_drawn_again(tmp_path, caplog, damage):
     assert path.read_bytes() == whole and "is damaged" in caplog.text
 
 
+def test_a_damaged_manifest_is_said_with_a_remedy(tmp_path):
+    request = Request("plain", num=2, steps=2)
+    job.generate(request, tmp_path)
+    (tmp_path / "manifest.json").write_text('{"recipe": {')
+    with pytest.raises(UserError, match="manifest.json is damaged: put it back, or --overwrite draws all again"):
+        job.generate(request, tmp_path)
+    job.generate(request, tmp_path, overwrite=True)
+    assert folder.read_manifest(tmp_path / "manifest.json")["images"]
+
+
 def test_shards_are_replayed_and_never_mixed_with_others(tmp_path, capsys):
     how = {"num": 5, "steps": 2, "format": "webdataset", "per_file": 2}
     job.generate(Request("plain", **how), tmp_path / "out")
