@@ -118,6 +118,7 @@ class Gallery:
             self._refuse_another(manifest["recipe"])
         elif there := next((path for path in self._files() if path.exists()), None):
             raise UserError(f"{there} is there and was not drawn by diffjax: choose another --out, or --overwrite")
+        files.sweep(self.folder)
         self._write_manifest()
 
     def put(self, path: Path, png: bytes) -> None:

@@ -16,6 +16,9 @@ from diffjax.utils.errors import UserError
 AWKWARD = re.compile(r"[][*?\\]|:/|[\udc80-\udcff]")
 """What libraries take for a pattern, an escape or a protocol, and what is no UTF-8."""
 
+LEFT = ".part"
+"""How a file ends that is not whole yet."""
+
 
 def home() -> Path:
     """The cache folder: `$DIFFJAX_HOME`, else `$XDG_CACHE_HOME/diffjax`, else `~/.cache/diffjax`."""
@@ -34,7 +37,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=LEFT)
         os.close(handle)
     except OSError as error:
         raise UserError(f"cannot write to {path.parent}: {error.strerror}; choose another folder") from error
@@ -48,6 +51,12 @@ def replacing(path: str | Path) -> Iterator[Path]:
         raise UserError(f"cannot write {path}: {error.strerror}; free some space or choose another folder") from error
     finally:
         Path(name).unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what `replacing` has left in a folder where it was killed. None may be at work there."""
+    for path in folder.glob(f".*{LEFT}"):
+        path.unlink(missing_ok=True)
 
 
 def _sync(path: str | Path) -> None:

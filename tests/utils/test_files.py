@@ -2,11 +2,14 @@ import errno
 import fcntl
 import json
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 
+from diffjax.utils import files
 from diffjax.utils.errors import UserError, unknown
 from diffjax.utils.files import home, lock, open_atomic, write_atomic, write_json
 
@@ -105,3 +108,16 @@ def test_a_file_system_without_locks_goes_without(tmp_path, monkeypatch):
     with open(tmp_path / "lock", "a+") as file:
         lock(file)
         lock(file, refusal="is at work here")
+
+
+def test_what_a_killed_writer_leaves_is_swept(tmp_path):
+    code = (
+        "import os, signal, sys; from diffjax.utils import files\n"
+        "with files.open_atomic(sys.argv[1]) as file: file.write(b'half'); file.flush(); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "file")])
+    (left,) = tmp_path.iterdir()
+    assert left.read_bytes() == b"half"
+    (tmp_path / ".hidden").write_text("mine")
+    files.sweep(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".hidden"]
