@@ -100,6 +100,7 @@ def leave(failed: bool = False) -> None:
             if len(_client().get_live_nodes(list(range(count())))) == 1:
                 break
             time.sleep(0.1)
+    time.sleep(LOOK)  # the last of them still waits for the answer to its good-bye
 
 
 def blame() -> None:
