@@ -136,4 +136,4 @@ def test_installed_it_runs_where_there_is_no_checkout(installed, tmp_path):
     run("diffjax", "init", "work")
     assert (tmp_path / "work" / "experiments" / "minimagen" / "base64.py").is_file()
     told = run("diffjax", "plan", "--config", "experiments/emoji.py", "--device", "h100", folder=tmp_path / "work")
-    assert "488 steps of 64 images" in told
+    assert "320 steps of 128 images" in told
