@@ -1,0 +1,175 @@
+"""Every benchmark of docs/benchmarks.md on this machine, one after the other, and one page of what each printed.
+
+    python scripts/bench.py [--quick] [--only start demo] [--out here.md]
+
+Ratios are within one run, where the programs take turns; beside each stand its seconds and its CPU time, which other
+programs on the machine disturb less. The quality of the demo is measured where its run is (`--run`), torch's times
+where the extra `reference` is installed. `--quick` takes minutes: fewer rounds, and without what takes long.
+"""
+
+import argparse
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from turns import measure, serve, show
+
+SCRIPTS = Path(__file__).parent
+KINDS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "bf16")
+DTYPES = ("float32", "bfloat16")
+
+
+class Benchmark(NamedTuple):
+    """Arguments of a Python; those of `--quick`, None where it leaves this out; {run} is the folder of the demo."""
+
+    whole: tuple[str, ...]
+    quick: tuple[str, ...] | None
+
+
+def script(name: str, *arguments: str) -> tuple[str, ...]:
+    """The arguments of a Python that runs a script beside this one."""
+    return (str(SCRIPTS / name), *arguments)
+
+
+START = script("bench.py", "--part", "start", "--run", "{run}")
+EVALUATE = ("-m", "diffjax", "evaluate", "--run", "{run}")
+BENCHMARKS = {
+    "start": Benchmark(START, START),
+    "demo step": Benchmark(script("bench.py", "--part", "step"), script("bench.py", "--part", "step", "--rounds", "2")),
+    "demo quality": Benchmark((*EVALUATE, "--num", "200"), (*EVALUATE, "--num", "64")),
+    "cat-256": Benchmark(script("bench_ddpm.py", "--batch", "1", "4", "--rounds", "3"), None),
+    "block of SD3.5": Benchmark(
+        script("bench_sd35.py", "--block"), script("bench_sd35.py", "--block", "--rounds", "2")
+    ),
+    "plan": Benchmark(script("plan_table.py"), None),
+    "convergence": Benchmark(script("convergence.py"), None),
+    "evaluations": Benchmark(script("nfe.py"), None),
+    "quantization": Benchmark(script("quantization_table.py"), None),
+}
+
+
+class Ran(NamedTuple):
+    """A benchmark that was run: the command, its exit status, seconds, CPU seconds and what it printed."""
+
+    command: str
+    status: int
+    seconds: float
+    cpu: float
+    printed: str
+
+
+def run(arguments: Sequence[str]) -> Ran:
+    """Run a Python with these arguments."""
+    before, begin = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    found = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
+    seconds, after = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    printed = found.stdout if not found.returncode else found.stdout + found.stderr[-500:]
+    return Ran(
+        " ".join(["python", *arguments]).replace(f"{SCRIPTS}/", "scripts/"), found.returncode, seconds, cpu, printed
+    )
+
+
+def machine() -> str:
+    """What computes, and which code."""
+    import jax
+
+    from diffjax.parallel import processor
+    from diffjax.utils import provenance
+
+    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    models = {line.partition(":")[2].strip() for line in cpuinfo.splitlines() if line.startswith("model name")}
+    flags = [flag for flag in KINDS if flag in processor.flags()]
+    git = provenance.git_state(SCRIPTS.parent) or {}
+    commit = f"{git.get('commit', 'none')[:7]}{', changed' if git.get('dirty') else ''}"
+    name = ", ".join(sorted(models)) or platform.processor() or platform.machine()
+    return (
+        f"{name}, {os.cpu_count()} cores, {' '.join(flags) or 'no known flags'}; jax {jax.__version__}; commit {commit}"
+    )
+
+
+def page(ran: dict[str, Ran]) -> str:
+    """The table and what each benchmark printed, in Markdown."""
+    rows = [
+        f"| {name} | `{one.command}` | {'done' if not one.status else f'failed ({one.status})'} | {one.seconds:.0f} |"
+        f" {one.cpu:.0f} |"
+        for name, one in ran.items()
+    ]
+    heading = ["# Benchmarks of one machine", "", machine(), "", "| what | command | | seconds | CPU seconds |"]
+    printed = [f"## {name}\n\n```\n{one.printed.strip()}\n```\n" for name, one in ran.items()]
+    return "\n".join([*heading, "|---|---|---|---|---|", *rows, "", *printed])
+
+
+def start(folder: str) -> None:
+    """Seconds from a command to its end: help, and one picture of the demo's run with and without compiled programs."""
+    print(f"diffjax --help: {_said(run(('-m', 'diffjax', '--help')))}")
+    if not Path(folder, "config.json").is_file():
+        return print(f"the first picture was not drawn, for there is no run {folder}")
+    with tempfile.TemporaryDirectory() as home:
+        os.environ["DIFFJAX_HOME"] = home
+        for caches in ("cold", "warm"):
+            draw = ("-m", "diffjax", "sample", "--run", folder, "--prompt", "pizza", "--num", "1")
+            print(f"one picture, {caches} cache: {_said(run((*draw, '--out', f'{home}/{caches}')))}", flush=True)
+
+
+def _said(one: Ran) -> str:
+    return f"{one.seconds:.2f} s, {one.cpu:.2f} s of CPU" if not one.status else f"failed: {one.printed}"
+
+
+def training_step(dtype: str):
+    """A function that does one step of training the demo, everything in one dtype."""
+    import jax
+
+    from diffjax import config
+    from diffjax.train.experiment import Experiment
+    from diffjax.train.state import create
+
+    settings = config.load("experiments/emoji.py")
+    for table in (settings.dit, settings.text, settings.optimizer):
+        table.dtype = dtype
+    experiment = Experiment.before_data(settings)
+    state = create(experiment.init(jax.random.key(0)), experiment.optimizer, jax.random.key(1))
+    shapes = experiment.batch_shapes(settings.train.batch)
+    batch = {name: jax.numpy.ones(of.shape, of.dtype) for name, of in shapes.items()}
+    step = jax.jit(experiment.step())
+    return lambda: jax.block_until_ready(step(state, batch))
+
+
+def step(rounds: int) -> None:
+    """A step of training the demo in each dtype, in turns."""
+    print("one step of training the demo")
+    show(measure({dtype: ["--worker", dtype] for dtype in DTYPES}, rounds), DTYPES[0])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="minutes")
+    parser.add_argument("--only", nargs="+", choices=BENCHMARKS, default=list(BENCHMARKS))
+    parser.add_argument("--run", default="runs/emoji", help="the run of the demo (default runs/emoji)")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks_here.md"))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--part", choices=("start", "step"), help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=DTYPES, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        return serve(training_step(args.worker))
+    if args.part:
+        return start(args.run) if args.part == "start" else step(args.rounds)
+    ran = {}
+    for name in args.only:
+        if arguments := BENCHMARKS[name][args.quick]:
+            print(f"{name} ...", flush=True)
+            ran[name] = run([argument.replace("{run}", args.run) for argument in arguments])
+            args.out.write_text(page(ran))
+    print(f"{args.out} has what they printed")
+
+
+if __name__ == "__main__":
+    main()

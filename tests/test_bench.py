@@ -1,0 +1,21 @@
+"""The command that runs every benchmark keeps what each printed, and goes on after one that fails."""
+
+import bench
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "said"), [("print('1.23 s')", 0, "1.23 s"), ("print('at'); raise SystemExit('none')", 1, "none")]
+)
+def test_a_benchmark_that_was_run_is_a_row_and_a_section(code, status, said):
+    ran = bench.run(["-c", code])
+    assert ran.status == status and said in ran.printed
+    page = bench.page({"toy": ran})
+    assert f"| toy | `python -c {code}` | {'failed (1)' if status else 'done'} |" in page
+    assert page.index("## toy") < page.index(said, page.index("## toy"))
+
+
+def test_every_script_that_it_runs_is_there():
+    for benchmark in bench.BENCHMARKS.values():
+        for arguments in filter(None, benchmark):
+            assert arguments[0] == "-m" or bench.Path(arguments[0]).is_file()
