@@ -24,7 +24,7 @@ from diffjax.utils.progress import counted
 
 AFTER = 50
 COPIED = 1 / 3
-"""The copy ratio below which a picture is called a copy."""
+"""The copy ratio below which a picture that is called close or a copy is a copy."""
 
 CLOSE = 0.05
 """The share of pictures that are no copies and nearer to a training picture than one that is called close."""
@@ -194,10 +194,10 @@ VERDICTS = ("copied", "close", "new")
 
 
 def judged(ratio: float, usual: Sequence[float]) -> str:
-    """copied, close or new."""
-    if ratio < COPIED:
-        return "copied"
-    return "close" if ratio < np.quantile(usual, CLOSE) else "new"
+    """copied, close or new; never worse than new where pictures that are no copies are as near."""
+    if ratio >= np.quantile(usual, CLOSE):
+        return "new"
+    return "copied" if ratio < COPIED else "close"
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ class Said:
     verdicts: dict[str, str]
 
 
-RATIO = f"copy ratio = d_1 / mean(d_2 ... d_{AFTER + 1}), d_i = sqrt(mean ({{}})^2); copied below 1/3"
+RATIO = f"copy ratio = d_1 / mean(d_2 ... d_{AFTER + 1}), d_i = sqrt(mean ({{}})^2); copied below 1/3 and the lowest 5%"
 
 FIGURES = {
     "pixels": Said(
@@ -228,8 +228,8 @@ FIGURES = {
     ),
     "features": Said(
         "Its relatives in the eyes of the network",
-        "The same by what the network itself sees in each of {}, in its middle layer: things that are alike are near "
-        "each other there, even where they stand in another place or have another colour.",
+        "The same by what the network itself sees in each of {}, in its middle layer: what means much the same to it "
+        "is near there, even where the pixels differ.",
         RATIO.format("f(x) - f(x_i)") + "; f: the middle layer, the mean over places, at sigma / alpha = 1/3",
         "diffjax/explain/features.py",
         {

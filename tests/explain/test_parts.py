@@ -159,6 +159,7 @@ def test_a_copy_is_called_one_and_noise_is_new(data):
     ratio = lambda pixels: nearest.nearest(pixels[None], data, records)[0].ratio
     assert ratio(every[7]) < 1e-3 and nearest.judged(ratio(every[7]), usual) == "copied"
     assert nearest.judged(ratio(RANDOM.integers(0, 256, (8, 8, 3), np.uint8)), usual) == "new"
+    assert [nearest.judged(of, np.linspace(0.2, 0.5, 50)) for of in (0.1, 0.3)] == ["copied", "new"]
     half = (every[7].astype(int) + RANDOM.integers(0, 256, (8, 8, 3))) // 2
     assert nearest.judged(ratio(half.astype(np.uint8)), usual) == "close"
 
