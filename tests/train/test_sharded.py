@@ -148,7 +148,7 @@ def test_eight_devices_agree_with_one(network, name, accumulate, mode):
     assert distance(state.params, expected.params) < 1e-6
     assert distance(state.ema, expected.ema) < 1e-6
     np.testing.assert_allclose(again, losses, rtol=1e-6)
-    if mode in ("fsdp", "both"):
+    if mode in ("fsdp", "both") and network in ("dit", "imagen"):  # eight divides most of their arrays
         assert held < 0.2 * whole
 
 
