@@ -1,6 +1,7 @@
 """Models written for other programs: as a folder that diffusers loads, or as an Orbax checkpoint."""
 
 import itertools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,14 +68,21 @@ def to_sd3(model: Model, out: Path) -> None:
 
 
 def to_orbax(name: str, model: Model, out: Path) -> None:
-    """The parameters as one tree, `network` and, of a text encoder that was trained with it, `text`."""
+    """The parameters as one tree, `network` and, of a text encoder that was trained with it, `text`. Raises `UserError`
+    where they cannot be written.
+    """
     import orbax.checkpoint as ocp
 
     params = {"network": model.denoiser.params}
     if jax.tree.leaves(model.text):
         params["text"] = model.text.params
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(out.absolute(), params)
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(out.absolute(), params)
+    except Exception as error:
+        if not (said := re.search(r"([^:\n]+) \[os_error_code", str(error))):
+            raise
+        raise UserError(f"cannot write {out}: {said[1].strip()}; free some space or choose another folder") from error
 
 
 def named(model: Model) -> tuple[str, ...]:
