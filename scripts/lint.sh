@@ -3,7 +3,7 @@
 # --fix first mends and formats what ruff can.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-bash scripts/setup.sh dev
+bash scripts/setup.sh dev emoji explain # types of optional packages are read too
 
 if [ "${1:-}" = --fix ]; then
     .venv/bin/ruff check --fix-only
