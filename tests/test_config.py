@@ -103,7 +103,7 @@ def test_every_field_can_be_overridden(file):
         (["data.flip=True"], "data.flip", True),
         (["data.templates=('a {}', '{}')"], "data.templates", ("a {}", "{}")),
         (["text=None"], "text", None),
-        (["text.name=t5"], "text", {"name": "t5", "tokens": 12, "path": ""}),
+        (["text.name=t5"], "text", {"name": "t5", "tokens": 6, "path": ""}),
         (["low_res.size=16"], "low_res", {"size": 16, "max_level": 0.3}),
         (["dit.scan=true"], "dit.scan", True),
         (["dit.depth=2", "network=dit"], "dit.depth", 2),

@@ -114,10 +114,9 @@ FORMATS = {"webdataset": Webdataset(), "array_record": ArrayRecord()}
 
 def _template(folder: Path) -> Any:
     import tensorflow_datasets as tfds
-    from etils import epath
 
     return tfds.core.ShardedFileTemplate(
-        data_dir=epath.Path(folder), dataset_name="drawn", split="train", filetype_suffix="array_record"
+        data_dir=tfds.core.Path(folder), dataset_name="drawn", split="train", filetype_suffix="array_record"
     )
 
 

@@ -204,7 +204,7 @@ def test_the_command(folder, calibrated, capsys):
         cli.main(["plan", "--config", str(EXPERIMENTS / "emoji.py"), "--config.train.steps=10", "--device", "t4"]) == 0
     )
     said = capsys.readouterr().out
-    assert "training emoji: 10 steps of 64 images" in said and "images/s" in said and narrow(said)
+    assert "training emoji: 10 steps of 128 images" in said and "images/s" in said and narrow(said)
     assert cli.main(["plan", "--run", str(folder)]) == 2
     assert "holds no run" in capsys.readouterr().err
     assert cli.main(["plan", "--run", str(folder), "--variant", "ema"]) == 2

@@ -72,10 +72,14 @@ class Change(NamedTuple):
     magnitude: np.ndarray | None = None
 
     def __call__(self, weight, strength=1.0):
-        whole = np.asarray(weight, np.float64) + self.delta
+        rows, columns = self.delta.shape  # heads of zeros may follow
+        own = np.asarray(weight, np.float64)[:rows, :columns]
+        whole = own + self.delta
         if self.magnitude is not None:
             whole = self.magnitude[:, None] * whole / np.linalg.norm(whole, axis=1, keepdims=True)
-        return weight + strength * (whole - weight)
+        made = np.array(weight, np.float64)
+        made[:rows, :columns] += strength * (whole - own)
+        return made
 
 
 def widths(module=MODULE):
