@@ -460,7 +460,7 @@ def _plan(parser: _Parser) -> Run:
             jobs = plan.config(_for_device(args.config, target.kind), asked, args.shard)
         else:
             jobs = plan.of_run(run_folder(args.workdir), asked, args.shard)
-        print("\n\n".join(plan.report(job, target, args.compile) for job in jobs))
+        print("\n\n".join(plan.table(job, target, args.compile) for job in jobs))
 
     return run
 

@@ -64,7 +64,7 @@ def write(request: Request, out: str | Path, patience: float = PATIENCE) -> Path
     about = dataclasses.replace(subject.find(preset(request)), patience=patience)
     recipe = about.recipe()
     inputs = about.inputs(recipe)
-    steps = walk.walk(recipe, inputs)
+    steps = walk.run(recipe, inputs)
     picture = walk.look(about, steps[-1].after)
     result = Shown("result", picture, "", f"the picture that was drawn: {about.called or 'of nothing in particular'}")
     lead = LEAD if isinstance(about.model.denoiser, Denoiser) else f"{LEAD} {FORMULA}"

@@ -16,7 +16,7 @@ from diffjax.explain.chart import COLOURS, Chart, Line
 from diffjax.explain.nearest import blocks, chosen
 from diffjax.explain.section import Figure, Section, Table, Text
 from diffjax.explain.subject import Subject
-from diffjax.explain.walk import Step, walk
+from diffjax.explain.walk import Step, run
 from diffjax.models.model import Inputs, Recipe
 from diffjax.utils.errors import UserError
 
@@ -73,7 +73,7 @@ def finer(subject: Subject, recipe: Recipe, inputs: Inputs, steps: Sequence[Step
     if len(recipe.grid) >= STEPS:
         return steps
     try:
-        return walk(subject.recipe(steps=STEPS), inputs, STEPS)
+        return run(subject.recipe(steps=STEPS), inputs, STEPS)
     except UserError:
         return steps
 

@@ -118,7 +118,7 @@ def blocks(
         yield part, rows(data.examples(part)["image"])
 
 
-def nearest(
+def find(
     pictures: UInt8[np.ndarray, "n h w c"],
     data: Dataset,
     records: np.ndarray,
@@ -153,7 +153,7 @@ def compared(
     some = chosen(others, USUAL)
     every = np.concatenate([picture[None], others.examples(some)["image"]])
     but = None if held_out else np.array([-1, *some])
-    own, *usual = nearest(every, data, records, but, rows)
+    own, *usual = find(every, data, records, but, rows)
     return Compared(own, [of.ratio for of in usual], bool(held_out), len(records))
 
 

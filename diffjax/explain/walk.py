@@ -85,7 +85,7 @@ class Step:
     after: Float[np.ndarray, "b ..."]
 
 
-def walk(recipe: Recipe, inputs: Inputs, frames: int = FRAMES) -> list[Step]:
+def run(recipe: Recipe, inputs: Inputs, frames: int = FRAMES) -> list[Step]:
     """The steps of a run, at most so many of them, evenly chosen."""
     recipe = witnessed(recipe, inputs)
     state, grid, steps, done = recipe.begin(inputs), recipe.grid, [], 0

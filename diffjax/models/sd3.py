@@ -139,7 +139,7 @@ def shared(module: MMDiT, params: PyTree, way: str) -> tuple[MMDiT, PyTree]:
     more = split.padded(module.num_attention_heads) - module.num_attention_heads
     padded = pad_heads(params, module.num_attention_heads, module.attention_head_dim, more)
     places = devices.shard_by_rules(padded, sharding.WAYS[way].rules, split.mesh)
-    moved = lambda new, old, place: new if new is old else jax.device_put(new, place)
+    moved = lambda new, old, place: new if new is old else jax.block_until_ready(jax.device_put(new, place))
     return module.clone(split=split), jax.tree.map(moved, padded, params, places)
 
 

@@ -79,6 +79,9 @@ def _more_inputs(kernel: Quantized, inputs: int, more: int) -> Quantized:
 
 
 def _zeros(x: Array, axis: int, more: int) -> Array:
+    """One array after the other: programs that devices run together and that wait for each other may stop for ever on a
+    CPU of fewer threads than devices.
+    """
     width = [(0, 0)] * x.ndim
     width[axis] = (0, more)
-    return jnp.pad(x, width)
+    return jax.block_until_ready(jnp.pad(x, width))

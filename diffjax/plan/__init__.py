@@ -16,7 +16,7 @@ from diffjax.plan import latent
 from diffjax.plan.compiled import Compiled, compile_part
 from diffjax.plan.cost import Part, compiled_bytes, estimate, live_bytes, tree_bytes, tree_size
 from diffjax.plan.programs import Job, experiment, published, run
-from diffjax.plan.report import duration, peak, report
+from diffjax.plan.report import duration, peak, table
 from diffjax.plan.target import Target
 from diffjax.train import finetune
 from diffjax.utils import files
@@ -40,8 +40,8 @@ __all__ = [
     "of_run",
     "peak",
     "published",
-    "report",
     "run",
+    "table",
     "tree_bytes",
     "tree_size",
 ]

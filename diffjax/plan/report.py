@@ -49,7 +49,7 @@ def measured(job: Job, part: Part, target: Target, exact: bool) -> Figures:
     return Figures(replace(found, held=compiled.held, temporary=compiled.temporary), share, together, compiled)
 
 
-def report(job: Job, target: Target, exact: bool = False) -> str:
+def table(job: Job, target: Target, exact: bool = False) -> str:
     """The table of a job, what it needs of memory, and its sum, in lines of at most `WIDTH` letters.
 
     Operations and time are those of all calls; bytes are those of one device. Raises `UserError` where `exact` is asked

@@ -144,7 +144,7 @@ def test_nearest_pictures_are_those_of_a_direct_sum(data, monkeypatch):
     every = data.examples(records)["image"]
     drawn = RANDOM.integers(0, 256, (2, 8, 8, 3), np.uint8)
     direct = np.sqrt((((drawn[:, None].astype(float) - every) / 127.5) ** 2).mean(axis=(2, 3, 4)))
-    for found, distance in zip(nearest.nearest(drawn, data, records), direct):
+    for found, distance in zip(nearest.find(drawn, data, records), direct):
         order = np.argsort(distance)
         assert np.array_equal(found.records, order[: nearest.AFTER + 1])
         np.testing.assert_allclose(found.distances, distance[order[: nearest.AFTER + 1]], rtol=1e-5)
@@ -154,9 +154,9 @@ def test_nearest_pictures_are_those_of_a_direct_sum(data, monkeypatch):
 def test_a_copy_is_called_one_and_noise_is_new(data):
     records = nearest.chosen(data)
     every = data.examples(records)["image"]
-    usual = [of.ratio for of in nearest.nearest(every, data, records, records)]
+    usual = [of.ratio for of in nearest.find(every, data, records, records)]
     assert all(0.5 < ratio < 1.2 for ratio in usual)
-    ratio = lambda pixels: nearest.nearest(pixels[None], data, records)[0].ratio
+    ratio = lambda pixels: nearest.find(pixels[None], data, records)[0].ratio
     assert ratio(every[7]) < 1e-3 and nearest.judged(ratio(every[7]), usual) == "copied"
     assert nearest.judged(ratio(RANDOM.integers(0, 256, (8, 8, 3), np.uint8)), usual) == "new"
     assert [nearest.judged(of, np.linspace(0.2, 0.5, 50)) for of in (0.1, 0.3)] == ["copied", "new"]

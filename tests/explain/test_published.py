@@ -29,7 +29,7 @@ def test_a_class_is_left_out_and_guides(scale):
     subject = Subject(toys.model(classes=("a", "b"), guidance=None), request)
     recipe = subject.recipe()
     inputs = subject.inputs(recipe)
-    steps = walk.walk(recipe, inputs)
+    steps = walk.run(recipe, inputs)
     told = words.section(subject, recipe, inputs, steps)
     assert told.title == "What the class did" and [of["word"] for of in told.numbers["without"]] == ["the class"]
     assert told.numbers["without"][0]["distance"] > 0.01
@@ -43,7 +43,7 @@ def test_a_class_is_left_out_and_guides(scale):
 def test_the_difference_that_guidance_makes_is_that_of_both_branches():
     request = Request(model="toy", labels=("b",), steps=3, sampler="ddim", guidance=1.0)
     subject = Subject(toys.model(classes=("a", "b"), guidance=None), request)
-    steps = walk.walk(subject.recipe(), subject.inputs(subject.recipe()))
+    steps = walk.run(subject.recipe(), subject.inputs(subject.recipe()))
     guided = subject.recipe(guidance=2.0)
     cond = subject.inputs(guided).cond
     for step, (c, u) in zip(steps, guidance.pairs(subject, steps)):
@@ -56,7 +56,7 @@ def test_what_does_not_apply_is_left_out_in_words():
     request = Request(model="toy", steps=2, sampler="ddim")
     subject = Subject(toys.model(guidance=None), request)
     recipe = subject.recipe()
-    steps = walk.walk(recipe, subject.inputs(recipe))
+    steps = walk.run(recipe, subject.inputs(recipe))
     told = words.section(subject, recipe, subject.inputs(recipe), steps)
     assert told.left_out == "This picture was drawn without words." and not told.figures
     assert "nothing to guide by" in guidance.section(subject, steps, None, 1e-3).left_out

@@ -28,7 +28,7 @@ def begun(guidance, **how):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_the_numbers_of_every_step_are_the_move(sampler, guidance):
     _, recipe, inputs = begun(guidance, sampler=sampler, steps=4)
-    steps = walk.walk(recipe, inputs)
+    steps = walk.run(recipe, inputs)
     assert [step.index for step in steps] == [0, 1, 2, 3]
     for step, after in zip(steps, [*steps[1:], None]):
         of = walk.move(recipe, inputs, step)
@@ -45,14 +45,14 @@ def test_the_numbers_of_every_step_are_the_move(sampler, guidance):
 @pytest.mark.parametrize("sampler", ["ddpm", "heun", "unipc"])
 def test_the_walk_ends_in_the_picture_that_is_sampled(sampler):
     model, recipe, inputs = begun(3.0, sampler=sampler, steps=5)
-    last = walk.walk(recipe, inputs)[-1].after
+    last = walk.run(recipe, inputs)[-1].after
     drawn = model.sample(KEY, prompt="a cat", guidance=3.0, sampler=sampler, steps=5)
     np.testing.assert_allclose(last, drawn, rtol=1e-4, atol=1e-5)
 
 
 def test_fewer_frames_are_of_the_same_walk():
     _, recipe, inputs = begun(None, sampler="dpmpp_2m", steps=ROWS + 5)
-    every, some = walk.walk(recipe, inputs, ROWS + 5), walk.walk(recipe, inputs, 4)
+    every, some = walk.run(recipe, inputs, ROWS + 5), walk.run(recipe, inputs, 4)
     assert [step.index for step in some] == [0, 12, 24, 36]
     for step in some:
         np.testing.assert_allclose(step.after, every[step.index].after, rtol=1e-5, atol=1e-6)
@@ -62,7 +62,7 @@ def test_fewer_frames_are_of_the_same_walk():
 
 def test_a_guide_that_remembers_is_watched_too():
     model, recipe, inputs = begun(3.0, guide={"name": "apg", "momentum": -0.5}, steps=3)
-    last = walk.walk(recipe, inputs)[-1].after
+    last = walk.run(recipe, inputs)[-1].after
     drawn = model.sample(KEY, prompt="a cat", guidance=3.0, guide={"name": "apg", "momentum": -0.5}, steps=3)
     np.testing.assert_allclose(last, drawn, rtol=1e-4, atol=1e-5)
 
@@ -70,7 +70,7 @@ def test_a_guide_that_remembers_is_watched_too():
 def test_a_publishers_variance_is_in_the_numbers():
     _, recipe, inputs = begun(None, sampler="ddpm", steps=3)
     recipe = recipe.replace(sampler=recipe.sampler.replace(deviation=sample.large))
-    step = walk.walk(recipe, inputs)[1]
+    step = walk.run(recipe, inputs)[1]
     of = walk.move(recipe, inputs, step)
     assert np.isclose(of.deviation, of.sigma_t * np.sqrt(1 - of.r**2), rtol=1e-5) and of.deviation > 0
     shown = walk.formulas(step, of, 1.0)

@@ -244,7 +244,7 @@ def test_parameters_are_those_of_the_run(tmp_path, monkeypatch):
     assert sum(part.parameters for part in drawn.parts) == training.parts[0].parameters and training.note == ""
     emoji.data.path = str(tmp_path / "not there")
     more = plan.experiment(emoji, ASKED)[0]
-    assert more.parts[0].parameters > training.parts[0].parameters and "the captions are not here yet" in plan.report(
+    assert more.parts[0].parameters > training.parts[0].parameters and "the captions are not here yet" in plan.table(
         more, plan.Target("h100")
     )
 
