@@ -1,7 +1,7 @@
 """Kill jobs at random instants, and hold what they end with to what a job makes that nobody disturbs.
 
-    python scripts/kill_test.py --out /tmp/kills --runs 200            goes on after the trials that are there
-    python scripts/kill_test.py --out /tmp/kills --summary             counts what was run
+    python scripts/kill_test.py --out kills --runs 200                 goes on after the trials that are there
+    python scripts/kill_test.py --out kills --summary                  counts what was run
 
 A trial is one job (train, sample, prepare, convert) with one fault, drawn from (seed, number of the trial):
 

@@ -11,6 +11,7 @@ and errors of one are errors of the other: `|dy|^2 = (det / sigma)^2 |dx0|^2`.
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array
 
 from diffjax.diffusion.process import Images, Process, Time, expand
@@ -111,8 +112,11 @@ def determinant(prediction: Prediction, process: Process, t: Time) -> Time:
 
 
 def is_blind(prediction: Prediction, process: Process, t: Time) -> bool:
-    """Whether det is 0 at t, so that x0 does not follow from the prediction: eps and score where alpha is 0."""
-    return bool(jnp.abs(determinant(prediction, process, t)) < 1e-6)
+    """Whether det is 0 at t, so that x0 does not follow from the prediction: eps and score where alpha is 0. False
+    while jax traces t or the process, whose values are not known then.
+    """
+    det = determinant(prediction, process, t)
+    return not isinstance(det, Tracer) and bool(jnp.abs(det) < 1e-6)
 
 
 def target(prediction: Prediction, process: Process, x0: Images, eps: Images, t: Time) -> Array:

@@ -16,12 +16,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key
 
 from diffjax.diffusion.grid import Grid
 from diffjax.diffusion.guide import Denoise, Scale
-from diffjax.diffusion.predict import Estimate, determinant
+from diffjax.diffusion.predict import Estimate, is_blind
 from diffjax.diffusion.process import Images, Keys, Process, Time, fold, image_keys, root, unit_noise
 from diffjax.diffusion.refine import Chain, Refine, Step
 from diffjax.utils import struct
@@ -218,8 +217,7 @@ def draw(
 
 def _check_start(denoise: Denoise, t: Time) -> None:
     prediction = getattr(denoise, "prediction", None)
-    det = 1.0 if prediction is None else determinant(prediction, denoise.process, t)
-    if not isinstance(det, Tracer) and abs(det) < 1e-6:
+    if prediction is not None and is_blind(prediction, denoise.process, t):
         raise UserError(
             f"the grid begins at t = {float(t):g}, pure noise, of which {type(prediction).__name__} prediction makes "
             "no picture: begin below 1, as grid.uniform(steps, start) does"

@@ -50,17 +50,21 @@ def remembered(
     Warns of what the encoder warned of when it read them.
     """
     different, folder = tuple(dict.fromkeys(prompts)), files.home() / "prompts" / encoder
-    if absent := [prompt for prompt in different if read(path_of(folder, prompt)) is None]:
+    few = len(different) <= MANY
+    rows = {prompt: row if few else {} for prompt in different if (row := read(path_of(folder, prompt))) is not None}
+    if absent := [prompt for prompt in different if prompt not in rows]:
         text = load()
         for prompt in track(absent, "encoding the texts", len(absent)) if len(absent) > BAR else absent:
+            row = _encoded(text, prompt)
             with files.open_atomic(path_of(folder, prompt)) as file:
-                np.savez_compressed(file, **_encoded(text, prompt))
-    if len(different) > MANY:
+                np.savez_compressed(file, **row)
+            rows[prompt] = row if few else {}
+    if not few:
         return OnDisk(folder)
-    rows = [row for prompt in different if (row := read(path_of(folder, prompt))) is not None]
-    for said in dict.fromkeys(line for row in rows for line in row[SAID].tolist()):
+    found = [rows[prompt] for prompt in different]
+    for said in dict.fromkeys(line for row in found for line in row[SAID].tolist()):
         warnings.warn(said, stacklevel=2)
-    return Encoded(different, _stacked(rows))
+    return Encoded(different, _stacked(found))
 
 
 def _stacked(rows: Sequence[Row]) -> Row:

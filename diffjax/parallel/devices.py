@@ -1,7 +1,7 @@
 """Devices: find them, say which one is used, and spread arrays over them.
 
-Data parallelism is `jit` over arrays placed by `shard_batch` and `replicate`; FSDP and tensor parallelism are the same
-`jit` with parameters placed by `shard_by_rules`. The compiler derives the communication from the placement.
+Data parallelism is `jit` over arrays placed by `layout.shard_batch` and `replicate`; FSDP and tensor parallelism are
+the same `jit` with parameters placed by `shard_by_rules`. The compiler derives the communication from the placement.
 """
 
 import ctypes
@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from diffjax.parallel import hosts
-from diffjax.parallel.targets import absent as absent, skip_search
+from diffjax.parallel.targets import MODULE, absent as absent, skip_search
 from diffjax.utils.determinism import ask_xla
 from diffjax.utils.errors import UserError
 from diffjax.utils.files import home
@@ -127,9 +126,8 @@ def announce() -> None:
 
 def nvidia_driver() -> str | None:
     """The version of the host's NVIDIA driver, as its kernel module or `nvidia-smi` says; None without one."""
-    module = Path("/sys/module/nvidia/version")
-    if module.exists():
-        return module.read_text().strip()
+    if MODULE.exists():
+        return MODULE.read_text().strip()
     command = ["--query-gpu=driver_version", "--format=csv,noheader"]
     return (nvidia_smi(*command) or "").strip().partition("\n")[0] or None
 
@@ -152,19 +150,6 @@ def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:  # pyright: 
 def replicate(tree: Any, mesh: Mesh) -> Any:
     """The tree with a copy of every leaf on every device of the mesh."""
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
-
-
-def shard_batch(batch: Any, mesh: Mesh) -> Any:
-    """This host's part of a batch, leaves (b, ...), as global arrays (hosts * b, ...) split over the axis `data`.
-
-    Raises `UserError` when b is not a multiple of the number of this host's devices.
-    """
-    local = len(mesh.local_devices)
-    size = len(jax.tree.leaves(batch)[0])
-    if size % local:
-        raise UserError(f"a batch of {size} cannot be split over {local} devices: choose a multiple of {local}")
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
 
 
 def placement(rules: Sequence[Rule], mesh: Mesh) -> Callable[[str, tuple[int, ...]], NamedSharding]:

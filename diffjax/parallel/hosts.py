@@ -118,10 +118,10 @@ def first(function: Callable[[], T]) -> T:
         return function()
     key = f"diffjax/first/{next(_numbers)}"
     if index():
-        told = json.loads(_client().blocking_key_value_get(key, PATIENCE))
-        if "error" in told:
-            raise UserError(told["error"])
-        return told["value"]
+        said = json.loads(_client().blocking_key_value_get(key, PATIENCE))
+        if "error" in said:
+            raise UserError(said["error"])
+        return said["value"]
     try:
         value = function()
     except UserError as error:

@@ -9,28 +9,21 @@ changes fastest.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from diffjax.parallel.devices import Rule, largest_axis, one_axis
+from diffjax.parallel.devices import Rule
+from diffjax.parallel.sharding import rules_of
 from diffjax.utils.errors import UserError
 
 AXES = ("replica", "data", "model")
 
 OUTPUTS = r"/((to_|add_)?[qkv](_proj)?|gate|up|net_0_proj|ff_in|conv1|time_emb_proj)/(kernel|bias)$"
 INPUTS = r"/(to_out_0|to_add_out|out|down|net_2|ff_out|conv2|\w+_linear|adapt(_out|_last)?)/kernel$"
-PAIRS = ((OUTPUTS, one_axis(-1, "model")), (INPUTS, one_axis(-2, "model")))
-
-RULES: dict[str, tuple[Rule, ...]] = {
-    "data": (),
-    "fsdp": ((".", largest_axis("data")),),
-    "tensor": PAIRS,
-    "both": tuple(
-        (pattern, largest_axis("data", beside=split)) for pattern, split in (*PAIRS, (".", largest_axis("model")))
-    ),
-}
+RULES: dict[str, tuple[Rule, ...]] = {"data": ()} | rules_of(OUTPUTS, INPUTS)
 """The rules of each mode; a moment or an average of a parameter has its name, and so its place."""
 
 
@@ -77,6 +70,29 @@ def share(over: Mesh) -> tuple[int, int]:
     places = rows(over).addressable_devices_indices_map((number,))
     own = sorted({index[0].indices(number)[0] for index in places.values() if index})
     return own[0] // len(own), number // len(own)
+
+
+def check_batch(batch: int, accumulate: int, over: Mesh) -> None:
+    """Raises `UserError` for a batch that cannot be split over the mesh into so many micro-batches."""
+    count = parts(over)
+    if batch % (accumulate * count):
+        raise UserError(
+            f"train.batch {batch} cannot be split into {accumulate} micro-batches on {count} devices: choose a "
+            f"multiple of {accumulate * count}"
+        )
+
+
+def shard_batch(batch: Any, over: Mesh) -> Any:
+    """This host's part of a batch, leaves (b, ...), as global arrays split as `rows` says.
+
+    Raises `UserError` when b is no multiple of this host's parts.
+    """
+    (_, shares), placed = share(over), rows(over)
+    size, local = len(jax.tree.leaves(batch)[0]), parts(over) // shares
+    if size % local:
+        raise UserError(f"a batch of {size} cannot be split over {local} devices: choose a multiple of {local}")
+    whole = lambda x: (shares * size, *x.shape[1:])
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(placed, np.asarray(x), whole(x)), batch)
 
 
 def here(over: Mesh) -> Mesh:

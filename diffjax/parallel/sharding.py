@@ -17,7 +17,20 @@ from diffjax.utils.errors import UserError
 
 OUTPUTS = r"/(to_[qkv]|add_[qkv]_proj|net_0_proj|[qkv]|wi(_[01])?)/(kernel|bias)"
 INPUTS = r"/(to_out_0|to_add_out|net_2|\w+_linear|o|wo)/kernel"
-SPLITS = ((OUTPUTS, one_axis(-1, "model")), (INPUTS, one_axis(-2, "model")))
+
+
+def rules_of(outputs: str, inputs: str) -> dict[str, tuple[Rule, ...]]:
+    """The rules of each way, where tensor parallelism splits the layers of these names by their outputs and inputs."""
+    pairs = ((outputs, one_axis(-1, "model")), (inputs, one_axis(-2, "model")))
+    every = (*pairs, (".", largest_axis("model")))
+    return {
+        "fsdp": ((".", largest_axis("data")),),
+        "tensor": pairs,
+        "both": tuple((pattern, largest_axis("data", beside=split)) for pattern, split in every),
+    }
+
+
+RULES = rules_of(OUTPUTS, INPUTS)
 
 
 @dataclass(frozen=True)
@@ -33,14 +46,9 @@ class Way:
 
 
 WAYS = {
-    "fsdp": Way(("data",), ((".*", largest_axis("data")),), "data", "data"),
-    "tensor": Way(("model",), SPLITS, None, "model"),
-    "both": Way(
-        ("data", "model"),
-        tuple((pattern, largest_axis("data", split)) for pattern, split in (*SPLITS, (".*", largest_axis("model")))),
-        "data",
-        "model",
-    ),
+    "fsdp": Way(("data",), RULES["fsdp"], "data", "data"),
+    "tensor": Way(("model",), RULES["tensor"], None, "model"),
+    "both": Way(("data", "model"), RULES["both"], "data", "model"),
 }
 
 

@@ -23,7 +23,7 @@ POOL = 0.75
 GPUS_A_HOST = 8
 
 MODULE = Path("/sys/module/nvidia/version")
-"""There where NVIDIA's kernel module is loaded."""
+"""The version of NVIDIA's kernel module, there where it is loaded."""
 
 NO_TPU = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",

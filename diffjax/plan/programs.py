@@ -149,8 +149,7 @@ def _over(experiment: Experiment, mode: str, state: PyTree, batch: PyTree, devic
     """Training on several devices, as `Part.over`. Raises `UserError` for a batch that they cannot split."""
     train = experiment.config.train
     mesh = layout.mesh(mode, train.replicas, devices)
-    if train.batch % (train.accumulate * layout.parts(mesh)):
-        raise UserError(f"train.batch {train.batch} cannot be split over {len(devices)} devices: choose a multiple")
+    layout.check_batch(train.batch, train.accumulate, mesh)
     rules = layout.RULES[mode]
     held = placed(state, shard_by_rules(state, rules, mesh))
     return by_jit(experiment.step(), mesh, rules).step, held, (placed(batch, layout.rows(mesh)),)

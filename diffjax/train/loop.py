@@ -202,13 +202,7 @@ def check(config: ConfigDict) -> None:
     check_installed(config)
     build.named("train.parallel", WAYS, config.train.parallel)
     check_conditions(config)
-    rows = layout.parts(mesh(config))
-    parts = config.train.accumulate * rows
-    if config.train.batch % parts:
-        raise UserError(
-            f"train.batch {config.train.batch} cannot be split into {config.train.accumulate} micro-batches"
-            f" on {rows} devices: choose a multiple of {parts}"
-        )
+    layout.check_batch(config.train.batch, config.train.accumulate, mesh(config))
 
 
 def mesh(config: ConfigDict) -> Mesh:

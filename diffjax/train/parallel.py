@@ -1,6 +1,5 @@
 """One step function on all devices: `jit` over sharded batches and states, or `pmap`."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +13,6 @@ from diffjax.parallel import devices, hosts, layout
 from diffjax.parallel.devices import Rule
 from diffjax.train.state import State
 from diffjax.train.step import Batch, Step
-from diffjax.utils.errors import UserError
 
 
 class Parallel(NamedTuple):
@@ -67,26 +65,12 @@ def by_jit(step: Step, mesh: Mesh, rules: Sequence[Rule] = ()) -> Parallel:
     return Parallel(
         create=create,
         place=place,
-        feed=functools.partial(_feed, mesh),
+        feed=lambda batch: layout.shard_batch(batch, mesh),
         step=jax.jit(stepped, donate_argnums=0),
         gather=lambda tree: tree,
         own=own,
         share=layout.share(mesh),
     )
-
-
-def _feed(mesh: Mesh, batch: dict[str, np.ndarray]) -> Batch:
-    """This host's part of a batch, leaves (b, ...), as global arrays.
-
-    Raises `UserError` when their rows cannot be split over the mesh.
-    """
-    rows, parts, (_, shares) = layout.rows(mesh), layout.parts(mesh), layout.share(mesh)
-    size = len(jax.tree.leaves(batch)[0])
-    if size % (parts // shares):
-        local = parts // shares
-        raise UserError(f"a batch of {size} cannot be split over {local} devices: choose a multiple of {local}")
-    whole = lambda x: (shares * size, *x.shape[1:])
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x, whole(x)), batch)
 
 
 def by_pmap(step: Step, mesh: Mesh) -> Parallel:
@@ -102,7 +86,7 @@ def by_pmap(step: Step, mesh: Mesh) -> Parallel:
         return _plainly(lambda plain: jax.tree.map(replicate, plain), tree)
 
     def feed(batch: dict[str, np.ndarray]) -> Batch:
-        return jax.tree.map(lambda x: x.reshape(len(local), -1, *x.shape[1:]), devices.shard_batch(batch, own))
+        return jax.tree.map(lambda x: x.reshape(len(local), -1, *x.shape[1:]), layout.shard_batch(batch, own))
 
     mapped = jax.pmap(
         lambda state, batch: step(state, batch, axis_name="data"),

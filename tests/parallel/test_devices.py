@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec as P
 
-from diffjax.parallel import devices
+from diffjax.parallel import devices, layout
 from diffjax.utils.errors import UserError
 
 
@@ -26,7 +26,7 @@ def test_data_mesh_takes_all_devices_or_some(eight):
 
 def test_batch_is_split_and_parameters_are_copied(eight):
     batch = {"x": np.arange(32.0).reshape(16, 2), "label": np.arange(16)}
-    batch, params = devices.shard_batch(batch, eight), devices.replicate({"w": jnp.ones((2, 3))}, eight)
+    batch, params = layout.shard_batch(batch, eight), devices.replicate({"w": jnp.ones((2, 3))}, eight)
     assert {shard.data.shape for shard in batch["x"].addressable_shards} == {(2, 2)}
     assert {shard.data.shape for shard in params["w"].addressable_shards} == {(2, 3)}
     y = jax.jit(lambda params, x: x @ params["w"])(params, batch["x"])
@@ -36,7 +36,7 @@ def test_batch_is_split_and_parameters_are_copied(eight):
 
 def test_batch_that_cannot_be_split_is_refused(eight):
     with pytest.raises(UserError, match="a batch of 12 cannot be split over 8 devices: choose a multiple of 8"):
-        devices.shard_batch(np.zeros((12, 2)), eight)
+        layout.shard_batch(np.zeros((12, 2)), eight)
 
 
 def test_first_rule_that_matches_places_a_leaf():
@@ -130,11 +130,11 @@ print(({pages} - before) * {os.sysconf("SC_PAGE_SIZE")})
 def test_two_hosts_share_one_batch(tmp_path):
     code = """
 import jax, numpy as np
-from diffjax.parallel import devices
+from diffjax.parallel import devices, layout
 devices.start()
 world = devices.data_mesh()
 rows = np.arange(4.0)[:, None] + 10 * jax.process_index()
-batch = devices.shard_batch(rows, world)
+batch = layout.shard_batch(rows, world)
 weight = devices.replicate(np.float32(2), world)
 total = jax.jit(lambda w, x: (w * x).sum(), out_shardings=weight.sharding)(weight, batch)
 print(len(jax.devices()), batch.shape, float(total))
