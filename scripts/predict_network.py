@@ -140,7 +140,7 @@ def main():
     start, found = noise(2, options.num), {}
     own = drawn(network, grid, start)
     rows = [own[:16]]
-    seeds = {"local": (8, 2 * options.size), "equivariant": (1, options.size + 2)}
+    seeds = {"local": (8, 2 * options.size), "equivariant": (4, options.size + 2)}
     machines = {
         "local": local.Local(PROCESS, pictures, local.falling(17)),
         "equivariant": local.Equivariant(PROCESS, pictures, local.falling(17), "broken"),

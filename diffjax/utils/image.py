@@ -5,6 +5,7 @@ A picture is uint8 (h, w, c), c 1 or 3; a network's images are float NHWC in [-1
 
 import functools
 import io
+import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -150,7 +151,7 @@ def _legible(text: str) -> tuple[str, Font]:
             return text, font
     font = _signs()
     said = "".join(c if _shows(font, c) and unicodedata.category(c) != "Cf" else f" {_name(c)} " for c in text)
-    return " ".join(said.split()), font
+    return re.sub(r" (?=[,.;:!?])", "", " ".join(said.split())), font
 
 
 def _fonts() -> Iterator[Font]:

@@ -1,15 +1,18 @@
 """Training on from a published model, at toy size: it learns, keeps what is frozen, and its results can be used."""
 
+import functools
 import json
 from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
 import reference
 import sd3_folder
 import toys
 from PIL import Image
+from test_step import distance
 
 import diffjax
 from diffjax import config, convert, plan, weights
@@ -17,13 +20,17 @@ from diffjax.data import dataset
 from diffjax.data.dataset import default_config
 from diffjax.data.pipeline import batches
 from diffjax.nets import lora
-from diffjax.parallel import hosts
+from diffjax.parallel import devices, hosts
 from diffjax.train import latents, ready
+from diffjax.train.checkpoint import load_run
 from diffjax.train.finetune import FineTuning
 from diffjax.train.loop import train
 from diffjax.utils.errors import UserError
 from diffjax.weights import lora as lora_file
 
+DATA_MESH = devices.data_mesh
+ADAMW = functools.partial(optax.adamw, eps=1e-3)
+"""Its epsilon is large, since the sign of a gradient that is zero but for rounding is anybody's."""
 FILE = Path(__file__).parents[2] / "experiments" / "sd35_finetune.py"
 
 
@@ -133,6 +140,47 @@ def test_what_is_read_is_encoded_beforehand_in_parts(place, monkeypatch, tmp_pat
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.np*")}
     FineTuning.begin(settings, tmp_path / "run", found)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.np*")} == before and len(before) > 4
+
+
+@pytest.fixture(scope="module")
+def alone(place, tmp_path_factory):
+    """What one device trains, of each kind, once."""
+
+    @functools.cache
+    def run(kind):
+        workdir = tmp_path_factory.mktemp(kind) / "run"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(optax, "adamw", ADAMW)
+            train(short(place, kind), workdir)
+        return workdir
+
+    return run
+
+
+def short(place, kind, **changes):
+    settings = experiment(place, kind)
+    settings.optimizer.update(learning_rate=0.002, clip=0.5)
+    settings.train.update(steps=3, log_every=1, save_every=2, **changes)
+    return settings
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode, replicas", [("data", 1), ("fsdp", 1), ("fsdp", 2), ("tensor", 1), ("both", 1)])
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_eight_devices_train_what_one_does(place, alone, kind, mode, replicas, tmp_path, monkeypatch):
+    """Adapters beside a base that is split too, and the whole model; a run goes on with the state split otherwise."""
+    with monkeypatch.context() as patch:
+        patch.setattr(devices, "data_mesh", DATA_MESH)
+        patch.setattr(optax, "adamw", ADAMW)
+        split = short(place, kind, shard=mode, replicas=replicas)
+        split.train.steps = 2
+        train(split, tmp_path / "run")
+        split.train.update(steps=3, shard="fsdp" if mode == "tensor" else "tensor", replicas=1)
+        train(split, tmp_path / "run")
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(alone(kind)), rtol=1e-6)
+    for ema in (True, False):
+        ours, one = (load_run(workdir, ema=ema).params for workdir in (tmp_path / "run", alone(kind)))
+        assert distance(ours, one) < 1e-6
 
 
 @pytest.mark.slow

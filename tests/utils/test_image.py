@@ -97,6 +97,7 @@ def test_captions_in_any_script_are_legible():
         assert said == caption and all(image._shows(font, character) for character in caption)
     assert image._legible("\U0001f436")[0] in ("\U0001f436", "dog face")
     assert image._legible("\U0001f469\u200d\U0001f680")[0] in ("\U0001f469\u200d\U0001f680", "woman rocket")
+    assert image._legible("\U0001f436, \U00013000")[0] in ("\U0001f436, \U00013000", "dog face, U+13000")
     absent = "\U00013000"  # a hieroglyph
     assert image._legible(absent)[0] in (absent, "U+13000")
 
