@@ -128,7 +128,7 @@ class Kept:
 def split_over(way: str, over: Sequence[Any] | None = None) -> Split:
     """How devices, all unless some are given, share the work of a transformer whose parameters are split that way."""
     how = sharding.WAYS[way]
-    return Split(sharding.mesh(way, over), how.rows, how.heads)
+    return Split(sharding.mesh(way, over), (how.rows,) if how.rows else (), how.heads)
 
 
 def shared(module: MMDiT, params: PyTree, way: str) -> tuple[MMDiT, PyTree]:

@@ -3,14 +3,15 @@
 A program takes the one of the platform that it is lowered for, which need not be this process's.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.shard_alike import shard_alike
 from jaxtyping import Array, Bool, Float
 
+from diffjax.nets.split import Split
 from diffjax.utils.install import has_compiler
 
 BLOCK = 512
@@ -24,15 +25,16 @@ def kernels(
     q: Float[Array, "b t n h"], k: Float[Array, "b s n h"], plain: bool
 ) -> dict[str, Callable[..., Float[Array, "b t n h"]]]:
     """The functions of (q, k, v, mask, bias) that take queries and keys of this kind, by platform; `plain`: without
-    mask and bias.
+    mask and bias. XLA splits none of them by itself: under a mesh each device has its own rows and heads.
     """
-    found = {}
+    found, split = {}, Split.here()
     if has_compiler("cuda") and _cudnn_reads(q):
         found["cuda"] = cudnn
     long = min(q.shape[1], k.shape[1]) >= SHORTEST
-    if has_compiler("tpu") and plain and long and _is_alone() and q.dtype == jnp.bfloat16 and q.shape[-1] % 64 == 0:
+    fits = plain and long and q.dtype == jnp.bfloat16 and q.shape[-1] % 64 == 0
+    if has_compiler("tpu") and fits and (split or _is_alone()):
         found["tpu"] = lambda q, k, v, mask, bias: pallas(q, k, v)
-    return found
+    return {name: functools.partial(split.attend, kernel) for name, kernel in found.items()} if split else found
 
 
 def _cudnn_reads(q: Array) -> bool:
@@ -48,10 +50,11 @@ def _cudnn_reads(q: Array) -> bool:
 
 
 def _is_alone() -> bool:
-    """Whether what is traced is a program of one device, as of `shard_map`: XLA does not split Pallas' kernels."""
+    """Whether what is traced is a program of one device: of `shard_map`, under a mesh of one, or on the only TPU."""
     mesh = jax.sharding.get_abstract_mesh()
-    inside = bool(mesh.axis_names) and set(mesh.manual_axes) == set(mesh.axis_names)
-    return inside or (jax.default_backend() == "tpu" and jax.device_count() == 1)
+    if mesh.axis_names:
+        return mesh.size == 1 or set(mesh.manual_axes) == set(mesh.axis_names)
+    return jax.default_backend() == "tpu" and jax.device_count() == 1
 
 
 def cudnn(
@@ -61,14 +64,8 @@ def cudnn(
     mask: Bool[Array, "#b #n #t s"] | None,
     bias: Float[Array, "#b #n #t s"] | None,
 ) -> Float[Array, "b t n h"]:
-    """cuDNN's fused attention; its gradient wants even lengths, so an odd one gets a token that is left out again.
-
-    Split over devices, it wants queries, keys and values split alike, which the compiler does not see to by itself.
-    """
+    """cuDNN's fused attention; its gradient wants even lengths, so an odd one gets a token that is left out again."""
     (b, t), s = q.shape[:2], k.shape[1]
-    k, v = shard_alike(k, v)
-    if t == s:
-        q, k = shard_alike(q, k)
     even = lambda x: jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
     whole = lambda x: jnp.pad(jnp.broadcast_to(x, (*x.shape[:2], t, s)), ((0, 0), (0, 0), (0, t % 2), (0, s % 2)))
     mask = None if mask is None else whole(mask)

@@ -1,15 +1,15 @@
 """How the devices of a mesh share the work of one network: the rows of its batch, and the heads of its attention."""
 
-import functools
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, PyTree
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, PyTree
 
 from diffjax.nets.quantize import Quantized
 from diffjax.utils.errors import UserError
@@ -21,32 +21,60 @@ FROM_HEADS = re.compile(r"(^|/)(to_out_0|to_add_out)/kernel\b")
 
 @dataclass(frozen=True)
 class Split:
-    """The axes of a mesh: along `rows` the batch is split, where that divides it, and along `heads` the heads, to whom
+    """The axes of a mesh: along `rows` the batch is split, where they divide it, and along `heads` the heads, to whom
     some of zeros are added until it divides them. One axis that is both splits the heads of a batch that it does not
     divide.
     """
 
-    mesh: Mesh
-    rows: str | None = None
+    mesh: Mesh | AbstractMesh
+    rows: tuple[str, ...] = ()
     heads: str | None = None
+
+    @classmethod
+    def here(cls) -> Self | None:
+        """That of the mesh under which a program is traced (`jax.sharding.use_abstract_mesh`): heads along its axis
+        `model`, rows along all others. None without a mesh, on one device, and in the program of a single device.
+        """
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.size < 2 or mesh.manual_axes:
+            return None
+        rows = tuple(name for name in mesh.axis_names if name != "model")
+        return cls(mesh, rows, "model" if "model" in mesh.axis_names else None)
 
     def padded(self, heads: int) -> int:
         """The number of heads with those of zeros."""
         return heads if self.heads is None else heads + -heads % self.mesh.shape[self.heads]
 
-    def _row_axis(self, batch: int) -> str | None:
-        return self.rows if self.rows and batch % self.mesh.shape[self.rows] == 0 else None
+    def _row_axes(self, batch: int) -> tuple[str, ...] | None:
+        divides = batch % math.prod(self.mesh.shape[name] for name in self.rows) == 0
+        return self.rows if self.rows and divides else None
 
     def place(self, x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
         """Rows where they belong, everything else whole on each device."""
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(self._row_axis(x.shape[0]))))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(self._row_axes(x.shape[0]))))
 
-    def attend(self, attention: Callable[..., Array], *qkv: Float[Array, "b l n h"]) -> Float[Array, "b t n h"]:
-        """`attention(q, k, v)`, every device with its own rows and heads."""
-        rows = self._row_axis(qkv[0].shape[0])
-        spec = PartitionSpec(rows, None, None if rows == self.heads else self.heads)
-        run = functools.partial(jax.shard_map, mesh=self.mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
-        return run(attention)(*qkv)
+    def attend(
+        self,
+        attention: Callable[..., Array],
+        q: Float[Array, "b t n h"],
+        k: Float[Array, "b s n h"],
+        v: Float[Array, "b s n h"],
+        *scores: Float[Array, "#b #n #t s"] | Bool[Array, "#b #n #t s"] | None,
+    ) -> Float[Array, "b t n h"]:
+        """`attention(q, k, v, *scores)`, every device with its own rows and heads; `scores` are mask and bias."""
+        b, n = q.shape[0], q.shape[2]
+        rows, more = self._row_axes(b), self.padded(n) - n
+        heads = None if rows and self.heads in rows else self.heads
+        q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, more if heads else 0), (0, 0))) for x in (q, k, v))
+        widen = lambda x: (
+            jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0)), mode="edge") if heads and x.shape[1] > 1 else x
+        )
+        scores = tuple(None if x is None else widen(x) for x in scores)
+        whole = PartitionSpec(rows, None, heads)
+        of = lambda x: PartitionSpec(rows if x.shape[0] > 1 else None, heads if x.shape[1] > 1 else None)
+        specs = (whole, whole, whole, *(PartitionSpec() if x is None else of(x) for x in scores))
+        run = jax.shard_map(attention, mesh=self.mesh, in_specs=specs, out_specs=whole, check_vma=False)
+        return run(q, k, v, *scores)[:, :, :n]
 
 
 def pad_heads(params: PyTree, heads: int, width: int, more: int) -> PyTree:

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from diffjax.parallel import hosts
 from diffjax.parallel.targets import MODULE, absent as absent, skip_search
@@ -26,7 +26,8 @@ from diffjax.utils.errors import UserError
 from diffjax.utils.files import home
 from diffjax.utils.progress import counted
 
-Split = Callable[[tuple[int, ...], Mesh], PartitionSpec]
+Meshes = Mesh | AbstractMesh
+Split = Callable[[tuple[int, ...], Meshes], PartitionSpec]
 Rule = tuple[str, PartitionSpec | Split]
 
 # From glibc's malloc.h: never trim the heap, grow it by 256 MB at least, and take large arrays from it too.
@@ -152,7 +153,7 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
-def placement(rules: Sequence[Rule], mesh: Mesh) -> Callable[[str, tuple[int, ...]], NamedSharding]:
+def placement(rules: Sequence[Rule], mesh: Meshes) -> Callable[[str, tuple[int, ...]], NamedSharding]:
     """The function (name, shape) -> sharding of rules, as `weights.load` takes it.
 
     A leaf is named by its path, as in `blocks/attention/query/kernel`; the first rule whose regular expression is
@@ -170,14 +171,14 @@ def placement(rules: Sequence[Rule], mesh: Mesh) -> Callable[[str, tuple[int, ..
     return place
 
 
-def shard_by_rules(tree: Any, rules: Sequence[Rule], mesh: Mesh) -> Any:
+def shard_by_rules(tree: Any, rules: Sequence[Rule], mesh: Meshes) -> Any:
     """`placement` of every leaf (array or `ShapeDtypeStruct`), for `jax.device_put` or as `in_shardings`."""
     place = placement(rules, mesh)
     name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
     return jax.tree_util.tree_map_with_path(lambda path, leaf: place(name(path), leaf.shape), tree)
 
 
-def _fits(shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> bool:
+def _fits(shape: tuple[int, ...], spec: PartitionSpec, mesh: Meshes) -> bool:
     parts = [math.prod(mesh.shape[name] for name in np.atleast_1d(axes)) if axes else 1 for axes in spec]
     return len(parts) <= len(shape) and all(size % part == 0 for size, part in zip(shape, parts))
 
@@ -187,7 +188,7 @@ def largest_axis(name: str, beside: Split | None = None) -> Split:
     axis `name` divides, and that the rule `beside` left whole; a leaf without one is not split further.
     """
 
-    def rule(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    def rule(shape: tuple[int, ...], mesh: Meshes) -> PartitionSpec:
         spec = list(beside(shape, mesh)) if beside else []
         spec += [None] * (len(shape) - len(spec))
         sizes = [size if size % mesh.shape[name] == 0 and not spec[i] else 0 for i, size in enumerate(shape)]
@@ -201,7 +202,7 @@ def largest_axis(name: str, beside: Split | None = None) -> Split:
 def one_axis(axis: int, name: str) -> Split:
     """The rule of tensor parallelism: split this axis over the mesh axis `name` if that divides it."""
 
-    def rule(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    def rule(shape: tuple[int, ...], mesh: Meshes) -> PartitionSpec:
         if len(shape) < abs(axis) or shape[axis] % mesh.shape[name]:
             return PartitionSpec()
         return PartitionSpec(*(name if i == axis % len(shape) else None for i in range(len(shape))))

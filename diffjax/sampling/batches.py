@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Key, PyTree, UInt8
 
 from diffjax.diffusion import sample
@@ -106,7 +106,7 @@ class Drawing:
 
     def groups(self, parts: Sequence[Part]) -> list[Group]:
         """The parts that run together: those that stand at the same step, as many as there are devices."""
-        size = 1 if _is_spread(self.recipe) else jax.local_device_count()
+        size = 1 if _spread(self.recipe) else jax.local_device_count()
         alike = itertools.groupby(sorted(parts, key=lambda part: -part.done), key=lambda part: part.done)
         runs = [list(run) for _, run in alike]
         return [tuple(run[i : i + size]) for run in runs for i in range(0, len(run), size)]
@@ -129,18 +129,21 @@ class Drawing:
 
     def stages(self, groups: Sequence[Group], every: int = 0) -> Iterator[Stage]:
         """What the groups pass, one after the other; with `every`, a stage after each so many steps is among it."""
-        mesh = None if _is_spread(self.recipe) else devices.data_mesh(jax.local_devices()[: max(map(len, groups))])
+        spread = _spread(self.recipe)
+        mesh = None if spread else devices.data_mesh(jax.local_devices()[: max(map(len, groups))])
         recipe = devices.replicate(self.recipe, mesh) if mesh else self.recipe
         pace, chunk = Pace(), lambda done, rows: replace(recipe, grid=_filled(self.recipe.grid[done : done + rows]))
         for group in groups:
             inputs = _placed([_plain(self.inputs(part)) for part in group], mesh)
             state = _placed([part.state for part in group], mesh) if group[0].state else None
             done = group[0].done
-            advance = lambda done, rows, state, inputs=inputs: _advance(mesh, chunk(done, rows), inputs, state)
+            advance = lambda done, rows, state, inputs=inputs: _advance(
+                mesh or spread, chunk(done, rows), inputs, state
+            )
             while done < self.steps:
                 rows = min(pace.steps(), self.steps - done, every - done % every if every else CHUNK)
                 with pace.measured(rows):
-                    before = _begin(mesh, chunk(done, rows), inputs) if state is None else state
+                    before = _begin(mesh or spread, chunk(done, rows), inputs) if state is None else state
                     state = jax.block_until_ready(advance(done, rows, before))
                 if not _finite(state).all():
                     raise self._broken(group, advance, before, state, range(done, done + rows))
@@ -234,7 +237,7 @@ def shown(stages: Iterator[Stage], groups: Sequence[Group], steps: int, title: s
 def _on_devices(function: Callable[..., sample.State]) -> Callable[..., sample.State]:
     """`function(recipe, *trees)` for trees with the devices as their first axis, each device with its own part.
 
-    Without devices the trees have one part, and the parameters lie where they lie.
+    Where the mesh is abstract the trees have one part, and its devices share it, as the parameters lie on them.
     """
 
     def one(recipe: Recipe, *lanes: PyTree) -> sample.State:
@@ -242,9 +245,10 @@ def _on_devices(function: Callable[..., sample.State]) -> Callable[..., sample.S
         return jax.tree.map(lambda leaf: leaf[None], out)
 
     @functools.partial(jax.jit, static_argnums=0)
-    def run(mesh: Mesh | None, recipe: Recipe, *lanes: PyTree) -> sample.State:
-        if mesh is None:
-            return one(recipe, *lanes)
+    def run(mesh: Mesh | AbstractMesh, recipe: Recipe, *lanes: PyTree) -> sample.State:
+        if isinstance(mesh, AbstractMesh):
+            with jax.sharding.use_abstract_mesh(mesh):
+                return one(recipe, *lanes)
         each = PartitionSpec("data")
         specs = (PartitionSpec(), *(each for _ in lanes))
         return jax.shard_map(one, mesh=mesh, in_specs=specs, out_specs=each, check_vma=False)(recipe, *lanes)
@@ -286,7 +290,8 @@ def _filled(rows: Float[np.ndarray, "n 2"]) -> Float[np.ndarray, "chunk 2"]:
     return np.concatenate([rows, np.zeros((CHUNK - len(rows), 2), rows.dtype)])
 
 
-def _is_spread(recipe: Recipe) -> bool:
-    """Whether the parameters are split over several devices."""
-    leaves = jax.tree.leaves(recipe.denoise)
-    return any(isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1 for leaf in leaves)
+def _spread(recipe: Recipe) -> AbstractMesh | None:
+    """The mesh over which the parameters are split; None where each device has all."""
+    leaves = [leaf for leaf in jax.tree.leaves(recipe.denoise) if isinstance(leaf, jax.Array)]
+    placed = [leaf.sharding for leaf in leaves if isinstance(leaf.sharding, NamedSharding)]
+    return next((place.mesh.abstract_mesh for place in placed if place.mesh.size > 1), None)

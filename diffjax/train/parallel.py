@@ -43,7 +43,8 @@ def by_jit(step: Step, mesh: Mesh, rules: Sequence[Rule] = ()) -> Parallel:
         return jax.lax.with_sharding_constraint(tree, devices.shard_by_rules(tree, rules, mesh))
 
     def stepped(state: State, batch: Batch) -> tuple[State, dict[str, Any]]:
-        state, metrics = step(state, batch)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            state, metrics = step(state, batch)
         return constrained(state), jax.lax.with_sharding_constraint(metrics, everywhere)
 
     def create(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -13,10 +13,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from diffjax.models import sd3
 from diffjax.nets import lora
+from diffjax.nets.layers import attention
 from diffjax.nets.mmdit import MMDiT
 from diffjax.nets.quantize import SCHEMES, quantize_kernels
-from diffjax.nets.split import pad_heads
-from diffjax.parallel import devices, sharding
+from diffjax.nets.split import Split, pad_heads
+from diffjax.parallel import devices, layout, sharding
 from diffjax.plan import hlo
 from diffjax.utils.errors import UserError
 
@@ -137,8 +138,6 @@ def test_tensor_parallelism_sums_twice_a_layer_in_half_precision_and_gathers_no_
 @pytest.mark.parametrize("kind, kernel", [("v5e", "tpu_custom_call"), ("h100", "__cudnn$fmha")])
 def test_attention_is_fused_where_the_program_runs(kind, kernel, compiler):
     compiler(kind)
-    from diffjax.nets.layers import attention
-
     mesh = devices.data_mesh(devices.absent(kind))
     x = jax.ShapeDtypeStruct((2, 1100, 5, 64), jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec()))
     alone = jax.shard_map(attention, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
@@ -146,3 +145,32 @@ def test_attention_is_fused_where_the_program_runs(kind, kernel, compiler):
         program = jax.jit(function).lower(x, x, x).compile()
         assert kernel in program.as_text()
         assert program.memory_analysis().temp_size_in_bytes < 1100**2 * 5 * 2 * 4
+
+
+@pytest.mark.parametrize("shape, rows", [((1, 1, 4), 3), ((2, 1, 2), 4), ((4, 2, 1), 8)])
+def test_attention_under_a_mesh_is_shared_by_rows_and_heads(shape, rows):
+    """Three heads, a mask of rows and a bias of heads: values and gradients are those of one device."""
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()[: np.prod(shape)]).reshape(shape), layout.AXES)
+    random = np.random.RandomState(0)
+    q, k, v, bias = (np.float32(random.standard_normal(size)) for size in ((rows, 5, 3, 8),) * 3 + ((1, 3, 5, 5),))
+    mask = np.arange(5) < random.randint(1, 6, (rows, 1, 1, 1))
+
+    def loss(shared, q, k, v, bias):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            split = Split.here()
+        y = split.attend(attention, q, k, v, mask, bias) if shared else attention(q, k, v, mask, bias)
+        return jnp.sum(jnp.sin(y)), y
+
+    run = jax.jit(jax.grad(loss, (1, 2, 3, 4), has_aux=True), static_argnums=0)
+    whole = jax.device_put((q, k, v, bias), NamedSharding(mesh, PartitionSpec()))
+    for one, many in zip(jax.tree.leaves(run(False, q, k, v, bias)), jax.tree.leaves(run(True, *whole))):
+        assert np.abs(one - many).max() <= 1e-6 * np.abs(one).max()
+
+
+def test_no_mesh_and_one_device_share_nothing():
+    one = devices.data_mesh(jax.devices()[:1])
+    assert Split.here() is None
+    with jax.sharding.use_abstract_mesh(one.abstract_mesh):
+        assert Split.here() is None
+    with jax.sharding.use_abstract_mesh(devices.data_mesh().abstract_mesh):
+        assert Split.here().padded(3) == 3 and Split.here().rows == ("data",)

@@ -107,10 +107,10 @@ def test_several_devices_share_a_training_and_its_estimate():
 
 
 @pytest.mark.accelerators
-@pytest.mark.parametrize("device, shard", [("v5e-4", "fsdp"), ("h100-4", "both")])
+@pytest.mark.parametrize("device, shard", [("v5e-4", "fsdp"), ("h100-4", "both"), ("h100-4", "tensor")])
 def test_training_compiled_for_devices_that_are_not_here(device, shard, compiler, capsys):
     compiler(device.partition("-")[0])
-    small = ["--config.dit.width=64", "--config.dit.depth=2", "--config.dit.heads=2", "--config.dit.hidden=128"]
+    small = ["--config.dit.width=64", "--config.dit.depth=1", "--config.dit.heads=2", "--config.dit.hidden=128"]
     command = ["plan", "--config", EMOJI, *small, "--device", device, "--shard", shard, "--compile"]
     assert cli.main(command) == 0
     said = capsys.readouterr().out
