@@ -8,6 +8,7 @@ import time
 import many_hosts
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 import toy_experiment
 from PIL import Image
 from test_step import distance
@@ -148,3 +149,49 @@ def test_a_run_goes_on_with_any_number_of_hosts_and_devices(place):
         many_hosts.finish(processes, 128 + signal.SIGTERM if turn < len(CHAIN) else 0)
         print(number, devices, len(losses(place / "in turns")))
     same(place, "in turns", "at once")
+
+
+WITH_TEXT = f"""
+from diffjax import config
+
+def get_config():
+    settings = config.load({toy_experiment.__file__!r})
+    sizes = {{"width": 16, "depth": 1, "heads": 2, "hidden": 16}}
+    settings.text = {{"name": "words", "tokens": 4, **sizes, "dtype": "float32"}}
+    settings.sample.prompts = ("picture 3", "picture 5")
+    return settings
+"""
+
+
+def test_all_commands_end_alike_on_one_host_and_two(place):
+    """prepare from nothing; sample (files and shards) and evaluate of one run."""
+    (place / "with_text.py").write_text(WITH_TEXT)
+    ended = [commands(place, number) for number in (1, 2)]
+    for name in ended[0] | ended[1]:
+        assert ended[0][name] == ended[1][name], name
+    assert len(ended[0]) == 11 + 3 + 2, [*ended[0]]  # drawn with their sheet, shards, records and evaluation
+
+
+def commands(place, number):
+    """What every command left behind, by name."""
+    folder, run = place / f"by {number}", place / "with text"
+    settings = [
+        "--config",
+        place / "with_text.py",
+        f"--config.data.path={place / 'pictures'}",
+        "--config.train.batch=8",
+    ]
+    draw = ["sample", "--run", run, "--prompt", "picture 3", "--prompt", "picture 5", "--num", 5, "--batch", 2]
+    for words in (
+        ["prepare", *settings],
+        *([["train", *settings, "--workdir", run]] if number == 1 else []),
+        [*draw, "--out", folder / "drawn"],
+        [*draw, "--format", "webdataset", "--per-file", 4, "--out", folder / "shards"],
+        ["evaluate", "--run", run, "--num", 16],
+    ):
+        many_hosts.finish(many_hosts.start(number, words, DIFFJAX_HOME=str(folder / "home")))
+    drawn = {path.name: path.read_bytes() for path in (*folder.glob("drawn/*.png"), *folder.glob("shards/*.tar"))}
+    (info,) = folder.rglob("dataset_info.json")
+    records = tfds.builder_from_directory(info.parent).as_data_source()["train"]
+    found = json.loads((run / "evaluation.json").read_text())
+    return drawn | {"records": [repr(record) for record in records], "evaluation": found["prompts"]}
