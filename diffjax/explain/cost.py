@@ -14,8 +14,9 @@ from diffjax.explain.walk import draw, witnessed
 from diffjax.models.model import Inputs, Recipe
 from diffjax.plan import rates
 from diffjax.plan.cost import Estimate, estimate
-from diffjax.plan.programs import evaluations
+from diffjax.plan.programs import drawing, evaluations
 from diffjax.plan.report import duration, si
+from diffjax.train.experiment import Experiment
 from diffjax.utils.errors import UserError
 from diffjax.utils.progress import counted
 
@@ -76,8 +77,11 @@ def _planned(subject: Subject) -> list[Estimate]:
     names = ("steps", "guidance", "guide", "sampler", "dtype")
     asked = plan.Asked(**{name: getattr(request, name) for name in names}, size=size, num=1, batch=1)
     try:
-        jobs = plan.run(subject.folder, asked) if subject.folder else plan.model(subject.model.name, asked)
-        return [estimate(part) for part in jobs[-1].parts]
+        if subject.folder:
+            job = drawing(Experiment.recall(subject.folder), asked, str(subject.folder))
+        else:
+            job = plan.model(subject.model.name, asked)[-1]
+        return [estimate(part) for part in job.parts]
     except UserError:
         return []
 

@@ -158,9 +158,16 @@ def _product(x: Array, y: Array, x_axis: int, y_axis: int, dtype: Dtype = jnp.fl
 
 def _rounded(x: Array, y: Array, x_axis: int, y_axis: int) -> Array:
     """The product in float32, on accelerators rounded to the dtype of `x` as it leaves the unit that accumulates it."""
+    wide, half = _on_platforms(x_axis, y_axis)
+    return lax.platform_dependent(x, y, cpu=wide, default=half)
+
+
+@functools.cache
+def _on_platforms(x_axis: int, y_axis: int) -> tuple[Callable[..., Array], Callable[..., Array]]:
+    """The two products of `_rounded`: the same functions every time, so that jax traces each shape once."""
     wide = lambda x, y: _product(x, y, x_axis, y_axis)
     half = lambda x, y: _product(x, y, x_axis, y_axis, x.dtype).astype(jnp.float32)
-    return lax.platform_dependent(x, y, cpu=wide, default=half)
+    return wide, half
 
 
 class Dense(nn.Module):

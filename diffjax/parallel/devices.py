@@ -90,7 +90,7 @@ def keep_compiled() -> None:
     """Keep compiled programs in `home()/xla` from one run to the next, unless jax was told another folder."""
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(home() / "xla"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def keep_memory() -> None:

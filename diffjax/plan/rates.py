@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from diffjax.nets import Cost
 from diffjax.parallel import targets
@@ -134,7 +135,8 @@ def calibrate() -> Rates:
 
     They take turns, and the best time of each counts: what else the machine does is left out as far as can be.
     """
-    random = lambda *shape, dtype=jnp.float32: jax.random.normal(jax.random.key(0), shape, dtype)
+    draw = np.random.default_rng(0).standard_normal  # jax would compile a program for every shape
+    random = lambda *shape, dtype=jnp.float32: jnp.asarray(draw(shape, np.float32).astype(dtype))
     product, convolve = jax.jit(_product), jax.jit(_convolution)
     half, single, big = random(SIDE, SIDE, dtype=jnp.bfloat16), random(SIDE, SIDE), random(1 << 24)
     programs: dict[Any, Any] = {

@@ -199,7 +199,10 @@ class Experiment:
 
     def init(self, key: Key[Array, ""]) -> PyTree:
         """The parameters to begin with: `network`, and `text` where there is a text encoder that is trained too."""
-        return jax.jit(self._init)(key)
+        network = self.config.network
+        remedy = f"change the fields of {build.table_of(network)}"
+        with _saying(f"network {network} cannot be made for these pictures", remedy):
+            return jax.jit(self._init)(key)
 
     def _init(self, key: Key[Array, ""]) -> PyTree:
         network_key, text_key = jax.random.split(key)
@@ -241,16 +244,20 @@ class Experiment:
         """One step of training, as a pure function."""
         return make_step(self.objective(), self.optimizer, self.config.train.ema, self.config.train.accumulate)
 
+    def fitting(self) -> contextlib.AbstractContextManager[None]:
+        """A block that traces the first state or the first step, in which what does not go together is a
+        `UserError`.
+        """
+        return _saying("loss, process, prediction and optimizer do not go together", "change one")
+
     def rehearse(self) -> None:
         """Go through the first step and the sampling on shapes, which computes nothing.
 
         Raises `UserError` for what cannot be.
         """
         step, key = self.step(), jax.random.key(0)
-        network, table = self.config.network, build.table_of(self.config.network)
-        with _saying(f"network {network} cannot be made for these pictures", f"change the fields of {table}"):
-            params = jax.eval_shape(self.init, key)
-        with _saying("loss, process, prediction and optimizer do not go together", "change one"):
+        params = jax.eval_shape(self.init, key)
+        with self.fitting():
             state = jax.eval_shape(lambda params: create(params, self.optimizer, key), params)
             jax.eval_shape(step, state, self.batch_shapes(self.config.train.accumulate))
         self.check_sampling()
@@ -337,7 +344,7 @@ def _bound(config: ConfigDict) -> Refine | None:
 def _saying(what: str, remedy: str) -> Iterator[None]:
     try:
         yield
-    except UserError:
+    except (UserError, MemoryError, jax.errors.JaxRuntimeError):  # the last two of what is computed, not of a shape
         raise
     except Exception as error:  # whatever libraries say of numbers that do not fit
         first = str(error).strip().partition("\n")[0][:200]

@@ -48,8 +48,6 @@ def train(config: ConfigDict, workdir: str | Path, allow_change: bool = False) -
     workdir = on_disk(workdir)
     config = configs.settle(configs.complete(config), workdir)
     check(config)
-    if "model" not in config and hosts.first(lambda: not (workdir / "config.json").exists()):
-        Experiment.before_data(config).rehearse()
     with contextlib.ExitStack() as stack:
         claimed = record.claim(workdir, config, allow_change)
         hosts.first(lambda: stack.enter_context(claimed))
@@ -66,11 +64,15 @@ def train(config: ConfigDict, workdir: str | Path, allow_change: bool = False) -
             return
         hosts.first(lambda: user_code.keep(config, workdir))
         kind = FineTuning if "model" in config else Experiment
-        experiment = hosts.in_turn(lambda: kind.begin(config, workdir, diffjax.data.load(config.data)))
+        rehearse = lambda: None if "model" in config else Experiment.before_data(config).rehearse()
+        experiment = hosts.in_turn(lambda: kind.begin(config, workdir, diffjax.data.load(config.data, rehearse)))
         parallel = split(config, experiment.step())
         batches = Prefetch(experiment.batches(parallel.share), functools.partial(place, parallel, experiment))
         stack.callback(batches.close)
         state, done = first_state(experiment, workdir, parallel, checkpoints, batches, allow_change)
+        batch, _ = batches.peek()
+        with experiment.fitting():
+            parallel.step.lower(state, batch)
         log = stack.enter_context(Log(workdir, config, done, lambda step: float(np.asarray(experiment.schedule(step)))))
         Training(experiment, workdir, parallel, batches, checkpoints, log, state, done).run()
 
@@ -251,7 +253,9 @@ def first_state(
     config = experiment.config
     init_key, key = jax.random.split(seeds.key(config.seed))
     new = lambda params: create(params, experiment.optimizer, key)
-    restored = checkpoints.restore(jax.eval_shape(lambda: new(experiment.init(init_key))))
+    restored = None
+    if checkpoints.last() is not None:
+        restored = checkpoints.restore(jax.eval_shape(lambda: new(experiment.init(init_key))))
     frozen = parallel.place(experiment.frozen_params)
     if restored is None:
         return replace(new_state(experiment, workdir, parallel, new, init_key), frozen=frozen), 0
@@ -275,8 +279,10 @@ def new_state(
         made = jax.device_get(parallel.own(parallel.create(experiment.init, key)))
         params = hosts.in_turn(lambda: transfer.start(made, experiment, config.init_from, workdir))
     else:
-        return parallel.create(lambda key: new(experiment.init(key)), key)
-    return parallel.create(new, parallel.place(params))
+        with experiment.fitting():
+            return parallel.create(lambda key: new(experiment.init(key)), key)
+    with experiment.fitting():
+        return parallel.create(new, parallel.place(params))
 
 
 def not_finite(broken: Pending, workdir: Path, checkpoints: Checkpoints) -> UserError:

@@ -5,6 +5,7 @@ interval.
 """
 
 import contextlib
+import functools
 import importlib.util
 import json
 import sys
@@ -140,12 +141,17 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Event files in `WORKDIR/tensorboard`."""
+    """Event files in `WORKDIR/tensorboard`, opened when there is something to write."""
 
     def __init__(self, folder: Path, step: int):
+        self.folder, self.step = folder, step
+
+    @functools.cached_property
+    def writer(self) -> Any:
+        """That of tensorboardX, which where torch is installed takes seconds to import."""
         from tensorboardX import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder), purge_step=step + 1)
+        return SummaryWriter(str(self.folder), purge_step=self.step + 1)
 
     def write(self, row: Row) -> None:
         for name, value in flat(row).items():
@@ -155,7 +161,8 @@ class TensorBoard:
         self.writer.add_image(path.parent.name, image.read_png(path)[0], step, dataformats="HWC")
 
     def close(self) -> None:
-        self.writer.close()
+        if "writer" in vars(self):
+            self.writer.close()
 
 
 class Wandb:

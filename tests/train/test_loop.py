@@ -22,6 +22,7 @@ from diffjax.text.learned import CaptionTokenizer
 from diffjax.train import facts, loop, metrics
 from diffjax.train.checkpoint import load_run
 from diffjax.train.experiment import Experiment
+from diffjax.train.step import Objective
 from diffjax.utils.errors import UserError
 
 
@@ -363,3 +364,17 @@ def test_what_cannot_be_trained_is_said_before_anything_is_written(pictures, tmp
     with pytest.raises(UserError, match=said):
         train(pictures, tmp_path, **changes)
     assert not (tmp_path / "checkpoints").exists() or not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_what_does_not_fit_is_said_before_the_pictures_are_prepared(pictures, tmp_path, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "prepared"))
+    with pytest.raises(UserError, match="network dit cannot be made for these pictures"):
+        train(pictures, tmp_path / "run", **{"dit.width": 33})
+    assert not (tmp_path / "prepared").exists() and not (tmp_path / "run" / "config.json").exists()
+
+
+def test_the_step_is_traced_once(finished, pictures, tmp_path, monkeypatch):
+    traced, losses = [], Objective.losses
+    monkeypatch.setattr(Objective, "losses", lambda *given: traced.append(1) or losses(*given))
+    train(pictures, tmp_path / "run", **{"train.steps": 1})
+    assert len(traced) == 1

@@ -96,3 +96,12 @@ def test_a_terminal_that_is_gone_ends_nothing(tmp_path, monkeypatch, error):
             log.add(step, np.arange(4), values(1.0))
             assert log.flush() is None
     assert [row["step"] for row in rows(tmp_path)] == [1, 2]
+
+
+def test_event_files_are_opened_by_the_first_row(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)  # importing it fails
+    writer = metrics.TensorBoard(tmp_path / "tensorboard", 0)
+    writer.close()
+    assert not writer.folder.exists()
+    with pytest.raises(ImportError):
+        writer.write({"step": 1, "loss": 0.5})
