@@ -1,16 +1,17 @@
 """Every benchmark of docs/benchmarks.md on this machine, one after the other, and one page of what each printed.
 
-    python scripts/bench.py [--quick] [--only start demo] [--out here.md]
+    python scripts/bench.py [--quick] [--only start "demo step"] [--out docs/benchmarks.md]
 
-Ratios are within one run, where the programs take turns; beside each stand its seconds and its CPU time, which other
-programs on the machine disturb less. The quality of the demo is measured where its run is (`--run`), torch's times
-where the extra `reference` is installed. `--quick` takes minutes: fewer rounds, and without what takes long.
+Ratios are within one run, where the programs take turns; beside each stand its seconds, its CPU time, which other
+programs on the machine disturb less, and its peak memory. The demo is trained, evaluated and explained in `--run`,
+torch's times need the extra `reference`. `--quick` takes minutes: fewer rounds, and without what takes long. A page
+that has a place for it keeps what stands around that.
 """
 
 import argparse
 import os
 import platform
-import resource
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -38,12 +39,15 @@ def script(name: str, *arguments: str) -> tuple[str, ...]:
     return (str(SCRIPTS / name), *arguments)
 
 
-START = script("bench.py", "--part", "start", "--run", "{run}")
+DEMO = ("--config", "experiments/emoji.py")
+EXPLAIN = ("-m", "diffjax", "explain", "--run", "{run}", "--prompt", "red heart", "--out", "{run}/page")
 EVALUATE = ("-m", "diffjax", "evaluate", "--run", "{run}")
 BENCHMARKS = {
-    "start": Benchmark(START, START),
+    "start": Benchmark(script("bench_start.py"), script("bench_start.py", "--warm", "1")),
+    "demo": Benchmark(("-m", "diffjax", "train", *DEMO, "--workdir", "{run}"), None),
     "demo step": Benchmark(script("bench.py", "--part", "step"), script("bench.py", "--part", "step", "--rounds", "2")),
     "demo quality": Benchmark((*EVALUATE, "--num", "200"), (*EVALUATE, "--num", "64")),
+    "demo explained": Benchmark(EXPLAIN, EXPLAIN),
     "cat-256": Benchmark(script("bench_ddpm.py", "--batch", "1", "4", "--rounds", "3"), None),
     "block of SD3.5": Benchmark(
         script("bench_sd35.py", "--block"), script("bench_sd35.py", "--block", "--rounds", "2")
@@ -55,26 +59,35 @@ BENCHMARKS = {
 }
 
 
+BEGIN, END = "<!-- python scripts/bench.py writes what follows -->", "<!-- up to here -->"
+
+
 class Ran(NamedTuple):
-    """A benchmark that was run: the command, its exit status, seconds, CPU seconds and what it printed."""
+    """A benchmark that was run: the command, its exit status, seconds, CPU seconds, the peak of its memory in MB (of
+    its largest process) and what it printed.
+    """
 
     command: str
     status: int
     seconds: float
     cpu: float
+    peak: float
     printed: str
 
 
 def run(arguments: Sequence[str]) -> Ran:
     """Run a Python with these arguments."""
-    before, begin = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    found = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
-    seconds, after = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    printed = found.stdout if not found.returncode else found.stdout + found.stderr[-500:]
-    return Ran(
-        " ".join(["python", *arguments]).replace(f"{SCRIPTS}/", "scripts/"), found.returncode, seconds, cpu, printed
-    )
+    begin = time.perf_counter()
+    with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen([sys.executable, *arguments], stdout=said, stderr=errors)
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        said.seek(0)
+        errors.seek(0)
+        printed = said.read() + (errors.read()[-500:] if status else "")
+    seconds, cpu, peak = time.perf_counter() - begin, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024
+    command = shlex.join(["python", *arguments]).replace(f"{SCRIPTS}/", "scripts/")
+    return Ran(command, process.returncode, seconds, cpu, peak, printed)
 
 
 def machine() -> str:
@@ -99,28 +112,20 @@ def page(ran: dict[str, Ran]) -> str:
     """The table and what each benchmark printed, in Markdown."""
     rows = [
         f"| {name} | `{one.command}` | {'done' if not one.status else f'failed ({one.status})'} | {one.seconds:.0f} |"
-        f" {one.cpu:.0f} |"
+        f" {one.cpu:.0f} | {one.peak:.0f} |"
         for name, one in ran.items()
     ]
-    heading = ["# Benchmarks of one machine", "", machine(), "", "| what | command | | seconds | CPU seconds |"]
-    printed = [f"## {name}\n\n```\n{one.printed.strip()}\n```\n" for name, one in ran.items()]
-    return "\n".join([*heading, "|---|---|---|---|---|", *rows, "", *printed])
+    heading = ["## One machine", "", machine(), "", "| what | command | | seconds | CPU seconds | peak MB |"]
+    printed = [f"### {name}\n\n```\n{one.printed.strip()}\n```\n" for name, one in ran.items()]
+    return "\n".join([*heading, "|---|---|---|---|---|---|", *rows, "", *printed])
 
 
-def start(folder: str) -> None:
-    """Seconds from a command to its end: help, and one picture of the demo's run with and without compiled programs."""
-    print(f"diffjax --help: {_said(run(('-m', 'diffjax', '--help')))}")
-    if not Path(folder, "config.json").is_file():
-        return print(f"the first picture was not drawn, for there is no run {folder}")
-    with tempfile.TemporaryDirectory() as home:
-        os.environ["DIFFJAX_HOME"] = home
-        for caches in ("cold", "warm"):
-            draw = ("-m", "diffjax", "sample", "--run", folder, "--prompt", "pizza", "--num", "1")
-            print(f"one picture, {caches} cache: {_said(run((*draw, '--out', f'{home}/{caches}')))}", flush=True)
-
-
-def _said(one: Ran) -> str:
-    return f"{one.seconds:.2f} s, {one.cpu:.2f} s of CPU" if not one.status else f"failed: {one.printed}"
+def write(path: Path, text: str) -> None:
+    """Write a page, or, of one that has a place for it, only what stands there."""
+    there = path.read_text() if path.exists() else ""
+    before, begin, rest = there.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    path.write_text(f"{before}{begin}\n{text}\n{end}{after}" if begin and end else text)
 
 
 def training_step(dtype: str):
@@ -155,19 +160,19 @@ def main() -> None:
     parser.add_argument("--run", default="runs/emoji", help="the run of the demo (default runs/emoji)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks_here.md"))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--part", choices=("start", "step"), help=argparse.SUPPRESS)
+    parser.add_argument("--part", choices=("step",), help=argparse.SUPPRESS)
     parser.add_argument("--worker", choices=DTYPES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         return serve(training_step(args.worker))
     if args.part:
-        return start(args.run) if args.part == "start" else step(args.rounds)
+        return step(args.rounds)
     ran = {}
     for name in args.only:
         if arguments := BENCHMARKS[name][args.quick]:
             print(f"{name} ...", flush=True)
             ran[name] = run([argument.replace("{run}", args.run) for argument in arguments])
-            args.out.write_text(page(ran))
+            write(args.out, page(ran))
     print(f"{args.out} has what they printed")
 
 

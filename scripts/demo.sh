@@ -22,11 +22,16 @@ for prompt in "$@"; do prompts+=(--prompt "$prompt"); done
 if [ ! -f $run/evaluation.json ]; then
     .venv/bin/diffjax doctor
     .venv/bin/diffjax train --config experiments/emoji.py --workdir $run
-    .venv/bin/diffjax evaluate --run $run --num 200
 fi
+if [ ! -f $page/index.html ]; then # beside what follows: compiling keeps one core busy, seldom two
+    .venv/bin/diffjax explain --run $run --prompt "$1" --out $page >$page.log 2>&1 &
+    explaining=$!
+    trap 'kill $explaining 2>/dev/null || true' EXIT
+fi
+[ -f $run/evaluation.json ] || .venv/bin/diffjax evaluate --run $run --num 200
 .venv/bin/diffjax sample --run $run "${prompts[@]}" --num 1 --out "$pictures"
-[ -f $page/index.html ] || .venv/bin/diffjax explain --run $run --prompt "$1" --out $page
 .venv/bin/python scripts/demo_sheet.py $run "$pictures" "$pictures/sheet.png"
+[ -z "${explaining:-}" ] || wait $explaining || { cat $page.log; exit 1; }
 cat <<END
 
 Your pictures, pairs that no training picture shows, and the figures: $PWD/$pictures/sheet.png

@@ -11,7 +11,7 @@ def test_a_benchmark_that_was_run_is_a_row_and_a_section(code, status, said):
     ran = bench.run(["-c", code])
     assert ran.status == status and said in ran.printed
     page = bench.page({"toy": ran})
-    assert f"| toy | `python -c {code}` | {'failed (1)' if status else 'done'} |" in page
+    assert "| toy | `python -c '" in page and f"| {'failed (1)' if status else 'done'} |" in page
     assert page.index("## toy") < page.index(said, page.index("## toy"))
 
 
@@ -19,3 +19,13 @@ def test_every_script_that_it_runs_is_there():
     for benchmark in bench.BENCHMARKS.values():
         for arguments in filter(None, benchmark):
             assert arguments[0] == "-m" or bench.Path(arguments[0]).is_file()
+
+
+def test_a_page_keeps_what_stands_around_its_place(tmp_path):
+    page = tmp_path / "page.md"
+    bench.write(page, "all")
+    assert page.read_text() == "all"
+    page.write_text(f"before\n{bench.BEGIN}\nold\n{bench.END}\nafter\n")
+    for text in ("new", "newer"):
+        bench.write(page, text)
+        assert page.read_text() == f"before\n{bench.BEGIN}\n{text}\n{bench.END}\nafter\n"
