@@ -68,6 +68,7 @@ def line(program: str, target: str, made: Callable[[], plan.Part]) -> str:
     found = plan.compile_part(part, there)
     seconds = time.process_time() - begin
     moved = ", ".join(f"{name} {si(size)}B" for name, size in found.collectives.most_common() if size > 1e6)
+    moved += f" ({si(found.overlapped)}B while it computes)" if moved else ""
     return f"| {program} | {target} | {seconds:.0f} | {si(found.held)}B | {si(found.temporary)}B | {moved} |"
 
 

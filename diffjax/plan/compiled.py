@@ -26,7 +26,8 @@ TILES = {"xla_gpu_enable_triton_gemm": False}
 @dataclass(frozen=True)
 class Compiled:
     """One call of a part on one device, in bytes: what it holds, what it needs beside that, what comes from other
-    devices by kind of collective, and its largest tensors (shape, bytes, where they arise).
+    devices by kind of collective and how much of it while the device works on a product, the slices of stacked weights
+    that loops copy, and its largest tensors (shape, bytes, where they arise).
 
     Where the compiler stops because memory is short, it says no more than how much would be needed in all.
     """
@@ -34,6 +35,8 @@ class Compiled:
     held: int
     temporary: int
     collectives: Counter[str] = field(default_factory=Counter)
+    overlapped: int = 0
+    copied: int = 0
     largest: Sequence[tuple[str, int, str]] = ()
 
     @property
@@ -61,7 +64,8 @@ def compile_part(part: Part, devices: Sequence[Any]) -> Compiled:
     arguments, kept = memory.argument_size_in_bytes, memory.output_size_in_bytes - memory.alias_size_in_bytes
     read = hlo.read(program.as_text())
     more = arguments + kept + memory.temp_size_in_bytes - own
-    return Compiled(own, max(0, more), hlo.collectives(read, len(devices)), hlo.largest(read))
+    moved = hlo.collectives(read, len(devices)), hlo.overlapped(read, len(devices))
+    return Compiled(own, max(0, more), *moved, hlo.copied(read), hlo.largest(read))
 
 
 def _compiled(lowered: Any, platform: str) -> Any:

@@ -11,24 +11,30 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "iota"}
 """Instructions whose results are no memory of their own."""
 
+SLICING = {"parameter", "constant", "bitcast", "copy", "dynamic-slice", "compare", "add", "select"}
+"""Instructions of which the fusions are made that only take a slice."""
+
 HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
-LINE = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*?[\])}]) ([a-z][\w\-]*)\((.*)$")
+LINE = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?[\])}]) ([a-z][\w\-]*)\((.*)$")
 SHAPE = re.compile(r"\b(pred|bf16|[fsuc]\d+(?:e\w+)?)\[([\d,]*)\]")
 CALLED = re.compile(r"(body|condition|calls|to_apply|\w+_computation|async_execution_thread)=%?([\w.\-]+)")
 BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 INTEGER = re.compile(r"constant \d+\)")
-GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]*)\})")
+GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]*)\}|mesh\[([^\]]*)\] *\{([^}]*)\})")
+CHANNEL = re.compile(r"channel_id=(\d+)")
+PRODUCTS = re.compile(r"__cublas|__cudnn|__triton|tpu_custom_call")
 NAME = re.compile(r'op_name="([^"]*)"')
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """One line of a program: its operation, the shapes of its result, and the rest of its text."""
+    """One line of a program: its operation, the shapes of its result, the rest of its text, and its own name."""
 
     name: str
     result: str
     rest: str
+    label: str = ""
 
     @property
     def bytes(self) -> int:
@@ -43,7 +49,12 @@ class Instruction:
     def group(self) -> int:
         """How many devices take part in a collective; 0 where the text does not say."""
         found = GROUPS.search(self.rest)
-        return 0 if not found else int(found[1]) if found[1] else len(found[2].split(","))
+        if not found or found[1]:
+            return int(found[1]) if found else 0
+        if found[2] is not None:
+            return len(found[2].split(","))
+        sizes = dict(axis.replace("'", "").split("=") for axis in found[3].split(","))
+        return math.prod(int(sizes[axis.strip(" '")]) for axis in found[4].split(","))
 
 
 @dataclass(frozen=True)
@@ -69,7 +80,7 @@ def read(text: str) -> Program:
             current = computations[head[2]] = []
             entry = head[2] if head[1] else entry
         elif found := LINE.match(line):
-            current.append(Instruction(found[2], found[1], found[3]))
+            current.append(Instruction(found[3], found[2], found[4], found[1]))
     runs, fused = defaultdict(float), set()
     _run(entry, 1.0, computations, runs, fused)
     return Program(computations, dict(runs), fused)
@@ -105,11 +116,69 @@ def collectives(program: Program, devices: int) -> Counter[str]:
     collective-permute b.
     """
     moved = Counter()
-    for instruction, times in program.instructions(fused=True):
-        kind = instruction.name.removesuffix("-start")
-        if kind in COLLECTIVES:
-            moved[kind] += int(times * _received(kind, instruction, instruction.group or devices))
+    for kind, size, _ in _collectives(program, devices):
+        moved[kind] += int(size)
     return moved
+
+
+def overlapped(program: Program, devices: int) -> int:
+    """Those of the bytes of all `collectives` that come while the device works on a product: one stands between where
+    the collective starts and where it is done, or in the fusion that moves it on.
+    """
+    return int(sum(size for _, size, beside in _collectives(program, devices) if beside))
+
+
+def _collectives(program: Program, devices: int) -> Iterator[tuple[str, float, bool]]:
+    """Each collective: its kind, the bytes received in all its runs, and whether a product is beside it."""
+    channels = defaultdict(list)
+    for name, body in program.computations.items():
+        times = program.runs.get(name, 0)
+        for i, instruction in enumerate(body):
+            kind = instruction.name.removesuffix("-start")
+            if kind not in COLLECTIVES or not times:
+                continue
+            size = times * _received(kind, instruction, instruction.group or devices)
+            channel = CHANNEL.search(instruction.rest)
+            if name in program.fused and channel:  # a TPU's, which stands in each fusion that moves it on
+                channels[channel[1]].append((kind, size, any(_is_product(program, other) for other in body)))
+            else:
+                yield kind, size, _is_beside(program, body, i)
+    for found in channels.values():
+        yield *found[0][:2], any(beside for *_, beside in found)
+
+
+def _is_beside(program: Program, body: list[Instruction], start: int) -> bool:
+    """Whether a product stands between the start of a collective and its end."""
+    first = body[start]
+    if not first.name.endswith("-start") or '"is_sync":true' in first.rest:
+        return False
+    ends = re.compile(rf"[^)]*%{re.escape(first.label)}\b(?![.\w\-])")
+    rest = body[start + 1 :]
+    done = next((i for i, other in enumerate(rest) if other.name.endswith("-done") and ends.match(other.rest)), 0)
+    return any(_is_product(program, other) for other in rest[:done])
+
+
+def _is_product(program: Program, instruction: Instruction) -> bool:
+    """Whether an instruction multiplies matrices, or calls what does."""
+    if instruction.name in ("dot", "convolution"):
+        return True
+    if instruction.name == "custom-call":
+        return bool(PRODUCTS.search(instruction.rest))
+    inside = [name for _, name in CALLED.findall(instruction.rest) if name in program.computations]
+    return any(_is_product(program, other) for name in inside for other in program.computations[name])
+
+
+def copied(program: Program) -> int:
+    """The bytes that loops take out of stacked arrays, one slice a round, and put into memory of their own."""
+    total = 0.0
+    for instruction, times in program.instructions():
+        called = [name for _, name in CALLED.findall(instruction.rest) if name in program.computations]
+        inside = [other for name in called if name in program.fused for other in program.computations[name]]
+        if instruction.name == "dynamic-slice":
+            total += times * instruction.bytes
+        elif inside and all(other.name in SLICING for other in inside):
+            total += times * sum(other.bytes for other in inside if other.name == "dynamic-slice")
+    return int(total)
 
 
 def _received(kind: str, instruction: Instruction, n: int) -> float:

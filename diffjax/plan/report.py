@@ -14,6 +14,9 @@ from diffjax.utils.progress import counted
 WIDTH = 60
 """Letters in a line."""
 
+COPIED = 0.1
+"""The share of what a program holds from which copies of weights are worth a line."""
+
 FEW = 20
 """The number of steps that a sampling job of more is compared with."""
 
@@ -79,10 +82,15 @@ def _details(figure: Figures, speed: rates.Rates) -> list[str]:
     assert compiled is not None
     lines = [f"{estimate.name}: {si(compiled.held)}B held, {si(compiled.temporary)}B beside"]
     moved = ", ".join(f"{name} {si(size)}B" for name, size in compiled.collectives.most_common())
-    lines += textwrap.wrap(f"a call receives {moved}", WIDTH - 2) if moved else []
+    if moved:
+        lines += textwrap.wrap(f"a call receives {moved}: {si(compiled.overlapped)}B while it computes", WIDTH - 2)
+    if compiled.copied > COPIED * compiled.held:
+        lines.append(f"its loops copy {si(compiled.copied)}B of stacked weights")
     lines += [f"{shape} {si(size)}B{_place(place)}"[: WIDTH - 2] for shape, size, place in compiled.largest]
     share = figure.together
-    bounds = {"compute": speed.computing(estimate.cost) / share, "memory": speed.moving(estimate.cost) / share}
+    copying = 2 * compiled.copied / speed.bandwidth
+    moving = speed.moving(estimate.cost) / share + copying
+    bounds = {"compute": speed.computing(estimate.cost) / share, "memory": moving}
     if compiled.collectives and speed.network:
         bounds["network"] = sum(compiled.collectives.values()) / speed.network
     said = ", ".join(f"{name} {duration(seconds)}" for name, seconds in bounds.items())

@@ -60,6 +60,66 @@ def test_a_loop_whose_number_of_rounds_stands_in_its_condition():
     assert sums(said) == 7 * sums(counted) > 0
 
 
+@pytest.mark.parametrize("groups, size", [("[2,4]<=[8]", 4), ("{{0,1},{2,3}}", 2), ("mesh['a'=2,'b'=4] {'b'}", 4)])
+def test_how_many_devices_take_part_in_a_collective(groups, size):
+    assert hlo.Instruction("all-reduce", "f32[8]", f"%x), replica_groups={groups}, to_apply=%add").group == size
+
+
+def test_what_comes_while_the_device_works_on_a_product():
+    """Asynchronous in a GPU's loop; one a TPU starts once and two fusions move on; one beside nothing; one at once."""
+    text = """
+%work (p: bf16[8,8]) -> bf16[8,8] {
+  %p = bf16[8,8]{1,0} parameter(0)
+  ROOT %y = bf16[8,8]{1,0} dot(%p, %p)
+}
+
+%moved (p: bf16[8,8]) -> bf16[16,8] {
+  %p.1 = bf16[8,8]{1,0} parameter(0)
+  %y.1 = bf16[8,8]{1,0} convolution(%p.1, %p.1)
+  ROOT %part = bf16[16,8]{1,0} all-gather(%p.1), channel_id=7, replica_groups={{0,1}}, dimensions={0}
+}
+
+%moved.2 (p: bf16[8,8]) -> bf16[16,8] {
+  %p.2 = bf16[8,8]{1,0} parameter(0)
+  %y.2 = bf16[8,8]{1,0} convolution(%p.2, %p.2)
+  ROOT %part.2 = bf16[16,8]{1,0} all-gather(%p.2), channel_id=7, replica_groups={{0,1}}, dimensions={0}
+}
+
+ENTRY %main (x: bf16[8,8]) -> bf16[8,8] {
+  %x = bf16[8,8]{1,0} parameter(0)
+  %s = (bf16[8,8]{1,0}, bf16[16,8]{1,0}) all-gather-start(%x), channel_id=1, replica_groups={{0,1}}, dimensions={0}
+  %w = bf16[8,8]{1,0} fusion(%x), kind=kCustom, calls=%work
+  %d = bf16[16,8]{1,0} all-gather-done(%s)
+  %s.1 = (bf16[8,8]{1,0}, bf16[16,8]{1,0}) all-gather-start(%x), channel_id=2, replica_groups={{0,1}}, dimensions={0}
+  %c = bf16[8,8]{1,0} copy(%w)
+  %d.1 = bf16[16,8]{1,0} all-gather-done(%s.1)
+  %m = bf16[16,8]{1,0} fusion(%c), kind=kOutput, calls=%moved
+  %m.1 = bf16[16,8]{1,0} fusion(%m), kind=kOutput, calls=%moved.2
+  ROOT %r = bf16[16,8]{1,0} all-gather(%x), channel_id=3, replica_groups={{0,1}}, dimensions={0}
+}
+"""
+    read, one = hlo.read(text), 8 * 8 * 2
+    assert hlo.collectives(read, 2) == {"all-gather": 4 * one}
+    assert hlo.overlapped(read, 2) == 2 * one
+
+
+def test_slices_of_stacked_weights_that_loops_copy():
+    body = """
+%taken (w: bf16[10,8,64], i: s32[]) -> bf16[1,8,64] {
+  %w = bf16[10,8,64]{2,1,0} parameter(0)
+  %i.1 = s32[] parameter(1)
+  ROOT %slice = bf16[1,8,64]{2,1,0} dynamic-slice(%w, %i.1), dynamic_slice_sizes={1,8,64}
+}
+"""
+    call = "  %part = bf16[1,8,64]{2,1,0} fusion(%stack, %i), kind=kLoop, calls=%taken\n  ROOT %t ="
+    text = body + LOOP.replace("  ROOT %t =", call)
+    assert hlo.copied(hlo.read(LOOP)) == 0 and hlo.copied(hlo.read(text)) == 10 * 8 * 64 * 2
+    used = text.replace("  ROOT %slice = ", "  %slice = ").replace(
+        "sizes={1,8,64}", "sizes={1,8,64}\n  ROOT %d = bf16[8,8]{1,0} dot(%slice, %slice)"
+    )
+    assert hlo.copied(hlo.read(used)) == 0
+
+
 def test_the_largest_tensors_are_those_with_memory_of_their_own():
     shape, size, place = hlo.largest(hlo.read(LOOP))[0]
     assert (shape, size, place) == ("f32[8,64]", 8 * 64 * 4, "jit(step)/net/mul")
