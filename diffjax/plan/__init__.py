@@ -14,7 +14,8 @@ from diffjax.loading import is_run
 from diffjax.models.options import Asked
 from diffjax.plan import latent
 from diffjax.plan.compiled import Compiled, compile_part
-from diffjax.plan.cost import Part, compiled_bytes, estimate, live_bytes, tree_bytes, tree_size
+from diffjax.plan.cost import Part, compiled_bytes, estimate, tree_bytes, tree_size
+from diffjax.plan.memory import live_bytes
 from diffjax.plan.programs import Job, experiment, published, run
 from diffjax.plan.report import duration, peak, table
 from diffjax.plan.target import Target

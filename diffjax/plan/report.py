@@ -39,7 +39,7 @@ class Figures:
 
 def measured(job: Job, part: Part, target: Target, exact: bool) -> Figures:
     """A part's figures, from shapes alone, or, `exact`, with the memory that the compiler for the target allocates."""
-    found, devices = estimate(part), target.devices() if exact else None
+    found, devices = estimate(part, target.platform), target.devices() if exact else None
     together = target.count if part.over else 1
     share = max(together, min(target.count, job.batches))
     if exact and devices is None:

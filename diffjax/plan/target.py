@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any, Self
 
+import jax
+
 from diffjax.parallel import devices, sharding, targets
 from diffjax.plan import rates
 from diffjax.utils.errors import UserError
@@ -35,6 +37,14 @@ class Target:
     def is_here(self) -> bool:
         """Whether it is what jax computes on."""
         return self.kind not in rates.NAMED
+
+    @property
+    def platform(self) -> str:
+        """What its programs are lowered for: "cpu", "cuda" or "tpu"."""
+        if self.kind in targets.TARGETS:
+            return targets.of(str(self.kind)).platform
+        here = "gpu" if self.kind in rates.NAMED else self.kind or jax.default_backend()
+        return "cuda" if here == "gpu" else here
 
     @property
     def name(self) -> str:

@@ -175,3 +175,14 @@ def test_training_compiled_for_devices_that_are_not_here(device, shard, compiler
     assert cli.main(command) == 0
     said = capsys.readouterr().out
     assert "training: " in said and "a call receives" in said and "bound by" in said and "(as compiled)" in said
+
+
+@pytest.mark.accelerators
+def test_the_estimate_of_a_training_step_is_near_what_a_gpu_s_compiler_says(compiler):
+    compiler("h100")
+    settings = config.decided(config.load(EMOJI), lambda _: "bfloat16")
+    settings.dit.update(width=64, depth=3, heads=2, hidden=128)
+    settings.train.batch = 512
+    (part,) = plan.experiment(settings, plan.Asked())[0].parts
+    found = plan.compile_part(part, plan.Target("h100").devices() or [])
+    assert 1 / 1.5 < plan.estimate(part, "cuda").temporary / found.temporary < 1.5

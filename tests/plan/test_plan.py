@@ -56,7 +56,7 @@ def test_figures_of_a_product():
     found = plan.estimate(plan.Part("net", lambda held, x: x @ held["w"].astype(jnp.float32), held, (x,), 70, 3))
     assert (found.parameters, found.held, found.calls) == (70, 140, 3)
     assert found.cost.products32 == 2 * 4 * 10 * 7 and found.cost.launches == 1
-    assert found.temporary == 4 * 7 * 4, "the cast is part of the product"
+    assert found.temporary == 4 * 7 * 4 + 10 * 7 * 4, "a product reads from memory, so what is cast is written"
 
 
 def test_live_bytes_counts_what_is_alive_at_once():
@@ -65,6 +65,26 @@ def test_live_bytes_counts_what_is_alive_at_once():
     ordered = lambda x: jnp.sum(jax.lax.sort(jnp.tile(x, 8)))
     assert 8 * 4000 <= of(lambda x: ordered(x) + ordered(x + 1)) <= 2 * 8 * 4000
     assert of(lambda x: jnp.sum(jnp.tile(x, 8))) == 4, "what is summed is never written"
+    square, weights = jnp.ones((1000, 1000)), 4 * 1000**2
+    twice = lambda x: (x @ square * 2, jnp.sin(x @ square))
+    assert of(twice) == 2 * 4000, "what several operations read value by value is computed again"
+    layer = lambda x, w: (jnp.tanh(x @ w), x)
+    stack = jnp.ones((3, 1000, 1000))
+    loop = lambda unroll: of(lambda x: jax.lax.scan(layer, x, stack, unroll=unroll)[1].sum())
+    assert loop(3) < loop(1) < 4 * weights, "an unrolled loop is no loop: what it stacks need not be written"
+    layers = lambda unroll: of(lambda x: jax.grad(lambda x: jax.lax.scan(layer, x, stack, unroll=unroll)[0].sum())(x))
+    assert layers(3) <= layers(1)
+
+
+def test_live_bytes_are_those_of_a_platform():
+    """A branch that no program of the platform has needs nothing; a GPU copies a layer's weights out of the stack."""
+    x = jax.ShapeDtypeStruct((1000,), jnp.float32)
+    large, small = lambda x: jax.lax.sort(jnp.tile(x, 8))[:1000], lambda x: jax.lax.sort(x)
+    of = lambda function, platform: plan.live_bytes(jax.make_jaxpr(function)(x).jaxpr, platform)
+    chosen = lambda x: jax.lax.platform_dependent(x, tpu=small, default=large)
+    assert of(chosen, "tpu") == of(small, "cuda") < of(large, "cuda") == of(chosen, "cuda")
+    loop = lambda x: jax.lax.scan(lambda x, w: (w @ x, None), x, jnp.ones((9, 1000, 1000)))[0]
+    assert of(loop, "cuda") - of(loop, "tpu") == 4 * 1000**2
 
 
 def test_compiled_memory_of_what_replaces_what_was_held():
