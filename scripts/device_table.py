@@ -14,6 +14,7 @@ from pathlib import Path
 
 from diffjax import config, plan
 from diffjax.parallel import devices
+from diffjax.plan import rates
 from diffjax.plan.report import si
 from diffjax.utils.errors import UserError
 
@@ -30,9 +31,10 @@ def drawn(model: str, name: str, shard: str | None = None, **asked: object) -> p
     return next(part for part in job.parts if part.name == name)
 
 
-def trained(experiment: str, shard: str | None = None, **train: int) -> plan.Part:
-    """The step of an experiment that an accelerator trains."""
+def trained(experiment: str, shard: str | None = None, model: str = "", **train: int) -> plan.Part:
+    """The step of an experiment that an accelerator trains, maybe on from another model."""
     settings = config.decided(config.load(str(EXPERIMENTS / experiment)), lambda _: "bfloat16")
+    settings.update({"model": model} if model else {})
     settings.train.update(train)
     return plan.config(settings, plan.Asked(), shard)[0].parts[0]
 
@@ -53,6 +55,11 @@ def rows() -> Iterator[Row]:
         yield "T5-XXL, 2 x 256 tokens", target, lambda: drawn(LARGE, "text_encoder_3")
     yield "SD3.5-medium, adapters, batch 4", "h100", lambda: trained("sd35_finetune.py")
     yield "SD3.5-medium, all of it, batch 4", "h100", lambda: trained("sd35_finetune.py:full")
+    whole = lambda: trained("sd35_finetune.py:full", "fsdp", LARGE, batch=8)
+    for target in ("h100-8", "v5e-8"):
+        yield "SD3.5-large, all of it, batch 8, fsdp", target, whole
+    for target in ("h100-8", "v5e-8"):
+        yield "MinImagen's base, batch 256, fsdp", target, lambda: trained("minimagen/base64.py", "fsdp")
     yield "emoji64, batch 512", "h100", lambda: trained("emoji64.py", batch=512)
     yield "emoji64, batch 512, fsdp", "h100-4", lambda: trained("emoji64.py", "fsdp", batch=512)
     cat = lambda: drawn("google/ddpm-cat-256", "network", batch=8, dtype="bfloat16")
@@ -68,7 +75,10 @@ def line(program: str, target: str, made: Callable[[], plan.Part]) -> str:
     found = plan.compile_part(part, there)
     seconds = time.process_time() - begin
     moved = ", ".join(f"{name} {si(size)}B" for name, size in found.collectives.most_common() if size > 1e6)
-    moved += f" ({si(found.overlapped)}B while it computes)" if moved else ""
+    room = rates.memory(target.partition("-")[0]) or 0
+    if found.needed > room:
+        moved = f"does not fit: {found.needed / 2**30:.1f} of {room / 2**30:.2f} GiB"
+    moved += f" ({si(found.overlapped)}B while it computes)" if found.overlapped else ""
     return f"| {program} | {target} | {seconds:.0f} | {si(found.held)}B | {si(found.temporary)}B | {moved} |"
 
 

@@ -1,6 +1,8 @@
 """A job in words: the table of its parts, its peak memory and its time."""
 
+import sys
 import textwrap
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -38,7 +40,9 @@ class Figures:
 
 
 def measured(job: Job, part: Part, target: Target, exact: bool) -> Figures:
-    """A part's figures, from shapes alone, or, `exact`, with the memory that the compiler for the target allocates."""
+    """A part's figures, from shapes alone, or, `exact`, with the memory that the compiler for the target allocates;
+    for devices that are not here, whose compilers take minutes, stderr says how long each part took.
+    """
     found, devices = estimate(part, target.platform), target.devices() if exact else None
     together = target.count if part.over else 1
     share = max(together, min(target.count, job.batches))
@@ -48,7 +52,10 @@ def measured(job: Job, part: Part, target: Target, exact: bool) -> Figures:
         held = found.held // (target.count if part.splits else 1)
         temporary = found.temporary // (target.count if part.replaces else 1)
         return Figures(replace(found, held=held, temporary=temporary), share, together)
+    begin = time.monotonic()
+    print(f"compiling {part.name} for {target.name}: ", end="", file=sys.stderr, flush=True)
     compiled = compile_part(part, devices)
+    print(duration(time.monotonic() - begin), file=sys.stderr)
     return Figures(replace(found, held=compiled.held, temporary=compiled.temporary), share, together, compiled)
 
 

@@ -18,7 +18,7 @@ from diffjax.nets.mmdit import MMDiT
 from diffjax.nets.quantize import SCHEMES, quantize_kernels
 from diffjax.nets.split import Split, pad_heads
 from diffjax.parallel import devices, layout, sharding
-from diffjax.plan import hlo
+from diffjax.plan import hlo, tree_bytes
 from diffjax.utils.errors import UserError
 
 TOY = MMDiT(8, 2, 4, 4, 2, 8, 3, 16, 8, 8, dual_attention_layers=(0,))
@@ -132,6 +132,17 @@ def test_tensor_parallelism_sums_twice_a_layer_in_half_precision_and_gathers_no_
     gathered = sum(size for name, size in moved.items() if name != "all-reduce")
     assert gathered < 0.01 * moved["all-reduce"]
     assert moved["all-reduce"] <= 1.1 * WIDE.num_layers * 2 * (2 * 3 / 4) * activations()
+
+
+@pytest.mark.accelerators
+def test_gpus_copy_no_weights_of_layers_that_are_compiled_one_by_one(compiler):
+    compiler("h100")
+    module, mesh = WIDE.clone(scan=False), devices.data_mesh(devices.absent("h100"))
+    given = inputs(module, 2, 77)
+    params = jax.eval_shape(module.init, jax.random.key(0), *given)
+    there = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+    program = jax.jit(module.apply).lower(*jax.tree.map(there, (params, *given))).compile()
+    assert hlo.copied(hlo.read(program.as_text())) < 0.01 * tree_bytes(params)
 
 
 @pytest.mark.accelerators

@@ -173,7 +173,8 @@ def test_training_compiled_for_devices_that_are_not_here(device, shard, compiler
     small = ["--config.dit.width=64", "--config.dit.depth=1", "--config.dit.heads=2", "--config.dit.hidden=128"]
     command = ["plan", "--config", EMOJI, *small, "--device", device, "--shard", shard, "--compile"]
     assert cli.main(command) == 0
-    said = capsys.readouterr().out
+    said, progress = capsys.readouterr()
+    assert progress.startswith(f"compiling training for 4 {device.partition('-')[0].upper()}: ")
     assert "training: " in said and "a call receives" in said and "bound by" in said and "(as compiled)" in said
 
 
