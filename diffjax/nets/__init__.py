@@ -57,7 +57,7 @@ def cost(module: nn.Module, *inputs: Any, **named: Any) -> Cost:
 
 
 def program_cost(jaxpr: Any) -> Cost:
-    """The cost of a traced program; of a conditional, its dearest branch."""
+    """The cost of a traced program; of a conditional, its dearest branch, and of equal ones that with convolutions."""
     total = Cost()
     for equation in jaxpr.eqns:
         name, inner = equation.primitive.name, [program_cost(inner) for inner in _inner(equation.params)]
@@ -77,7 +77,9 @@ def program_cost(jaxpr: Any) -> Cost:
         elif name.startswith("reduce_"):
             total = total.plus(moved)
         elif name == "cond":
-            total = total.plus(max(inner, key=lambda cost: (cost.flops, cost.scores)))
+            total = total.plus(
+                max(inner, key=lambda cost: (cost.flops, cost.scores, cost.convolutions16 + cost.convolutions))
+            )
         else:
             for part in inner:
                 total = total.plus(part.times(equation.params.get("length", 1)))

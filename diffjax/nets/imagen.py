@@ -14,6 +14,7 @@ from einops import rearrange
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
+from diffjax.nets.convolution import Conv
 from diffjax.nets.layers import Dense, ResBlock, RMSNorm, UpConv, attention, keep_words, timestep_embedding
 from diffjax.utils.errors import UserError
 
@@ -274,11 +275,11 @@ class ImagenUNet(nn.Module):
     def _policy(self) -> dict[str, Dtype]:
         return {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
-    def _conv(self, features: int, size: int, **fields: Any) -> nn.Conv:
-        return nn.Conv(features, (size, size), padding=size // 2, **self._policy(), **fields)
+    def _conv(self, features: int, size: int, **fields: Any) -> Conv:
+        return Conv(features, (size, size), padding=size // 2, **self._policy(), **fields)
 
-    def _halve(self, features: int, name: str) -> nn.Conv:
-        return nn.Conv(features, (4, 4), strides=2, padding=1, **self._policy(), name=name)
+    def _halve(self, features: int, name: str) -> Conv:
+        return Conv(features, (4, 4), strides=2, padding=1, **self._policy(), name=name)
 
     def _resnet(self, features: int) -> Callable[..., nn.Module]:
         kind = nn.remat(ResBlock) if self.remat else ResBlock

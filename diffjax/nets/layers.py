@@ -17,6 +17,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from diffjax.nets import flash
+from diffjax.nets.convolution import Conv, convolve
 from diffjax.nets.lora import LowRank
 from diffjax.nets.quantize import Quantized
 
@@ -411,8 +412,7 @@ class UpConv(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (o,), self.param_dtype)
         kernel = jnp.einsum("pat,qbu,tuio->abipqo", FOLDS, FOLDS, kernel.astype(jnp.float32), precision="highest")
         kernel = kernel.reshape(2, 2, c, 4 * o).astype(self.dtype)
-        layout = ("NHWC", "HWIO", "NHWC")
-        y = lax.conv_general_dilated(x.astype(self.dtype), kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=layout)
+        y = convolve(x.astype(self.dtype), kernel, padding=((1, 1), (1, 1)))
         y = y.reshape(b, h + 1, w + 1, 2, 2, o) + bias.astype(self.dtype)
         rows = [jnp.stack([y[:, p : p + h, q : q + w, p, q] for q in (0, 1)], axis=3) for p in (0, 1)]
         return jnp.stack(rows, axis=2).reshape(b, 2 * h, 2 * w, o)
@@ -443,7 +443,7 @@ class ResBlock(nn.Module):
     ) -> Float[Array, "b h2 w2 features"]:
         policy = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         norm = functools.partial(GroupNorm, self.groups, self.eps, **policy)
-        conv = functools.partial(nn.Conv, self.features, (3, 3), padding=1, **policy)
+        conv = functools.partial(Conv, self.features, (3, 3), padding=1, **policy)
         y = self.activation(norm(name="norm1")(x))
         if self.resample is not None:
             x, y = self.resample(x), self.resample(y)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from diffjax.nets.convolution import Conv
 from diffjax.nets.imagen import fold, unfold
 from diffjax.nets.layers import Dense, ResBlock, timestep_embedding
 from diffjax.utils.errors import UserError
@@ -47,7 +48,7 @@ class SubPixel(nn.Module):
         if x.shape[1] % self.patch or x.shape[2] % self.patch:
             raise UserError(f"{x.shape[1]} x {x.shape[2]} pixels do not cut into patches of {self.patch}: change one")
         policy = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        conv = functools.partial(nn.Conv, kernel_size=(3, 3), padding=1, **policy)
+        conv = functools.partial(Conv, kernel_size=(3, 3), padding=1, **policy)
         emb = self._embedding(t, "time") + self._embedding(1000 * level, "level")
         pixels = fold(jnp.concatenate([x, low_res], axis=-1), self.patch)
         y = conv(self.width, name="conv_in")(pixels.astype(self.dtype))

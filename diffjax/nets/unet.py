@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
+from diffjax.nets.convolution import Conv
 from diffjax.nets.layers import Dense, GroupNorm, ResBlock, UpConv, attention, keep_words, timestep_embedding
 from diffjax.utils.errors import UserError
 
@@ -96,7 +97,7 @@ class Downsample(nn.Module):
     def __call__(self, x: Float[Array, "b h w c"], emb: Array | None) -> Float[Array, "b h/2 w/2 c"]:
         padding = ((0, 1), (0, 1)) if self.padding == 0 else self.padding
         policy = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        return nn.Conv(x.shape[-1], (3, 3), strides=2, padding=padding, **policy, name="conv")(x)
+        return Conv(x.shape[-1], (3, 3), strides=2, padding=padding, **policy, name="conv")(x)
 
 
 class Upsample(nn.Module):
@@ -238,7 +239,7 @@ class UNet(nn.Module):
         has_text = None if mask is None else jnp.any(mask, axis=1)
         emb = self._embed_time(t) + self._embed_label(label) + self._embed_pooled(pooled, has_text)
         tokens = self._tokens(context, mask, has_text)
-        conv = functools.partial(nn.Conv, kernel_size=(3, 3), padding=1, **self._policy())
+        conv = functools.partial(Conv, kernel_size=(3, 3), padding=1, **self._policy())
 
         x = (2 * x - 1 if self.center_input_sample else x).astype(self.dtype)
         skips = [conv(self.block_out_channels[0], name="conv_in")(x)]

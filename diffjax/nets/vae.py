@@ -16,6 +16,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from diffjax.nets import tiles
+from diffjax.nets.convolution import Conv
 from diffjax.nets.layers import Dense, GroupNorm, ResBlock
 from diffjax.nets.unet import Attention, Downsample, MidBlock, Stage, Upsample
 from diffjax.utils.errors import UserError
@@ -40,8 +41,8 @@ class Half(nn.Module):
     def _policy(self) -> dict[str, Dtype]:
         return {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
-    def _conv(self, features: int) -> nn.Conv:
-        return nn.Conv(features, (3, 3), padding=1, **self._policy())
+    def _conv(self, features: int) -> Conv:
+        return Conv(features, (3, 3), padding=1, **self._policy())
 
     def _norm(self) -> GroupNorm:
         return GroupNorm(self.groups, EPS, **self._policy())

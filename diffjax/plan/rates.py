@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffjax.nets import Cost
+from diffjax.nets.convolution import convolve
 from diffjax.parallel import targets
 from diffjax.utils import files
 from diffjax.utils.errors import unknown
@@ -162,7 +163,7 @@ def _product(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _convolution(x: jax.Array, w: jax.Array) -> jax.Array:
-    return jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return convolve(x, w, padding=((1, 1), (1, 1)))
 
 
 def _chain(x: jax.Array) -> jax.Array:

@@ -1,0 +1,167 @@
+"""Convolutions as products: against a float64 sum, against `nn.Conv`, and in all ways that programs are transformed."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from diffjax.nets import convolution
+from diffjax.nets.convolution import Conv, convolve
+
+SAME, BELOW, AROUND = ((1, 1), (1, 1)), ((0, 1), (0, 1)), ((2, 0), (1, 3))
+CASES = {  # (rows, columns, inputs, outputs, height and width of the kernel, stride, padding)
+    "3x3": (6, 10, 5, 7, 3, 3, 1, SAME),
+    "1x1": (4, 6, 5, 3, 1, 1, 1, ((0, 0), (0, 0))),
+    "halving": (8, 6, 4, 5, 3, 3, 2, BELOW),
+    "4x4 halving": (8, 6, 3, 4, 4, 4, 2, SAME),
+    "result larger": (5, 4, 6, 8, 2, 2, 1, SAME),
+    "uneven": (7, 5, 3, 2, 3, 2, 1, AROUND),
+    "uneven halving": (9, 7, 3, 2, 2, 3, 2, AROUND),
+    "padding wider than the kernel": (3, 3, 2, 3, 1, 1, 1, SAME),
+}
+
+
+@pytest.fixture
+def always(monkeypatch):
+    """Products whatever the size, in blocks of a few rows."""
+    monkeypatch.setattr(convolution, "MANY_CHANNELS", 0)
+    monkeypatch.setattr(convolution, "LARGE", 0)
+    monkeypatch.setattr(convolution, "BLOCK", 40)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+def drawn(case, dtype=np.float32, n=2):
+    """An image batch, a kernel and a cotangent, whose numbers bfloat16 holds."""
+    h, w, i, o, kh, kw, stride, padding = CASES[case]
+    random = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(random.standard_normal(shape), jnp.bfloat16).astype(dtype)
+    x, kernel = draw(n, h, w, i), draw(kh, kw, i, o)
+    y = jax.eval_shape(functools.partial(convolve, stride=stride, padding=padding), x, kernel)
+    return x, kernel, draw(*y.shape), stride, padding
+
+
+def exact(x, kernel, dy, stride, padding):
+    """The convolution and its gradients to both, summed place by place in float64."""
+    x, kernel, dy = (np.asarray(value, np.float64) for value in (x, kernel, dy))
+    padded = np.pad(x, ((0, 0), *padding, (0, 0)))
+    y, dx, dkernel = np.zeros_like(dy), np.zeros_like(padded), np.zeros_like(kernel)
+    for i, j in np.ndindex(kernel.shape[:2]):
+        rows, columns = (slice(k, k + stride * size, stride) for k, size in zip((i, j), dy.shape[1:3]))
+        y += padded[:, rows, columns] @ kernel[i, j]
+        dx[:, rows, columns] += dy @ kernel[i, j].T
+        dkernel[i, j] = np.einsum("nhwi,nhwo->io", padded[:, rows, columns], dy)
+    inside = tuple(slice(low, low + size) for (low, _), size in zip(padding, x.shape[1:3]))
+    return y, dx[:, *inside], dkernel
+
+
+def error(got, wanted):
+    return np.abs(np.asarray(got, np.float64) - wanted).max() / np.abs(wanted).max()
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("dtype, bound", [(np.float32, 1e-6), (jnp.bfloat16, 2**-8)])
+@pytest.mark.parametrize("case", CASES)
+def test_convolution_and_gradients(case, dtype, bound):
+    """Against float64: float32 to 1e-6 of the largest number, bfloat16 to one rounding of it."""
+    x, kernel, dy, stride, padding = drawn(case, dtype)
+    y, pull = jax.jit(lambda x, kernel: jax.vjp(lambda *args: convolve(*args, stride, padding), x, kernel))(x, kernel)
+    for got, wanted in zip((y, *pull(dy)), exact(x, kernel, dy, stride, padding)):
+        assert got.dtype == dtype and error(got, wanted) < bound
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_transformed(dtype):
+    """vmap, the gradient of vmap, remat and scan give what image by image gives."""
+    x, kernel, dy, stride, padding = drawn("result larger", dtype, n=4)
+    loss = lambda kernel, x, dy: jnp.sum(jnp.sin(convolve(x, kernel, stride, padding).astype(jnp.float32)) * dy)
+    images, cotangents = x[:, None], dy[:, None].astype(jnp.float32)
+    one = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    singly = [one(kernel, *pair) for pair in zip(images, cotangents)]
+    wanted = jax.tree.map(lambda *leaves: jnp.stack(leaves).astype(jnp.float32), *singly)
+    over = jax.vmap(jax.grad(loss, argnums=(0, 1)), (None, 0, 0))
+    rematted = lambda *pair: jax.grad(jax.checkpoint(loss), argnums=(0, 1))(kernel, *pair)
+    scanned = lambda *pairs: jax.lax.scan(lambda carry, pair: (carry, rematted(*pair)), None, pairs)[1]
+    for got in (jax.jit(over)(kernel, images, cotangents), jax.jit(scanned)(images, cotangents)):
+        for a, b in zip(got, wanted):
+            np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=0, atol=2**-7 if dtype != np.float32 else 1e-5)
+
+
+@pytest.mark.usefixtures("always")
+def test_forward_mode_and_second_derivatives():
+    """In float32, by directions and by a second derivative, as the plain convolution has them."""
+    x, kernel, _, stride, padding = drawn("uneven halving")
+    ours, plain = (functools.partial(f, stride=stride, padding=padding) for f in (convolve, convolution._plain))
+
+    def derivatives(function, x, kernel):
+        square = lambda x, kernel: jnp.sum(function(x, kernel) ** 2)
+        along = jax.jvp(function, (x, kernel), (kernel.sum() * x, x.mean() * kernel))
+        only_x = jax.linearize(lambda x: function(x, kernel), x)[1](2 * x)
+        slope = lambda x: jnp.sum(jax.grad(square, argnums=1)(x, kernel) ** 2)
+        return along, only_x, jax.grad(slope)(x)
+
+    for got, wanted in zip(
+        *(jax.tree.leaves(jax.jit(derivatives, static_argnums=0)(f, x, kernel)) for f in (ours, plain))
+    ):
+        assert error(got, np.asarray(wanted, np.float64)) < 1e-5
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_devices(dtype):
+    """A batch split over devices, by jit and by pmap, has the images of one device, and the gradient of the whole."""
+    x, kernel, dy, stride, padding = drawn("3x3", dtype, n=8)
+    call = lambda x, kernel: convolve(x, kernel, stride, padding)
+    gradient = jax.jit(lambda x, kernel, dy: jax.vjp(call, x, kernel)[1](dy))
+    rows = jax.sharding.NamedSharding(
+        jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)), jax.sharding.PartitionSpec("data")
+    )
+    split = jax.device_put((x, dy), rows)
+    np.testing.assert_array_equal(jax.jit(call)(x, kernel), jax.jit(call)(split[0], kernel))
+    np.testing.assert_array_equal(jax.jit(call)(x, kernel), jax.pmap(call, in_axes=(0, None))(x[:, None], kernel)[:, 0])
+    wanted = gradient(x, kernel, dy)
+    for got, whole in zip(gradient(split[0], kernel, split[1]), wanted):
+        whole = np.asarray(whole, np.float64)
+        assert error(got, whole) < (1e-6 if dtype == np.float32 else 2**-7)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_images_do_not_depend_on_the_batch(dtype):
+    """Bit for bit, at a width where products are taken and with blocks of other heights."""
+    random = np.random.default_rng(0)
+    x = jnp.asarray(random.standard_normal((5, 32, 32, 64)), dtype)
+    kernel = jnp.asarray(random.standard_normal((3, 3, 64, 64)) / 24, dtype)
+    call = jax.jit(functools.partial(convolve, padding=SAME))
+    whole = call(x, kernel)
+    for n in (1, 3):
+        np.testing.assert_array_equal(call(x[:n], kernel), whole[:n])
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_other_platforms(platform, dtype):
+    """A program for an accelerator is plain convolutions: one forward, two for the gradients; no loops, no products."""
+    x, kernel, dy, stride, padding = drawn("result larger", dtype)
+    call = lambda x, kernel: convolve(x, kernel, stride, padding)
+    for function, count in (lambda x, kernel, dy: call(x, kernel), 1), (lambda *a: jax.vjp(call, *a[:2])[1](a[2]), 2):
+        text = jax.jit(function).trace(x, kernel, dy).lower(lowering_platforms=(platform,)).as_text()
+        assert text.count("stablehlo.convolution") == count
+        assert "stablehlo.while" not in text and "stablehlo.dot" not in text
+
+
+@pytest.mark.parametrize(
+    "fields", [{"padding": 1}, {"padding": BELOW, "strides": 2}, {"padding": 0, "kernel_init": nn.initializers.zeros}]
+)
+def test_parameters_are_those_of_flax(fields):
+    """Names, shapes, initial values and the result."""
+    x = jax.random.normal(jax.random.key(1), (2, 6, 8, 5))
+    ours, flax = Conv(7, (3, 3), **fields), nn.Conv(7, (3, 3), **fields)
+    params = flax.init(jax.random.key(0), x)
+    jax.tree.map(np.testing.assert_array_equal, ours.init(jax.random.key(0), x), params)
+    np.testing.assert_allclose(ours.apply(params, x), flax.apply(params, x), rtol=0, atol=1e-6)
