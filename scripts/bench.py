@@ -49,6 +49,7 @@ BENCHMARKS = {
     "demo quality": Benchmark((*EVALUATE, "--num", "200"), (*EVALUATE, "--num", "64")),
     "demo explained": Benchmark(EXPLAIN, EXPLAIN),
     "cat-256": Benchmark(script("bench_ddpm.py", "--batch", "1", "4", "--rounds", "3"), None),
+    "training a U-Net": Benchmark(script("bench_ddpm.py", "--train", "--rounds", "3"), None),
     "block of SD3.5": Benchmark(
         script("bench_sd35.py", "--block"), script("bench_sd35.py", "--block", "--rounds", "2")
     ),
