@@ -49,24 +49,18 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def prepared(
-    make_builder: Callable[[], Any],
-    quiet: bool = True,
-    download: Any = None,
-    before: Callable[[], None] = lambda: None,
-) -> Any:
+def prepared(make_builder: Callable[[], Any], quiet: bool = True, download: Any = None) -> Any:
     """A builder whose array_record files are on disk, written now if they were not.
 
-    `make_builder` returns a fresh builder; `download` is TFDS's `DownloadConfig`, where it is another one; `before` is
-    called before anything is written. TFDS writes to a temporary folder and renames it, so an interrupted preparation
-    leaves nothing behind, and of two processes that prepare the same data the later takes the earlier's.
+    `make_builder` returns a fresh builder; `download` is TFDS's `DownloadConfig`, where it is another one. TFDS writes
+    to a temporary folder and renames it, so an interrupted preparation leaves nothing behind, and of two processes that
+    prepare the same data the later takes the earlier's.
     Raises `UserError` when the disk is full or the folder cannot be written.
     """
     with _quiet() if quiet else contextlib.nullcontext():
         builder = make_builder()
         if builder.is_prepared():
             return builder
-        before()
         try:
             builder.download_and_prepare(file_format="array_record", download_config=download)
         except (OSError, RuntimeError) as error:

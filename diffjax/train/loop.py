@@ -48,6 +48,8 @@ def train(config: ConfigDict, workdir: str | Path, allow_change: bool = False) -
     workdir = on_disk(workdir)
     config = configs.settle(configs.complete(config), workdir)
     check(config)
+    if "model" not in config and hosts.first(lambda: not (workdir / "config.json").exists()):
+        Experiment.before_data(config).rehearse()
     with contextlib.ExitStack() as stack:
         claimed = record.claim(workdir, config, allow_change)
         hosts.first(lambda: stack.enter_context(claimed))
@@ -64,8 +66,7 @@ def train(config: ConfigDict, workdir: str | Path, allow_change: bool = False) -
             return
         hosts.first(lambda: user_code.keep(config, workdir))
         kind = FineTuning if "model" in config else Experiment
-        rehearse = lambda: None if "model" in config else Experiment.before_data(config).rehearse()
-        experiment = hosts.in_turn(lambda: kind.begin(config, workdir, diffjax.data.load(config.data, rehearse)))
+        experiment = hosts.in_turn(lambda: kind.begin(config, workdir, diffjax.data.load(config.data)))
         parallel = split(config, experiment.step())
         batches = Prefetch(experiment.batches(parallel.share), functools.partial(place, parallel, experiment))
         stack.callback(batches.close)
