@@ -373,8 +373,8 @@ def test_what_does_not_fit_is_said_before_the_pictures_are_prepared(pictures, tm
     assert not (tmp_path / "prepared").exists() and not (tmp_path / "run" / "config.json").exists()
 
 
-def test_the_step_is_traced_once(finished, pictures, tmp_path, monkeypatch):
+def test_the_step_is_traced_once_after_its_rehearsal(finished, pictures, tmp_path, monkeypatch):
     traced, losses = [], Objective.losses
     monkeypatch.setattr(Objective, "losses", lambda *given: traced.append(1) or losses(*given))
     train(pictures, tmp_path / "run", **{"train.steps": 1})
-    assert len(traced) == 1
+    assert len(traced) == 2
