@@ -81,7 +81,7 @@ class Records:
         try:
             raw = tfds.decode.DeserializeMethod.RAW_BYTES
             self._source = builder.as_data_source(split=split, deserialize_method=raw).data_source
-        except NotImplementedError as error:
+        except NotImplementedError as error:  # what TFDS says of other kinds of files
             remedy = "set data.data_dir to another folder, where it will be prepared anew"
             raise UserError(f"{builder.data_path} does not hold array_record files; {remedy}") from error
         except (ValueError, KeyError) as error:

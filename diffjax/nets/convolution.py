@@ -5,7 +5,7 @@ bfloat16 convolutions in float32, while products of bfloat16 are twice as fast o
 gradient to the kernel is for it a convolution whose kernel is as large as the image: slow for large images, a hundred
 times slower where padding makes the result larger than the image. These become one product for each place (i, j) of
 the kernel, `y = sum_ij x_ij @ kernel_ij` and `dkernel_ij = x_ij^T @ dy` with `x_ij` the image shifted by (i, j), some
-rows at a time, which a CPU's caches hold. docs/ddpm.md has the figures.
+rows at a time, which a CPU's caches hold. docs/ddpm.md says what a training step gains.
 """
 
 import functools

@@ -157,7 +157,7 @@ def absent(kind: str, count: int = 1) -> list[jax.Device]:  # pyright: ignore[re
     skip_search()
     try:
         return list(target.devices(kind, count)[:count])
-    except NotImplementedError as error:
+    except NotImplementedError as error:  # what jax says of a platform that did not start
         raise UserError(
             "jax started without its CUDA plugin, which found no driver: set JAX_PLATFORMS=cpu and start again"
         ) from error

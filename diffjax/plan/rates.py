@@ -138,7 +138,7 @@ def calibrate() -> Rates:
     """
     draw = np.random.default_rng(0).standard_normal  # jax would compile a program for every shape
     random = lambda *shape, dtype=jnp.float32: jnp.asarray(draw(shape, np.float32).astype(dtype))
-    product, convolve = jax.jit(_product), jax.jit(_convolution)
+    product, convolution = jax.jit(_product), jax.jit(_convolution)
     half, single, big = random(SIDE, SIDE, dtype=jnp.bfloat16), random(SIDE, SIDE), random(1 << 24)
     programs: dict[Any, Any] = {
         "products16": (lambda: product(half, half), 2 * SIDE**3),
@@ -149,7 +149,7 @@ def calibrate() -> Rates:
     for side, c in CONVOLUTIONS:
         for bits, dtype in CONVOLVED.items():
             x, w = random(1, side, side, c, dtype=dtype), random(3, 3, c, c, dtype=dtype)
-            programs[bits, side] = functools.partial(convolve, x, w), 2 * 9 * (side * c) ** 2
+            programs[bits, side] = functools.partial(convolution, x, w), 2 * 9 * (side * c) ** 2
     best = _best({name: program for name, (program, _) in programs.items()})
     speed = {name: work / best[name] for name, (_, work) in programs.items()}
     keys = {bits: [(bits, side) for side, _ in CONVOLUTIONS] for bits in CONVOLVED}
