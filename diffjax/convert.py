@@ -20,6 +20,7 @@ from diffjax.models.model import Model
 from diffjax.nets.lora import LowRank
 from diffjax.nets.mmdit import MMDiT
 from diffjax.nets.unet import UNet
+from diffjax.train.checkpoint import on_the_disk
 from diffjax.utils.errors import UserError
 from diffjax.weights import hub, lora
 from diffjax.weights.folder import component
@@ -77,7 +78,7 @@ def to_orbax(name: str, model: Model, out: Path) -> None:
     if jax.tree.leaves(model.text):
         params["text"] = model.text.params
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with ocp.StandardCheckpointer(temporary_path_class=on_the_disk()) as checkpointer:
             checkpointer.save(out.absolute(), params)
     except Exception as error:
         if not (said := re.search(r"([^:\n]+) \[os_error_code", str(error))):

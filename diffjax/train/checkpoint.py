@@ -1,4 +1,4 @@
-"""Checkpoints: written in the background, committed whole or not at all, verified when read.
+"""Checkpoints: written in the background, committed whole or not at all and to the disk, verified when read.
 
 `WORKDIR/checkpoints/STEP/` holds four items: `params`, `ema`, `optimizer` (arrays) and `progress` (JSON: key, loss, the
 state of the data iterator, and a checksum of each of the others).
@@ -122,7 +122,7 @@ class Checkpoints:
         return None
 
     def last(self) -> int | None:
-        """The step of the newest checkpoint that is wholly written."""
+        """The step of the newest checkpoint that is wholly written and on the disk."""
         with self._writing():
             self.manager.wait_until_finished()
         return max(self.manager.all_steps(), default=None)
@@ -239,9 +239,32 @@ def _manager(folder: Path, keep_last: int = 1, keep_best: int = 0, clean: bool =
         enable_async_checkpointing=True,
         cleanup_tmp_directories=clean,
         create=clean,
+        temporary_path_class=on_the_disk(),
     )
     handlers = {name: ocp.PyTreeCheckpointHandler() for name in ARRAYS} | {"progress": ocp.JsonCheckpointHandler()}
     return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
+
+
+@functools.cache
+def on_the_disk() -> type:
+    """How Orbax's checkpointers commit a checkpoint so that no loss of power undoes it: what is in it is on the disk
+    before it gets its name, and the name before anything else is written or removed. Orbax alone waits for neither.
+
+    This is in the thread that writes, and of several hosts, in the first one's; TensorStore waits for the arrays of
+    each.
+    """
+    from orbax.checkpoint.path import atomicity
+
+    class OnTheDisk(atomicity.AtomicRenameTemporaryPath):
+        async def finalize(self) -> None:
+            final = Path(self.get_final())
+            if atomicity.TMP_DIR_SUFFIX in final.parent.name:  # an item: the checkpoint, which holds it, is to come
+                return await super().finalize()
+            files.sync(Path(self.get()))
+            await super().finalize()
+            files.sync(final, "*")
+
+    return OnTheDisk
 
 
 @dataclass

@@ -73,6 +73,12 @@ def _sync(path: str | Path) -> None:
         os.close(handle)
 
 
+def sync(folder: Path, pattern: str = "**/*") -> None:
+    """Wait until what is in a folder, and matches, is on the disk, and the folder's own name."""
+    for path in (*folder.glob(pattern), folder, folder.parent):
+        _sync(path)
+
+
 @contextlib.contextmanager
 def open_atomic(path: str | Path) -> Iterator[BinaryIO]:
     """A binary file whose content stands at `path` once the block ends well. Raises `UserError` as `replacing` does."""

@@ -1,5 +1,6 @@
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -69,6 +70,32 @@ def test_keeps_the_last_and_the_best(tmp_path):
     write(tmp_path, (1, 5.0), (2, 1.0), (3, 4.0), (4, 3.0), (5, 6.0))
     steps = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
     assert steps == [2, 4, 5]
+
+
+def test_a_checkpoint_is_on_the_disk_before_another_is_written_or_removed(tmp_path, monkeypatch):
+    """Synced are all of its files as they are in the end, and the names of all of its folders, its own too."""
+    sync, synced, removals = os.fsync, set(), []
+
+    def noted(handle):
+        sync(handle)
+        about = os.fstat(handle)
+        synced.add((about.st_ino, about.st_mtime_ns))
+
+    def lacking(step):
+        folder = tmp_path / "checkpoints" / str(step)
+        paths = [path.stat() for path in (folder.parent, folder, *folder.rglob("*"))]
+        assert len(paths) > 20
+        return [about for about in paths if (about.st_ino, about.st_mtime_ns) not in synced]
+
+    monkeypatch.setattr(os, "fsync", noted)
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep_last=1, keep_best=0)
+    remove = checkpoints.manager._checkpoint_deleter.delete_steps
+    note = lambda steps: removals.append((steps, lacking(max(checkpoints.manager.all_steps())))) or remove(steps)
+    monkeypatch.setattr(checkpoints.manager._checkpoint_deleter, "delete_steps", note)
+    for step in (10, 20, 30):
+        checkpoints.save(state_at(step), {}, 1.0)
+    checkpoints.close()
+    assert removals == [([], []), ([10], []), ([20], [])]
 
 
 @pytest.mark.parametrize("how", ["truncate", "flip"])

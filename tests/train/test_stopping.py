@@ -187,17 +187,23 @@ def check(whole, folder, number, signals, way="jit"):
 
 def test_a_signal_while_the_data_are_waited_for(tmp_path, monkeypatch, whole):
     monkeypatch.setattr(pipeline, "CLOSE_SECONDS", 0.2)
-    placed, never = [], threading.Event()
+    passed, placed, waited_for, never = [], [], threading.Event(), threading.Event()
+
+    def at(name):
+        passed.append(name)
+        if name == "before wait of Prefetch" and passed.count("after advance of Training") == 4:
+            waited_for.set()
 
     def place(batch):
         placed.append(batch)
         if len(placed) == 5:
-            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+            waited_for.wait()
+            os.kill(os.getpid(), signal.SIGINT)
             never.wait()
         return WAY["jit"].feed(batch), np.arange(8)
 
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, place=place)
+        run(tmp_path, at, place=place)
     never.set()
     assert learned(tmp_path)[0] == 4
     run(tmp_path)
