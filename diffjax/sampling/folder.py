@@ -17,10 +17,10 @@ import math
 import os
 import shutil
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
 import jax
 import numpy as np
@@ -162,14 +162,15 @@ class Gallery:
 
     def finish(self) -> None:
         """Write the sheet and the checksums, and remove the folders that were for what was under way."""
-        self._write_sheet(list(self.names)[:ON_SHEET])
+        shown = list(self.names)[:ON_SHEET]
+        self._write_sheet(shown, map(self.path, shown))
         self._write_manifest(checksums=True)
         for name in UNDER_WAY:
             shutil.rmtree(self.folder / name, ignore_errors=True)
 
-    def _write_sheet(self, pictures: Sequence[Picture]) -> None:
+    def _write_sheet(self, pictures: Sequence[Picture], pngs: Iterable[Path | BinaryIO]) -> None:
         """The pictures with their prompts in rows, each prompt's side by side."""
-        pixels = np.stack([image.read_png(self.path(picture))[0] for picture in pictures])
+        pixels = np.stack([image.read_png(png)[0] for png in pngs])
         captions = [picture.prompt or picture.label or "" for picture in pictures]
         num = max(picture.number for picture in self.names) + 1
         columns = sheet_columns(-(-len(self.names) // num), min(num, len(pictures)))

@@ -11,12 +11,13 @@ there whole or not at all; the same pictures give the same bytes.
 
 import errno
 import io
+import itertools
 import os
 import shutil
 import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, BinaryIO, ClassVar, NamedTuple, cast
 
 import numpy as np
 from jaxtyping import UInt8
@@ -66,6 +67,12 @@ class Webdataset:
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
 
+    def read(self, path: Path, count: int) -> list[bytes]:
+        """The first PNG files of a file, so many or as many as there are."""
+        with tarfile.open(path) as tar:
+            pngs = (member for member in tar if member.name.endswith(".png"))
+            return [cast(BinaryIO, tar.extractfile(member)).read() for member in itertools.islice(pngs, count)]
+
     def describe(self, folder: Path, lengths: Sequence[int], picture: Picture, shape: Shape) -> None:
         """Write what readers need beside the files, which hold so many pictures each, all like this one."""
 
@@ -80,20 +87,25 @@ class ArrayRecord:
 
     def write(self, path: Path, entries: Sequence[Entry], shape: Shape) -> None:
         from array_record.python.array_record_module import ArrayRecordWriter
-        from tensorflow_datasets.proto import tf_example_pb2
 
-        proto: Any = tf_example_pb2
         features = _features(entries[0].picture, shape)
         try:
             writer = ArrayRecordWriter(str(path), "group_size:1")
             for place, picture, png in entries:
                 example = {"image": png.read_bytes(), "number": place} | _said(picture)
-                data = proto.Example.FromString(features.serialize_example(example))
+                data = _example().FromString(features.serialize_example(example))
                 writer.write(data.SerializeToString(deterministic=True))
             writer.close()
         except RuntimeError as error:  # array_record says what the system said in its message alone
             number = next((number for number in errno.errorcode if os.strerror(number) in str(error)), errno.EIO)
             raise OSError(number, os.strerror(number)) from error
+
+    def read(self, path: Path, count: int) -> list[bytes]:
+        from array_record.python.array_record_module import ArrayRecordReader
+
+        reader = ArrayRecordReader(str(path))
+        examples = map(_example().FromString, reader.read(0, min(count, reader.num_records())))
+        return [example.features.feature["image"].bytes_list.value[0] for example in examples]
 
     def describe(self, folder: Path, lengths: Sequence[int], picture: Picture, shape: Shape) -> None:
         import tensorflow_datasets as tfds
@@ -110,6 +122,14 @@ class ArrayRecord:
 
 
 FORMATS = {"webdataset": Webdataset(), "array_record": ArrayRecord()}
+
+
+def _example() -> Any:
+    """The protocol buffer of a record."""
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    proto: Any = tf_example_pb2
+    return proto.Example
 
 
 def _template(folder: Path) -> Any:
@@ -197,7 +217,11 @@ class Shards(Gallery):
                 self._pack(index)
 
     def finish(self) -> None:
-        """Write the checksums of all files and what TFDS needs, and remove what was for pictures under way."""
+        """Write the checksums of all files and what TFDS needs, and remove what was for pictures under way; a sheet
+        that is damaged is made again.
+        """
+        if not image.is_whole(self.folder / "grid.png"):
+            self._show()
         self._write_manifest(checksums=True)
         lengths = [len(shard) for shard in self.shards]
         self.format.describe(self.folder, lengths, self.shards[0][0], self._known()[self.file(0).name]["shape"])
@@ -211,14 +235,19 @@ class Shards(Gallery):
         pictures, path = self.shards[index], self.file(index)
         entries = [Entry(self.place[picture], picture, self.path(picture)) for picture in pictures]
         shape = image.read_png(entries[0].png)[0].shape
-        if index == 0:
-            self._write_sheet(pictures[:ON_SHEET])
         with files.replacing(path) as part:
             self.format.write(part, entries, shape)
             about = {"file": path.name, "images": len(pictures), "shape": shape, "sha256": sha256(part)}
             files.write_json(self.folder / ".state" / f"{path.name}.json", about)
+        if index == 0:
+            self._show()
         for entry in entries:
             entry.png.unlink()
+
+    def _show(self) -> None:
+        """Write the sheet of the first file's pictures."""
+        pngs = self.format.read(self.file(0), ON_SHEET)
+        self._write_sheet(self.shards[0][: len(pngs)], map(io.BytesIO, pngs))
 
     def _files(self) -> list[Path]:
         written = [self.file(index) for index in range(len(self.shards))]

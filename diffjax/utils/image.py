@@ -9,6 +9,7 @@ import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import Array, Float, UInt8
@@ -35,6 +36,9 @@ SYSTEM_FONTS = (
     "Arial Unicode.ttf",
 )
 NO_CHARACTER = "\U0010ffff"
+
+LAST_PART = b"\0\0\0\0IEND\xaeB`\x82"
+"""How every PNG file ends, which `PngImageFile.verify` does not look at."""
 
 
 def to_uint8(images: Float[Array | np.ndarray, "... h w c"]) -> UInt8[np.ndarray, "... h w c"]:
@@ -77,20 +81,20 @@ def write_png(path: str | Path, picture: UInt8[np.ndarray, "h w c"], text: Mappi
     files.write_atomic(path, png(picture, text))
 
 
-def read_png(path: str | Path) -> tuple[UInt8[np.ndarray, "h w c"], dict[str, str]]:
+def read_png(path: str | Path | BinaryIO) -> tuple[UInt8[np.ndarray, "h w c"], dict[str, str]]:
     """A picture and its metadata as `write_png` wrote them."""
     with PngImageFile(path) as file:
         return _array(file), dict(file.text)
 
 
 def is_whole(path: str | Path) -> bool:
-    """Whether a PNG file has all of its parts, each as its checksum says."""
+    """Whether there is a PNG file that has all of its parts, each as its checksum says."""
     try:
         with PngImageFile(path) as file:
             file.verify()
+        return Path(path).read_bytes().endswith(LAST_PART)
     except Exception:  # whatever the reader of a damaged file stumbles over
         return False
-    return True
 
 
 def sheet(pictures: Pictures, columns: int, captions: Sequence[str] = ()) -> UInt8[np.ndarray, "h w 3"]:

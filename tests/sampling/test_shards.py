@@ -165,6 +165,24 @@ def test_a_damaged_file_is_drawn_again(tmp_path, caplog, format):
     assert contents(tmp_path / "out") == whole and f"{gallery.file(1)} is damaged: it is drawn again" in caplog.text
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_damaged_sheet_is_made_again_from_the_file_of_its_pictures(tmp_path, monkeypatch, format):
+    request = Request("texts", prompts=("red heart", "pizza"), num=4, steps=2, format=format, per_file=3)
+    gallery = job.generate(request, tmp_path / "out")
+    sheet = tmp_path / "out" / "grid.png"
+    whole, written = sheet.read_bytes(), {path: path.stat().st_mtime_ns for path in map(gallery.file, range(3))}
+    for damage in (sheet.unlink, lambda: sheet.write_bytes(whole[:-7]), lambda: sheet.write_bytes(whole[:-1] + b"?")):
+        damage()
+        with monkeypatch.context() as patch:
+            patch.setattr(job.Job, "run", die)
+            job.generate(request, tmp_path / "out")
+        assert sheet.read_bytes() == whole
+    assert written == {path: path.stat().st_mtime_ns for path in written}
+    monkeypatch.setattr(folder, "ON_SHEET", 3)
+    job.generate(dataclasses.replace(request, format="png"), tmp_path / "png")
+    assert (tmp_path / "png" / "grid.png").read_bytes() == whole
+
+
 @pytest.mark.parametrize("damage", [lambda data: data[:-30], lambda data: data[:80] + b"\0" + data[81:], lambda _: b""])
 def test_a_damaged_picture_is_drawn_again(tmp_path, caplog, damage):
     job.generate(Request("plain", num=2, steps=2), tmp_path)

@@ -37,6 +37,18 @@ def test_a_png_holds_the_picture_and_its_text(tmp_path, channels):
     assert [p.name for p in path.parent.iterdir()] == ["a.png"]
 
 
+def test_whatever_byte_of_a_png_is_changed_or_cut_it_is_not_whole(tmp_path):
+    path = tmp_path / "a.png"
+    assert not image.is_whole(path)
+    whole = image.png(np.random.default_rng(0).integers(0, 256, (5, 4, 3), np.uint8), {"prompt": "a cat", "seed": "5"})
+    path.write_bytes(whole)
+    assert image.is_whole(path)
+    for place in range(len(whole)):
+        for damaged in (whole[:place], whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]):
+            path.write_bytes(damaged)
+            assert not image.is_whole(path), place
+
+
 def test_reading_crops_the_middle_and_flattens_transparency(tmp_path):
     rgba = np.zeros((8, 16, 4), np.uint8)
     rgba[:, 4:12] = (200, 10, 10, 255)
