@@ -7,7 +7,7 @@ A trial is one job (train, sample, prepare, convert) with one fault, drawn from 
 
     kill       SIGKILL at one to three random instants
     cut        the power goes at a random rename or sync: names that no sync of their folder has kept are undone, files
-               that were renamed before they were synced are cut short
+               that were renamed before they were synced, alone or with their folder, are cut short
     full       the disk (a tmpfs; needs root) is full at a random size
     limit      no file may grow beyond a random size (RLIMIT_FSIZE)
     truncate   after a kill, or the end, a file of the job is cut short
@@ -86,14 +86,19 @@ def of_files(folder: Path) -> str:
 
 
 def of_arrays(*folders: Path) -> str:
-    """Of all leaves of Orbax's trees, with their names."""
+    """Of all leaves of Orbax's trees, with their names, read as diffjax reads them: as numpy arrays."""
     import jax
     import numpy as np
     import orbax.checkpoint as ocp
 
     def parts():
         for folder in folders:
-            tree = ocp.PyTreeCheckpointer().restore(folder.absolute())
+            reader = ocp.PyTreeCheckpointer()
+            as_numpy = jax.tree.map(
+                lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
+                reader.metadata(folder.absolute()).item_metadata.tree,
+            )
+            tree = reader.restore(folder.absolute(), restore_args=as_numpy)
             for path, leaf in sorted(jax.tree_util.tree_leaves_with_path(tree), key=lambda pair: str(pair[0])):
                 yield from (str(path).encode(), np.asarray(leaf).tobytes())
 
@@ -168,7 +173,7 @@ class PowerCut:
         if os.path.isdir(place):
             self.pending = [rename for rename in self.pending if os.path.dirname(rename[1]) != place]
         else:
-            self.synced.add(os.fstat(handle).st_ino)
+            self.synced.add(_version(os.fstat(handle)))
         self.tick()
 
     def replace(self, source: Any, target: Any, **dirs: Any) -> None:
@@ -182,9 +187,8 @@ class PowerCut:
         if os.path.isfile(target):
             kept = str(self.aside / f"kept{self.count}")
             shutil.copy(target, kept)
-        unsynced = os.path.isfile(source) and os.stat(source).st_ino not in self.synced
         self.real["replace"](source, target, **dirs)
-        self.pending.append((source, target, kept, unsynced))
+        self.pending.append((source, target, kept))
         self.tick()
 
     def tick(self) -> None:
@@ -196,14 +200,15 @@ class PowerCut:
     def cut(self) -> None:
         """Undo the last of what is not kept, spoil what was never synced, and end."""
         first = self.random.randint(0, len(self.pending))
-        for source, target, kept, _ in reversed(self.pending[first:]):
+        for source, target, kept in reversed(self.pending[first:]):
             if os.path.lexists(target):
                 self.real["replace"](target, source)
             if kept:
                 self.real["replace"](kept, target)
-        for _, target, _, unsynced in self.pending[:first]:
-            if unsynced and os.path.isfile(target):
-                os.truncate(target, self.random.randint(0, os.path.getsize(target)))
+        for _, target, _ in self.pending[:first]:
+            for path in (Path(target), *sorted(Path(target).rglob("*"))):
+                if path.is_file() and _version(path.stat()) not in self.synced:
+                    os.truncate(path, self.random.randint(0, path.stat().st_size))
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -503,6 +508,11 @@ def _count_events(path: Path) -> None:
     shim = PowerCut(0, 0, path.parent)
     tick = shim.tick
     shim.tick = lambda: (tick(), path.write_text(str(shim.count)))[0]
+
+
+def _version(about: os.stat_result) -> tuple[int, int]:
+    """Of a file: another one once it has been written to."""
+    return about.st_ino, about.st_mtime_ns
 
 
 def _picture(path: Path, draw: random.Random) -> None:
