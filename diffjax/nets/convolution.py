@@ -3,12 +3,14 @@
 On a CPU, XLA's float32 convolutions and their gradients to the image reach what its products reach. But it computes
 bfloat16 convolutions in float32, while products of bfloat16 are twice as fast on processors that have them; and the
 gradient to the kernel is for it a convolution whose kernel is as large as the image: slow for large images, a hundred
-times slower where padding makes the result larger than the image. These become one product for each place (i, j) of
-the kernel, `y = sum_ij x_ij @ kernel_ij` and `dkernel_ij = x_ij^T @ dy` with `x_ij` the image shifted by (i, j), some
-rows at a time, which a CPU's caches hold. docs/ddpm.md says what a training step gains.
+times slower where padding makes the result larger than the image. These become products of patches, `y = P @ kernel`
+and `dkernel = P^T @ dy`, where a row of `P` is all that a pixel of the result meets (the image shifted by every place
+of the kernel, side by side), for some rows of the image at a time, which a CPU's caches hold. docs/ddpm.md says what a
+training step gains.
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -22,7 +24,7 @@ Dtype = Any
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
 # Pixels of the result that are one block of products.
-BLOCK = 2048
+BLOCK = 512
 # From how many channels, of the image and of the result, products of bfloat16 are faster than float32 convolutions.
 MANY_CHANNELS = 64
 # From how many numbers in an image batch the float32 gradient to the kernel is slow as a convolution.
@@ -135,13 +137,12 @@ def _grows(x: Array, y: Array) -> bool:
 
 @functools.partial(jax.jit, static_argnames=("stride", "padding"))
 def _products(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
-    (*size, i, o), padded = kernel.shape, _padded(x, padding)
+    (*size, _, o), padded = kernel.shape, _padded(x, padding)
     n, (h, w) = len(x), ((1 + (whole - k) // stride) for whole, k in zip(padded.shape[1:3], size))
     rows = _rows(n, h, w)
 
     def block(at: Array) -> Array:
-        shifted = _shifted(padded, at, size, (rows, w), stride)
-        y = functools.reduce(jnp.add, map(_product, shifted, kernel.reshape(-1, i, o)))
+        y = _product(_patches(padded, at, size, (rows, w), stride), kernel.reshape(-1, o))
         return _bits(y.astype(x.dtype)).reshape(n, rows, w, o)
 
     y = jnp.moveaxis(lax.map(block, jnp.arange(h // rows)), 0, 1)
@@ -150,19 +151,22 @@ def _products(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def _kernel_gradient(x: Array, dy: Array, shape: tuple[int, ...], stride: int, padding: Padding) -> Array:
-    """`dy` is transposed outside the loop: XLA reads rows, and takes a product that has a transpose for float32."""
+    """`dy` is transposed outside the loop: XLA reads rows, and takes a product that has a transpose for float32.
+
+    The barriers keep XLA from folding the transposes into the product of an image that is one block.
+    """
     (*size, i, o), (n, h, w, _) = shape, dy.shape
     rows, padded = _rows(n, h, w), _padded(x, padding)
     columns = _bits(dy).reshape(n, -1, rows, w, o).transpose(1, 4, 0, 2, 3).reshape(-1, o, n * rows * w)
 
-    def add(total: list[Array], inputs: tuple[Array, Array]) -> tuple[list[Array], None]:
+    def add(total: Array, inputs: tuple[Array, Array]) -> tuple[Array, None]:
         at, block = inputs
-        shifted = _shifted(padded, at, size, (rows, w), stride)
-        return [part + _product(_of_bits(block), y) for part, y in zip(total, shifted)], None
+        return total + _product(_of_bits(block), _patches(padded, at, size, (rows, w), stride)), None
 
-    start = [jnp.zeros((o, i), jnp.promote_types(x.dtype, jnp.float32))] * (size[0] * size[1])
+    columns = lax.optimization_barrier(columns)
+    start = jnp.zeros((o, math.prod(size) * i), jnp.promote_types(x.dtype, jnp.float32))
     total, _ = lax.scan(jax.checkpoint(add, prevent_cse=False), start, (jnp.arange(h // rows), columns))
-    return jnp.swapaxes(jnp.stack(total), 1, 2).reshape(shape).astype(x.dtype)
+    return lax.optimization_barrier(total).T.reshape(shape).astype(x.dtype)
 
 
 def _rows(n: int, h: int, w: int) -> int:
@@ -170,13 +174,13 @@ def _rows(n: int, h: int, w: int) -> int:
     return max(rows for rows in range(1, h + 1) if h % rows == 0 and (rows == 1 or n * rows * w <= BLOCK))
 
 
-def _shifted(padded: Array, at: Array, size: list[int], block: tuple[int, int], stride: int) -> list[Array]:
-    """For every place of the kernel, the pixels that it meets in block `at` of the result, (pixels, channels)."""
+def _patches(padded: Array, at: Array, size: list[int], block: tuple[int, int], stride: int) -> Array:
+    """What every pixel in block `at` of the result meets, (pixels, places of the kernel times channels)."""
     (n, *_, c), (rows, w) = padded.shape, block
     taken = n, stride * (rows - 1) + 1, stride * (w - 1) + 1, c
     corners = [(0, stride * rows * at + i, j, 0) for i in range(size[0]) for j in range(size[1])]
     parts = [lax.dynamic_slice(padded, corner, taken)[:, ::stride, ::stride] for corner in corners]
-    return [_of_bits(part.reshape(-1, c)) for part in parts]
+    return _of_bits(jnp.concatenate(parts, axis=-1).reshape(n * rows * w, -1))
 
 
 def _padded(x: Array, padding: Padding) -> Array:
