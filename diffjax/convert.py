@@ -21,6 +21,7 @@ from diffjax.nets.lora import LowRank
 from diffjax.nets.mmdit import MMDiT
 from diffjax.nets.unet import UNet
 from diffjax.train.checkpoint import on_the_disk
+from diffjax.utils import files
 from diffjax.utils.errors import UserError
 from diffjax.weights import hub, lora
 from diffjax.weights.folder import component
@@ -38,7 +39,7 @@ def convert_model(
     `revision` and `variant` are those of `diffjax.load`. Raises `UserError` when `out` is not empty, and for a model
     that the format has no place for.
     """
-    out = Path(out)
+    out = files.local(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is there already: name a new folder")
     FORMATS[to](name, load(name, revision=revision, variant=variant), out)

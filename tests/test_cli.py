@@ -191,3 +191,10 @@ def test_a_terminal_of_another_encoding_is_no_bug(tmp_path):
     command = [sys.executable, "-m", "diffjax", "init", str(tmp_path / "caf\u00e9")]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0 and r"caf\xe9" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("words", [("sample", "--model", "toy", "--out"), ("convert", "toy")], ids=" ".join)
+def test_nothing_is_written_to_an_object_store(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*words, "s3://bucket/out"]) == 2
+    assert "s3://bucket/out is an address" in capsys.readouterr().err and not list(tmp_path.iterdir())

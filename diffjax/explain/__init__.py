@@ -36,7 +36,7 @@ from diffjax.loading import run_folder
 from diffjax.models.model import Inputs, Recipe
 from diffjax.models.options import Request, given
 from diffjax.sampling.job import configured, preset
-from diffjax.utils import image
+from diffjax.utils import files, image
 from diffjax.utils.errors import UserError
 from diffjax.utils.progress import track
 
@@ -59,7 +59,8 @@ def write(request: Request, out: str | Path, patience: float = PATIENCE) -> Path
     drawn, for a request of several pictures, where jinja2 is not installed, and for a file in the place of the folder.
     """
     page.check_installed()
-    if Path(out).is_file():
+    out = files.local(out)
+    if out.is_file():
         raise UserError(f"{out} is a file: give --out a folder")
     about = dataclasses.replace(subject.find(preset(request)), patience=patience)
     recipe = about.recipe()

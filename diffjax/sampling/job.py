@@ -44,7 +44,7 @@ from diffjax.sampling.folder import (
 )
 from diffjax.sampling.shards import Shards
 from diffjax.text.learned import Prompts
-from diffjax.utils import image, seeds
+from diffjax.utils import files, image, seeds
 from diffjax.utils.errors import UserError, unknown
 from diffjax.utils.interrupt import stop_on_signal
 from diffjax.utils.progress import Every, counted
@@ -133,6 +133,7 @@ def generate(
     `out` holds something else, and when the recipe is not the `expected` one; `KeyboardInterrupt` once all is saved
     after Ctrl-C.
     """
+    out = files.local(out)
     model = loading.requested(request, request.texts).against(request.guide)
     request = completed(request, model)
     drawing = prepared(request, model)
@@ -140,7 +141,7 @@ def generate(
     if expected is not None and (lines := unlike(expected, recipe)):
         raise UserError(f"this is not what the manifest was made with: {'; '.join(lines)}")
     kind = Gallery if request.format == "png" else Shards
-    gallery = kind(Path(out), recipe, listed(request))
+    gallery = kind(out, recipe, listed(request))
     fill(gallery, drawing, overwrite, preview, save_seconds)
     return gallery
 
@@ -311,12 +312,12 @@ def earlier(
     if folder.is_file():
         size = model.low_res, model.low_res
         return image.from_uint8(images.read(folder, size, model.shape[-1]))[None]
-    files = [folder / names[picture] for picture in pictures]
-    if absent := next((file for file in files if not file.is_file()), None):
+    pngs = [folder / names[picture] for picture in pictures]
+    if absent := next((file for file in pngs if not file.is_file()), None):
         raise UserError(
             f"{folder} does not hold {absent.name}: draw the same prompts, and as many of each, there first, as png"
         )
-    return image.from_uint8(np.stack([image.read_png(file)[0] for file in files]))
+    return image.from_uint8(np.stack([image.read_png(file)[0] for file in pngs]))
 
 
 def recipe_of(request: Request, model: Model) -> dict[str, Any]:

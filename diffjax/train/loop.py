@@ -45,7 +45,7 @@ def train(config: ConfigDict, workdir: str | Path, allow_change: bool = False) -
 
     Raises `UserError` for a config that cannot be, a workdir that holds another run, and a loss that is not finite.
     """
-    workdir = on_disk(workdir)
+    workdir = files.local(workdir)
     config = configs.settle(configs.complete(config), workdir)
     check(config)
     if "model" not in config and hosts.first(lambda: not (workdir / "config.json").exists()):
@@ -184,16 +184,6 @@ class Training:
                 self.log.sanity(self.done, sanity.look(experiment, ema))
         except UserError as error:
             self.log.terminal.say(f"step {self.done}: no preview: {error}")
-
-
-def on_disk(workdir: str | Path) -> Path:
-    """The folder. Raises `UserError` for an address of an object store, which the files of a run need more than."""
-    if "://" in str(workdir):
-        raise UserError(
-            f"{workdir} is in an object store, which cannot lock, append or rename: choose a --workdir on a "
-            "file system, and copy the run there afterwards"
-        )
-    return Path(workdir).expanduser()
 
 
 def check(config: ConfigDict) -> None:

@@ -16,6 +16,9 @@ from diffjax.utils.errors import UserError
 AWKWARD = re.compile(r"[][*?\\]|:/|[\udc80-\udcff]")
 """What libraries take for a pattern, an escape or a protocol, and what is no UTF-8."""
 
+STORE = re.compile(r"\w+:/")
+"""How an address begins, also where it was made a path."""
+
 LEFT = ".part"
 """How a file ends that is not whole yet."""
 
@@ -25,6 +28,16 @@ def home() -> Path:
     if "DIFFJAX_HOME" in os.environ:
         return Path(os.environ["DIFFJAX_HOME"]).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "diffjax"
+
+
+def local(folder: str | Path) -> Path:
+    """The folder. Raises `UserError` for an address, such as that of an object store: a run needs files."""
+    if STORE.match(str(folder)):
+        raise UserError(
+            f"{folder} is an address, where files cannot be locked, appended to and renamed: name a folder on a file "
+            "system, and copy it there afterwards"
+        )
+    return Path(folder).expanduser()
 
 
 @contextlib.contextmanager

@@ -107,9 +107,7 @@ def test_a_run(pictures, tmp_path, capsys):
 @pytest.mark.parametrize("place", ["gs://bucket/run", "s3://bucket/run"])
 def test_an_object_store_is_no_workdir(pictures, place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(
-        UserError, match=f"{place} is in an object store, .*: choose a --workdir on a file system, and copy"
-    ):
+    with pytest.raises(UserError, match=f"{place} is an address, .*: name a folder on a file system, and copy"):
         train(pictures, place)
     assert not list(tmp_path.iterdir())
 

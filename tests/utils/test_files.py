@@ -24,6 +24,13 @@ def test_home_follows_the_environment(monkeypatch):
     assert home() == Path.home() / ".cache" / "diffjax"
 
 
+@pytest.mark.parametrize("place", ["gs://bucket/run", Path("s3://bucket/run"), "file:///tmp/run"])
+def test_an_address_is_no_folder_here(place):
+    with pytest.raises(UserError, match="is an address, .*: name a folder on a file system"):
+        files.local(place)
+    assert files.local("~/run") == Path.home() / "run" and files.local("a/gs:/b") == Path("a/gs:/b")
+
+
 def test_write_makes_folders_and_replaces(tmp_path):
     path = tmp_path / "a" / "b.bin"
     write_atomic(path, b"one")
