@@ -40,10 +40,16 @@ def description(device: str) -> dict[str, Any]:
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """The commit that `folder` is at and whether files differ from it; None outside a repository."""
+    """The commit that `folder` is at and whether files differ from it; None outside a repository, to which nothing is
+    written: a job that is killed leaves no lock there.
+    """
     try:
         run = lambda *words: subprocess.run(
-            ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=20, check=True
+            ["git", "--no-optional-locks", "-C", str(folder), *words],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
         ).stdout.strip()
         return {
             "commit": run("rev-parse", "HEAD"),

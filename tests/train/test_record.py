@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 
@@ -150,7 +151,10 @@ def test_git_state(tmp_path):
     (tmp_path / "a").write_text("1")
     git("add", "a")
     git("-c", "user.name=a", "-c", "user.email=a", "commit", "-m", "a")
-    assert provenance.git_state(tmp_path)["changed"] is False
+    index = tmp_path / ".git" / "index"
+    os.utime(tmp_path / "a", (0, 0))  # `git status` would note that the file is the same all the same
+    before = index.read_bytes()
+    assert provenance.git_state(tmp_path)["changed"] is False and index.read_bytes() == before
     (tmp_path / "a").write_text("2")
     state = provenance.git_state(tmp_path)
     assert state["changed"] is True and len(state["commit"]) == 40
