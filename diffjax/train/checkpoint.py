@@ -101,10 +101,12 @@ class Checkpoints:
         """
         failed = {}
         for step in sorted(self.manager.all_steps(), reverse=True):
-            self._refuse_another(step, state)
             restored, why = None, "another host cannot read it"
             try:
+                self._refuse_another(step, state)
                 restored = self._read(step, state)
+            except UserError:
+                raise
             except Exception as error:  # whatever the reader of a damaged file stumbles over
                 why = self._why(error)
             if not hosts.everywhere(restored is not None):
@@ -139,14 +141,11 @@ class Checkpoints:
         return replace(state, step=np.int32(step), key=key, **items), progress["data"]
 
     def _refuse_another(self, step: int, state: State) -> None:
-        """Raises `UserError` where a checkpoint's arrays are others than the state's; one that cannot be
-        read passes.
+        """Raises `UserError` where a checkpoint's arrays are others than the state's, and whatever the reader stumbles
+        over where it does not say which they are: `load_run` could not read it.
         """
-        try:
-            found = self.manager.item_metadata(step)
-            there = {name: _shapes(found[name].tree) for name in ARRAYS}
-        except Exception:  # whatever the reader of a damaged file stumbles over; reading it will say what
-            return
+        found = self.manager.item_metadata(step)
+        there = {name: _shapes(found[name].tree) for name in ARRAYS}
         for name in ARRAYS:
             here = _shapes(getattr(state, name))
             if lines := [

@@ -244,6 +244,17 @@ def test_whatever_file_is_damaged_nothing_wrong_is_read(tmp_path, each):
     assert outcomes["passed over"] > len(files) / 4
 
 
+@pytest.mark.parametrize("file", ["ema/_METADATA", "params/_sharding"])
+def test_training_goes_on_from_no_checkpoint_that_sampling_cannot_read(tmp_path, file):
+    write(tmp_path, (10, 1.0), (20, 2.0))
+    path = tmp_path / "checkpoints" / "20" / file
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match="checkpoint 20 in .* cannot be read"):
+        checkpoint.load_run(tmp_path)
+    assert checkpoint.Checkpoints(tmp_path).restore(state_at(0))[1] == {"position": 10}
+    assert checkpoint.load_run(tmp_path).step == 10
+
+
 def test_progress_that_has_changed_is_seen(tmp_path):
     write(tmp_path, (10, 1.0), (20, 2.0))
     path = tmp_path / "checkpoints" / "20" / "progress" / "metadata"
