@@ -31,7 +31,7 @@ def drawn(model: str, name: str, shard: str | None = None, **asked: object) -> p
     return next(part for part in job.parts if part.name == name)
 
 
-def trained(experiment: str, shard: str | None = None, model: str = "", **train: int) -> plan.Part:
+def trained(experiment: str, shard: str | None = None, model: str = "", **train: object) -> plan.Part:
     """The step of an experiment that an accelerator trains, maybe on from another model."""
     settings = config.decided(config.load(str(EXPERIMENTS / experiment)), lambda _: "bfloat16")
     settings.update({"model": model} if model else {})
@@ -58,6 +58,8 @@ def rows() -> Iterator[Row]:
     whole = lambda: trained("sd35_finetune.py:full", "fsdp", LARGE, batch=8)
     for target in ("h100-8", "v5e-8"):
         yield "SD3.5-large, all of it, batch 8, fsdp", target, whole
+    hosted = lambda: trained("sd35_finetune.py:full", "fsdp", LARGE, batch=8, offload=True)
+    yield "the same, train.offload", "v5e-8", hosted
     for target in ("h100-8", "v5e-8"):
         yield "MinImagen's base, batch 256, fsdp", target, lambda: trained("minimagen/base64.py", "fsdp")
     yield "emoji64, batch 512", "h100", lambda: trained("emoji64.py", batch=512)
@@ -78,6 +80,7 @@ def line(program: str, target: str, made: Callable[[], plan.Part]) -> str:
     room = rates.memory(target.partition("-")[0]) or 0
     if found.needed > room:
         moved = f"does not fit: {found.needed / 2**30:.1f} of {room / 2**30:.2f} GiB"
+    moved += f"; {si(found.hosted)}B in its host" if found.hosted else ""
     moved += f" ({si(found.overlapped)}B while it computes)" if found.overlapped else ""
     return f"| {program} | {target} | {seconds:.0f} | {si(found.held)}B | {si(found.temporary)}B | {moved} |"
 

@@ -156,6 +156,11 @@ LAST: dict[str, Place] = {
                 1,
                 "[1, inf)",
             ),
+            "offload": Field(
+                "keep the average and the optimizer's moments in the memory of the hosts, from where a step fetches "
+                "them as it ends: slower, in less memory of devices",
+                False,
+            ),
             "log_every": Field("steps between numbers", 100, "[1, inf)"),
             "save_every": Field("steps between checkpoints", 1000, "[1, inf)"),
             "preview_every": Field("steps between previews; 0: at the end alone", 0, "[0, inf)"),

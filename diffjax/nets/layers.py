@@ -20,6 +20,7 @@ from diffjax.nets import flash
 from diffjax.nets.convolution import Conv, convolve
 from diffjax.nets.lora import LowRank
 from diffjax.nets.quantize import Quantized
+from diffjax.nets.split import Place, Split
 
 Dtype = Any
 
@@ -98,14 +99,15 @@ def matmul(
 
     The kernel may be a `Quantized` one, which becomes `dtype` here, one layer of a stack at a time, or a `LowRank` one.
     In bfloat16 and float16 both products of the backward pass read `dtype` as well (autodiff alone would take a float32
-    cotangent to a float32 product), and only reverse mode is defined.
+    cotangent to a float32 product), and only reverse mode is defined. Under a mesh, devices send each other what
+    `Split.product` says.
     """
     if isinstance(kernel, LowRank):
         return _adapted_matmul(x, kernel, dtype)
     rows = x.reshape(-1, x.shape[-1])
     kernel = kernel.astype(dtype) if isinstance(kernel, Quantized) else kernel
     product = _half_matmul if jnp.dtype(dtype).itemsize < 4 else _wide_matmul
-    return jnp.reshape(product(rows, kernel, dtype), (*x.shape[:-1], kernel.shape[-1]))
+    return jnp.reshape(product(rows, kernel, dtype, Split.here()), (*x.shape[:-1], kernel.shape[-1]))
 
 
 def _adapted_matmul(x: Float[Array, "*batch i"], whole: LowRank, dtype: Dtype) -> Float[Array, "*batch o"]:
@@ -115,25 +117,33 @@ def _adapted_matmul(x: Float[Array, "*batch i"], whole: LowRank, dtype: Dtype) -
     return y if adapter.bias is None else y + adapter.bias
 
 
-def _wide_matmul(x: Array, kernel: Array, dtype: Dtype) -> Array:
-    return x.astype(dtype) @ kernel.astype(dtype)
+def _placing(x: Array, kernel: Array, split: Split | None) -> tuple[Place, Place]:
+    keep = lambda y: y
+    return split.product(len(x), kernel.shape) if split else (keep, keep)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _half_matmul(x: Array, kernel: Array, dtype: Dtype) -> Array:
-    return _rounded(x.astype(dtype), kernel.astype(dtype), 1, 0)
+def _wide_matmul(x: Array, kernel: Array, dtype: Dtype, split: Split | None) -> Array:
+    on_rows, on_kernel = _placing(x, kernel, split)
+    return on_rows(on_rows(x.astype(dtype)) @ on_kernel(kernel.astype(dtype)))
 
 
-def _half_matmul_forward(x: Array, kernel: Array, dtype: Dtype) -> tuple[Array, tuple]:
-    half = x.astype(dtype), kernel.astype(dtype)
-    return _rounded(*half, 1, 0), (*half, x[:0], kernel[:0])
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _half_matmul(x: Array, kernel: Array, dtype: Dtype, split: Split | None) -> Array:
+    return _half_matmul_forward(x, kernel, dtype, split)[0]
 
 
-def _half_matmul_backward(dtype: Dtype, saved: tuple, cotangent: Array) -> tuple[Array, Array]:
+def _half_matmul_forward(x: Array, kernel: Array, dtype: Dtype, split: Split | None) -> tuple[Array, tuple]:
+    on_rows, on_kernel = _placing(x, kernel, split)
+    half = on_rows(x.astype(dtype)), on_kernel(kernel.astype(dtype))
+    return on_rows(_rounded(*half, 1, 0)), (*half, x[:0], kernel[:0])
+
+
+def _half_matmul_backward(dtype: Dtype, split: Split | None, saved: tuple, cotangent: Array) -> tuple[Array, Array]:
     x, kernel, like_x, like_kernel = saved
-    cotangent = cotangent.astype(dtype)
-    to_kernel = lax.platform_dependent(x, cotangent, cpu=_outer_product_cpu, default=_outer_product)
-    return _rounded(cotangent, kernel, 1, 1).astype(like_x.dtype), to_kernel.astype(like_kernel.dtype)
+    on_rows, on_kernel = _placing(x, kernel, split)
+    cotangent = on_rows(cotangent.astype(dtype))
+    to_kernel = on_kernel(lax.platform_dependent(x, cotangent, cpu=_outer_product_cpu, default=_outer_product))
+    return on_rows(_rounded(cotangent, kernel, 1, 1)).astype(like_x.dtype), to_kernel.astype(like_kernel.dtype)
 
 
 _half_matmul.defvjp(_half_matmul_forward, _half_matmul_backward)

@@ -18,6 +18,8 @@ TO_HEADS = re.compile(r"(^|/)(to_[qkv]|add_[qkv]_proj)/")
 FROM_HEADS = re.compile(r"(^|/)(to_out_0|to_add_out)/kernel\b")
 """The layers whose outputs, and whose inputs, are heads."""
 
+Place = Callable[[Array], Array]
+
 
 @dataclass(frozen=True)
 class Split:
@@ -53,6 +55,21 @@ class Split:
         """Rows where they belong, everything else whole on each device."""
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(self._row_axes(x.shape[0]))))
 
+    def product(self, rows: int, kernel: tuple[int, int]) -> tuple[Place, Place]:
+        """Of a product of so many rows with a kernel (i, o): what is done with all that has rows, and with all that has
+        the kernel's shape, gradients included.
+
+        Where devices have other rows and a part of each kernel, the smaller of both is sent to all of them. Left to
+        XLA, it is the rows of wide layers, whose kernels are split along their width.
+        """
+        shape = self.mesh.shape
+        if shape.get("data", 1) == 1 or shape.get("model", 1) > 1:
+            return _as_it_is, _as_it_is
+        return (self._whole, _as_it_is) if rows * sum(kernel) < math.prod(kernel) else (_as_it_is, self._whole)
+
+    def _whole(self, x: Array) -> Array:
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec()))
+
     def attend(
         self,
         attention: Callable[..., Array],
@@ -75,6 +92,10 @@ class Split:
         specs = (whole, whole, whole, *(PartitionSpec() if x is None else of(x) for x in scores))
         run = jax.shard_map(attention, mesh=self.mesh, in_specs=specs, out_specs=whole, check_vma=False)
         return run(q, k, v, *scores)[:, :, :n]
+
+
+def _as_it_is(x: Array) -> Array:
+    return x
 
 
 def pad_heads(params: PyTree, heads: int, width: int, more: int) -> PyTree:

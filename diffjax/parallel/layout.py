@@ -8,14 +8,15 @@ changes fastest.
 """
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
-from diffjax.parallel.devices import Rule
+from diffjax.parallel.devices import Rule, shard_by_rules
 from diffjax.parallel.sharding import rules_of
 from diffjax.utils.errors import UserError
 
@@ -25,6 +26,12 @@ OUTPUTS = r"/((to_|add_)?[qkv](_proj)?|gate|up|net_0_proj|ff_in|conv1|time_emb_p
 INPUTS = r"/(to_out_0|to_add_out|out|down|net_2|ff_out|conv2|\w+_linear|adapt(_out|_last)?)/kernel$"
 RULES: dict[str, tuple[Rule, ...]] = {"data": ()} | rules_of(OUTPUTS, INPUTS)
 """The rules of each mode; a moment or an average of a parameter has its name, and so its place."""
+
+HOST = "pinned_host"
+"""Memory of a host that its devices reach."""
+
+OFFLOADED = re.compile(r"^(ema|optimizer)/")
+"""What of a state can lie in the memory of hosts: what a step needs only as it ends."""
 
 
 def mesh(mode: str, replicas: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:  # pyright: ignore[reportInvalidTypeForm]
@@ -52,6 +59,29 @@ def mesh(mode: str, replicas: int = 1, devices: Sequence[jax.Device] | None = No
 
 def _root(count: int, local: int) -> int:
     return max(size for size in range(1, math.isqrt(count) + 1) if count % size == 0 and local % size == 0)
+
+
+def places(tree: Any, rules: Sequence[Rule], over: Mesh, offload: bool = False) -> Any:
+    """Where a state lies, or a part of one: `shard_by_rules`, and with `offload` the arrays of `OFFLOADED` in the
+    memory of hosts.
+    """
+
+    def kept(path: Any, leaf: Any, place: NamedSharding) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        hosted = offload and leaf.ndim and OFFLOADED.search(name)
+        return place.with_memory_kind(HOST) if hosted else place
+
+    return jax.tree_util.tree_map_with_path(kept, tree, shard_by_rules(tree, rules, over))
+
+
+def is_hosted(place: Sharding) -> bool:
+    """Whether an array of this sharding lies in the memory of hosts."""
+    return place.memory_kind == HOST
+
+
+def fetch(leaf: jax.Array) -> jax.Array:
+    """The array in its devices' own memory, wherever it lies."""
+    return jax.device_put(leaf, leaf.sharding.with_memory_kind("device")) if is_hosted(leaf.sharding) else leaf
 
 
 def rows(over: Mesh) -> NamedSharding:

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
+from diffjax.parallel import layout
 from diffjax.plan import hlo
 from diffjax.plan.cost import Part, tree_bytes
 from diffjax.utils.errors import UserError
@@ -38,6 +39,7 @@ class Compiled:
     overlapped: int = 0
     copied: int = 0
     largest: Sequence[tuple[str, int, str]] = ()
+    hosted: int = 0
 
     @property
     def needed(self) -> int:
@@ -48,24 +50,38 @@ class Compiled:
 def compile_part(part: Part, devices: Sequence[Any]) -> Compiled:
     """A part compiled for devices: split over them where it can be, else for one of them.
 
-    Raises `UserError` where the compiler stops for another reason than memory.
+    Raises `UserError` where the compiler stops for another reason than memory, and for what lies in the memory of the
+    hosts of GPUs, which jax does not know of devices that are absent.
     """
+    if part.hosted and devices[0].platform == "gpu":
+        raise UserError("train.offload is compiled for no GPU that is not here: leave --compile out")
     function, held, given = part.over(devices) if part.over else alone(part, devices[0])
+    leaves = jax.tree.leaves(held)
+    hosted = sum(_shard_bytes(leaf) for leaf in leaves if layout.is_hosted(leaf.sharding))
+    own = sum(map(_shard_bytes, leaves)) - hosted
     lowered = function.lower(held, *given)
-    own = sum(map(_shard_bytes, jax.tree.leaves(held)))
     try:
         program = _compiled(lowered, devices[0].platform)
     except jax.errors.JaxRuntimeError as error:
         if not NO_ROOM.search(str(error)):
             line = str(error).strip().splitlines()[0][:200]
             raise UserError(f"the compiler of {devices[0].device_kind} stops at {part.name}: {line}") from error
-        return Compiled(own, max(0, _said(str(error)) - own))
-    memory: Any = program.memory_analysis()
-    arguments, kept = memory.argument_size_in_bytes, memory.output_size_in_bytes - memory.alias_size_in_bytes
+        return Compiled(own, max(0, _said(str(error)) - own), hosted=hosted)
     read = hlo.read(program.as_text())
-    more = arguments + kept + memory.temp_size_in_bytes - own
     moved = hlo.collectives(read, len(devices)), hlo.overlapped(read, len(devices))
-    return Compiled(own, max(0, more), *moved, hlo.copied(read), hlo.largest(read))
+    more = _needed(program.memory_analysis()) - own
+    return Compiled(own, max(0, more), *moved, hlo.copied(read), hlo.largest(read), hosted)
+
+
+def _needed(memory: Any) -> int:
+    """The bytes of a device that a program needs. Where something is in the memory of its host, the sum of all
+    temporaries, among them what is fetched one after the other, is more than the most at once, in which the compiler
+    counts what the host holds.
+    """
+    if memory.host_argument_size_in_bytes:
+        return memory.peak_memory_in_bytes - memory.host_argument_size_in_bytes
+    new = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return memory.argument_size_in_bytes + new + memory.temp_size_in_bytes
 
 
 def _compiled(lowered: Any, platform: str) -> Any:

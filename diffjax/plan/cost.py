@@ -19,7 +19,7 @@ class Part:
 
     Where it `replaces`, as a training step does its state, the result takes the place of what was held. `over(devices)`
     is its program on several: a function under `jit`, and shapes of what is held and given that say where they lie;
-    whether it `splits` what is held is said too.
+    whether it `splits` what is held is said too, and how many bytes of that are `hosted`, in the memory of hosts.
     """
 
     name: str
@@ -31,6 +31,7 @@ class Part:
     replaces: bool = False
     splits: bool = False
     over: Callable[[Sequence[Any]], tuple[Callable[..., Any], PyTree, tuple[Any, ...]]] | None = None
+    hosted: int = 0
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Estimate:
 def estimate(part: Part, platform: str = "cpu") -> Estimate:
     """The figures of a part on one device of a platform, from shapes alone."""
     program = jax.make_jaxpr(part.call)(part.held, *part.given).jaxpr
-    held, temporary = tree_bytes(part.held), live_bytes(program, platform)
+    held, temporary = tree_bytes(part.held) - part.hosted, live_bytes(program, platform)
     return Estimate(part.name, part.parameters, held, temporary, part.calls, program_cost(program))
 
 

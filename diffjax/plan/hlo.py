@@ -14,6 +14,9 @@ FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while
 SLICING = {"parameter", "constant", "bitcast", "copy", "dynamic-slice", "compare", "add", "select"}
 """Instructions of which the fusions are made that only take a slice."""
 
+SCATTERING = "all-reduce-scatter"
+"""How the name begins of a TPU's fusion of an all-reduce with the slice that each device keeps of it."""
+
 HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 LINE = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?[\])}]) ([a-z][\w\-]*)\((.*)$")
 SHAPE = re.compile(r"\b(pred|bf16|[fsuc]\d+(?:e\w+)?)\[([\d,]*)\]")
@@ -137,6 +140,8 @@ def _collectives(program: Program, devices: int) -> Iterator[tuple[str, float, b
             kind = instruction.name.removesuffix("-start")
             if kind not in COLLECTIVES or not times:
                 continue
+            if name.startswith(SCATTERING):  # the all-reduce in such a fusion is how a TPU scatters sums
+                kind = "reduce-scatter"
             size = times * _received(kind, instruction, instruction.group or devices)
             channel = CHANNEL.search(instruction.rest)
             if name in program.fused and channel:  # a TPU's, which stands in each fusion that moves it on
@@ -187,7 +192,7 @@ def _received(kind: str, instruction: Instruction, n: int) -> float:
         return size / 2 if starts else size
     if kind == "all-reduce":
         return 2 * (n - 1) / n * size
-    if kind == "reduce-scatter":
+    if kind == "reduce-scatter" and instruction.name != "all-reduce":
         return (n - 1) * size / (n + 1) if starts else (n - 1) * size
     if kind == "all-gather" and starts:
         return (n - 1) / (n + 1) * size

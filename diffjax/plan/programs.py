@@ -23,9 +23,8 @@ from diffjax.models.model import Defaults
 from diffjax.models.options import Asked, Size, sides
 from diffjax.nets.unet import UNet
 from diffjax.parallel import layout
-from diffjax.parallel.devices import shard_by_rules
 from diffjax.plan.compiled import placed
-from diffjax.plan.cost import Part, tree_size
+from diffjax.plan.cost import Part, tree_bytes, tree_size
 from diffjax.text import frozen
 from diffjax.text.learned import CaptionTokenizer
 from diffjax.train import facts
@@ -140,7 +139,9 @@ def training(experiment: Experiment, shard: str | None = None, state: PyTree = N
     batch = experiment.batch_shapes(train.batch)
     over = functools.partial(_over, experiment, mode, state, batch)
     step, size = experiment.step(), tree_size(state.params)
-    part = Part("training", step, state, (batch,), size, train.steps, replaces=True, splits=mode != "data", over=over)
+    hosted = tree_bytes((state.ema, state.optimizer)) if train.offload else 0
+    how = {"replaces": True, "splits": mode != "data", "over": over, "hosted": hosted}
+    part = Part("training", step, state, (batch,), size, train.steps, **how)
     title = f"training {name}: {counted(train.steps, 'step')} of {counted(train.batch, 'image')}"
     return Job(title, (part,), "training", train.steps, train.batch)
 
@@ -151,8 +152,8 @@ def _over(experiment: Experiment, mode: str, state: PyTree, batch: PyTree, devic
     mesh = layout.mesh(mode, train.replicas, devices)
     layout.check_batch(train.batch, train.accumulate, mesh)
     rules = layout.RULES[mode]
-    held = placed(state, shard_by_rules(state, rules, mesh))
-    return by_jit(experiment.step(), mesh, rules).step, held, (placed(batch, layout.rows(mesh)),)
+    held = placed(state, layout.places(state, rules, mesh, train.offload))
+    return by_jit(experiment.step(), mesh, rules, train.offload).step, held, (placed(batch, layout.rows(mesh)),)
 
 
 def _drawing(

@@ -87,7 +87,8 @@ def _details(figure: Figures, speed: rates.Rates) -> list[str]:
     """What the compiler says of a part, and which limit its call meets first."""
     compiled, estimate = figure.compiled, figure.estimate
     assert compiled is not None
-    lines = [f"{estimate.name}: {si(compiled.held)}B held, {si(compiled.temporary)}B beside"]
+    hosted = f", {si(compiled.hosted)}B in its host" if compiled.hosted else ""
+    lines = [f"{estimate.name}: {si(compiled.held)}B held, {si(compiled.temporary)}B beside{hosted}"]
     moved = ", ".join(f"{name} {si(size)}B" for name, size in compiled.collectives.most_common())
     if moved:
         lines += textwrap.wrap(f"a call receives {moved}: {si(compiled.overlapped)}B while it computes", WIDTH - 2)

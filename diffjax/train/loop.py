@@ -203,14 +203,25 @@ def mesh(config: ConfigDict) -> Mesh:
     shard, replicas = config.train.shard, config.train.replicas
     if config.train.parallel == "pmap" and (shard != "data" or replicas != 1):
         raise UserError(f"train.parallel=pmap cannot split a state (train.shard={shard}): set train.parallel=jit")
+    if config.train.offload:
+        check_offload(config)
     return layout.mesh(shard, replicas, list(devices.data_mesh().devices.flat))
+
+
+def check_offload(config: ConfigDict) -> None:
+    """Raises `UserError` where devices do not reach the memory of their host, or `pmap` would."""
+    if config.train.parallel == "pmap":
+        raise UserError("train.parallel=pmap keeps nothing in the memory of hosts: set train.parallel=jit")
+    kinds = {memory.kind for memory in jax.local_devices()[0].addressable_memories()}
+    if layout.HOST not in kinds:
+        raise UserError(f"{devices.describe()} reaches no memory of its host: set train.offload=False")
 
 
 def split(config: ConfigDict, step: Step) -> Parallel:
     """The step on the devices, as `config.train` splits them."""
     if config.train.parallel == "pmap":
         return by_pmap(step, mesh(config))
-    return by_jit(step, mesh(config), layout.RULES[config.train.shard])
+    return by_jit(step, mesh(config), layout.RULES[config.train.shard], config.train.offload)
 
 
 def seen_by_all(workdir: Path) -> None:

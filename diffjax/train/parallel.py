@@ -1,5 +1,6 @@
 """One step function on all devices: `jit` over sharded batches and states, or `pmap`."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -33,18 +34,28 @@ class Parallel(NamedTuple):
     share: tuple[int, int]
 
 
-def by_jit(step: Step, mesh: Mesh, rules: Sequence[Rule] = ()) -> Parallel:
-    """The step compiled once for a state that lies as the rules say (whole on every device without any) and batches
-    that are split over all axes of the mesh but `model`.
+def by_jit(step: Step, mesh: Mesh, rules: Sequence[Rule] = (), offload: bool = False) -> Parallel:
+    """The step compiled once for a state that lies as `layout.places` says (whole on every device without rules) and
+    batches that are split over all axes of the mesh but `model`.
     """
     everywhere = NamedSharding(mesh, PartitionSpec())
+    places = functools.partial(layout.places, rules=rules, over=mesh, offload=offload)
 
     def constrained(tree: PyTree) -> PyTree:
-        return jax.lax.with_sharding_constraint(tree, devices.shard_by_rules(tree, rules, mesh))
+        tree = jax.lax.with_sharding_constraint(tree, devices.shard_by_rules(tree, rules, mesh))
+        return moved(tree, layout.HOST)
+
+    def moved(tree: PyTree, kind: str) -> PyTree:
+        """What can lie in the memory of hosts, in memory of that kind."""
+
+        def move(leaf: Any, place: NamedSharding) -> Any:
+            return jax.device_put(leaf, place.with_memory_kind(kind)) if layout.is_hosted(place) else leaf
+
+        return jax.tree.map(move, tree, places(tree))
 
     def stepped(state: State, batch: Batch) -> tuple[State, dict[str, Any]]:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            state, metrics = step(state, batch)
+            state, metrics = step(moved(state, "device"), batch)
         return constrained(state), jax.lax.with_sharding_constraint(metrics, everywhere)
 
     def create(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -54,12 +65,12 @@ def by_jit(step: Step, mesh: Mesh, rules: Sequence[Rule] = ()) -> Parallel:
         return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
 
     def place(tree: PyTree) -> PyTree:
-        shardings = devices.shard_by_rules(tree, rules, mesh)  # of a key, not of its bits, which stay together
+        shardings = places(tree)  # of a key, not of its bits, which stay together
         return _plainly(lambda plain: jax.tree.map(put, plain, shardings), tree)
 
     def own(tree: PyTree) -> PyTree:
         if not hosts.spread(tree):
-            return tree
+            return jax.tree.map(layout.fetch, tree)
         here = layout.here(mesh)
         return jax.tree.map(put, jax.tree.map(hosts.whole, tree), devices.shard_by_rules(tree, rules, here))
 

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from diffjax.parallel import hosts
+from diffjax.parallel.layout import fetch
 from diffjax.utils.provenance import checksum
 
 
@@ -29,7 +30,7 @@ def by_place(tree: PyTree) -> int:
 
 def _leaf(leaf: Any) -> Any:
     if isinstance(leaf, jax.Array):
-        return jax.jit(_of_array)(leaf)
+        return jax.jit(_of_array)(fetch(leaf))
     leaf = np.ascontiguousarray(leaf)
     bits = leaf.view(f"u{leaf.dtype.itemsize}").astype(np.uint32)
     return _summed(np, bits, np.arange(bits.size, dtype=np.uint32).reshape(bits.shape))

@@ -13,12 +13,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from diffjax.models import sd3
 from diffjax.nets import lora
-from diffjax.nets.layers import attention
+from diffjax.nets.layers import attention, matmul
 from diffjax.nets.mmdit import MMDiT
 from diffjax.nets.quantize import SCHEMES, quantize_kernels
 from diffjax.nets.split import Split, pad_heads
 from diffjax.parallel import devices, layout, sharding
 from diffjax.plan import hlo, tree_bytes
+from diffjax.plan.compiled import placed
 from diffjax.utils.errors import UserError
 
 TOY = MMDiT(8, 2, 4, 4, 2, 8, 3, 16, 8, 8, dual_attention_layers=(0,))
@@ -132,6 +133,33 @@ def test_tensor_parallelism_sums_twice_a_layer_in_half_precision_and_gathers_no_
     gathered = sum(size for name, size in moved.items() if name != "all-reduce")
     assert gathered < 0.01 * moved["all-reduce"]
     assert moved["all-reduce"] <= 1.1 * WIDE.num_layers * 2 * (2 * 3 / 4) * activations()
+
+
+@pytest.mark.accelerators
+@pytest.mark.parametrize("kind", ["v5e", "h100"])
+def test_devices_that_share_kernels_send_the_smaller_of_kernel_and_rows(kind, compiler):
+    """Two layers, the inner one wide; of many rows each kernel comes in bfloat16 forwards and backwards, and its
+    gradient goes in float32.
+    """
+    compiler(kind)
+    mesh = layout.mesh("fsdp", 1, devices.absent(kind, 4))
+    kernels = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((256, 1024), (1024, 256))]
+    places = devices.shard_by_rules(kernels, layout.RULES["fsdp"], mesh)
+
+    def loss(kernels, x):
+        for kernel in kernels:
+            x = matmul(jnp.sin(x), kernel, jnp.bfloat16)
+        return jnp.sum(x * x)
+
+    def gradients(kernels, x):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return jax.lax.with_sharding_constraint(jax.grad(loss)(kernels, x), places)
+
+    size, given = tree_bytes(kernels), [placed(kernels, places)]
+    for rows, most in ((8192, 3 / 4 * 2 * size), (4, 6 * 4 * 4 * (256 + 1024))):
+        x = jax.ShapeDtypeStruct((rows, 256), jnp.float32, sharding=layout.rows(mesh))
+        moved = hlo.collectives(hlo.read(jax.jit(gradients).lower(*given, x).compile().as_text()), 4)
+        assert 0 < sum(moved.values()) < 1.05 * most, (rows, moved)
 
 
 @pytest.mark.accelerators

@@ -103,6 +103,22 @@ ENTRY %main (x: bf16[8,8]) -> bf16[8,8] {
     assert hlo.overlapped(read, 2) == 2 * one
 
 
+def test_a_tpu_scatters_sums_in_a_fusion_of_an_all_reduce():
+    text = """
+%all-reduce-scatter.3 (p: f32[16,8]) -> f32[4,8] {
+  %p = f32[16,8]{1,0} parameter(0)
+  %sum = f32[16,8]{1,0} all-reduce(%p), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %part = f32[4,8]{1,0} dynamic-slice(%sum, %i, %zero), dynamic_slice_sizes={4,8}
+}
+
+ENTRY %main (x: f32[16,8]) -> f32[4,8] {
+  %x = f32[16,8]{1,0} parameter(0)
+  ROOT %y = f32[4,8]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.3
+}
+"""
+    assert hlo.collectives(hlo.read(text), 4) == {"reduce-scatter": 3 / 4 * 16 * 8 * 4}
+
+
 def test_slices_of_stacked_weights_that_loops_copy():
     body = """
 %taken (w: bf16[10,8,64], i: s32[]) -> bf16[1,8,64] {
@@ -176,6 +192,28 @@ def test_training_compiled_for_devices_that_are_not_here(device, shard, compiler
     said, progress = capsys.readouterr()
     assert progress.startswith(f"compiling training for 4 {device.partition('-')[0].upper()}: ")
     assert "training: " in said and "a call receives" in said and "bound by" in said and "(as compiled)" in said
+
+
+@pytest.mark.accelerators
+def test_a_state_in_the_memory_of_hosts_is_none_of_what_devices_hold(compiler):
+    compiler("v5e")
+    settings = config.decided(config.load(EMOJI), lambda _: "bfloat16")
+    settings.dit.update(width=64, depth=1, heads=2, hidden=128)
+    settings.train.update(batch=8, offload=True)
+    (part,) = plan.experiment(settings, plan.Asked(), "fsdp")[0].parts
+    found = plan.compile_part(part, plan.Target.parse("v5e-4").devices() or [])
+    assert 0 < found.held < 0.5 * found.hosted and found.hosted < 0.5 * part.hosted
+    assert plan.estimate(part).held == plan.tree_bytes(part.held) - part.hosted
+
+
+@pytest.mark.accelerators
+def test_absent_gpus_have_no_host_to_keep_a_state(compiler):
+    compiler("h100")
+    settings = config.load(EMOJI)
+    settings.train.offload = True
+    (part,) = plan.experiment(settings, plan.Asked(), "fsdp")[0].parts
+    with pytest.raises(UserError, match="no GPU that is not here: leave --compile out"):
+        plan.compile_part(part, plan.Target.parse("h100-4").devices() or [])
 
 
 @pytest.mark.accelerators

@@ -168,14 +168,16 @@ def short(place, kind, **changes):
 @pytest.mark.parametrize("mode, replicas", [("data", 1), ("fsdp", 1), ("fsdp", 2), ("tensor", 1), ("both", 1)])
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_eight_devices_train_what_one_does(place, alone, kind, mode, replicas, tmp_path, monkeypatch):
-    """Adapters beside a base that is split too, and the whole model; a run goes on with the state split otherwise."""
+    """Adapters beside a base that is split too, and the whole model; a run goes on with the state split otherwise, part
+    of it in the memory of the host.
+    """
     with monkeypatch.context() as patch:
         patch.setattr(devices, "data_mesh", DATA_MESH)
         patch.setattr(optax, "adamw", ADAMW)
         split = short(place, kind, shard=mode, replicas=replicas)
         split.train.steps = 2
         train(split, tmp_path / "run")
-        split.train.update(steps=3, shard="fsdp" if mode == "tensor" else "tensor", replicas=1)
+        split.train.update(steps=3, shard="fsdp" if mode == "tensor" else "tensor", replicas=1, offload=True)
         train(split, tmp_path / "run")
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(alone(kind)), rtol=1e-6)
     for ema in (True, False):

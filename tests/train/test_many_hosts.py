@@ -80,12 +80,13 @@ def alone(place):
         (2, 1, {}),
         (2, 2, {"train.shard": "fsdp"}),
         (2, 2, {"train.shard": "fsdp", "train.replicas": 2}),
+        (2, 2, {"train.shard": "fsdp", "train.offload": True}),
         (2, 2, {"train.shard": "tensor"}),
         (2, 1, {"train.parallel": "pmap"}),
         (4, 1, {}),
         (4, 2, {"train.shard": "both"}),
     ],
-    ids=["2", "2 fsdp", "2 hybrid", "2 tensor", "2 pmap", "4", "4 both"],
+    ids=["2", "2 fsdp", "2 hybrid", "2 offload", "2 tensor", "2 pmap", "4", "4 both"],
 )
 def test_several_hosts_learn_what_one_does(place, alone, number, devices, changes, request):
     workdir = request.node.callspec.id

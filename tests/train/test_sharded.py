@@ -18,7 +18,7 @@ from diffjax.diffusion.denoise import Apply
 from diffjax.nets.mmdit import MMDiT
 from diffjax.parallel import layout
 from diffjax.parallel.devices import placement
-from diffjax.train import facts, loop
+from diffjax.train import facts, loop, sums
 from diffjax.train.experiment import Experiment
 from diffjax.train.parallel import by_jit
 from diffjax.train.state import create
@@ -106,21 +106,22 @@ def batch_of(network, seed):
     return batch | ({"label": draw.integers(0, 3, ROWS).astype(np.int32)} if network in ("imagen", "unet") else {})
 
 
-def trained(network, name, accumulate=1, mode="data", replicas=1, devices=None):
+def trained(network, name, accumulate=1, mode="data", replicas=1, devices=None, offload=False):
     """The state after a few steps, the losses, and the number of bytes of the first state on each device."""
     aim, init, _ = experiment(network)
     mesh, update = layout.mesh(mode, replicas, devices), optimizer(name)
-    parallel = by_jit(make_step(aim, update, 0.9, accumulate), mesh, layout.RULES[mode])
+    parallel = by_jit(make_step(aim, update, 0.9, accumulate), mesh, layout.RULES[mode], offload)
     state = parallel.create(lambda key: create(init(key), update, jax.random.key(1)), jax.random.key(0))
     held, losses = held_by_each(state), []
     for seed in range(STEPS):
         state, metrics = parallel.step(state, parallel.feed(batch_of(network, seed)))
         losses.append(float(metrics["loss"]))
+    assert held_by_each(state) == held
     return jax.device_get(state.replace(key=None)), losses, held
 
 
 def held_by_each(state):
-    leaves = jax.tree.leaves(state.replace(key=None))
+    leaves = [leaf for leaf in jax.tree.leaves(state.replace(key=None)) if not is_hosted(leaf)]
     return max(sum(leaf.addressable_data(i).nbytes for leaf in leaves) for i in range(len(leaves[0].devices())))
 
 
@@ -150,6 +151,30 @@ def test_eight_devices_agree_with_one(network, name, accumulate, mode):
     np.testing.assert_allclose(again, losses, rtol=1e-6)
     if mode in ("fsdp", "both") and network in ("dit", "imagen"):  # eight divides most of their arrays
         assert held < 0.2 * whole
+
+
+def test_what_lies_in_the_memory_of_hosts_is_trained_alike():
+    expected, losses, whole = alone("dit", "muon")
+    state, again, held = trained("dit", "muon", 1, "fsdp", offload=True)
+    assert distance(state, expected.replace(key=None)) < 1e-6
+    np.testing.assert_allclose(again, losses, rtol=1e-6)
+    assert held < 0.2 * whole / 2  # an average and a moment of each parameter are elsewhere
+
+
+def test_a_state_in_the_memory_of_hosts_is_fetched_for_what_reads_it():
+    update, weights = optimizer("adamw"), {"network": {"q": {"kernel": jnp.arange(32.0).reshape(4, 8)}}}
+    mesh = layout.mesh("fsdp", 1, jax.devices()[:4])
+    parallel = by_jit(lambda state, batch: (state, {}), mesh, layout.RULES["fsdp"], offload=True)
+    made = parallel.create(lambda: create(weights, update, jax.random.key(3)))
+    for state in (made, parallel.place(jax.device_get(made.replace(key=None)).replace(key=made.key))):
+        hosted = {is_hosted(leaf): leaf.ndim for leaf in jax.tree.leaves(state.optimizer)}
+        assert hosted == {True: 2, False: 0} and all(map(is_hosted, jax.tree.leaves(state.ema)))
+        assert not any(map(is_hosted, jax.tree.leaves((state.params, parallel.own(state.ema)))))
+        assert sums.by_place(state.ema) == sums.by_place(weights)
+
+
+def is_hosted(leaf):
+    return layout.is_hosted(leaf.sharding)
 
 
 def test_pairs_of_products_are_split_by_outputs_then_inputs():
@@ -204,6 +229,17 @@ def test_what_is_placed_lies_where_it_is_made(mode):
     assert distance(jax.device_get(again.params), jax.device_get(weights)) == 0 and jax.random.key_data(
         again.key
     ).tolist() == [0, 3]
+
+
+def test_what_keeps_nothing_in_the_memory_of_hosts_is_refused(monkeypatch):
+    config = pixels(name="toy", data=DATA, train={"batch": 8, "steps": 1, "parallel": "pmap", "offload": True})
+    with pytest.raises(UserError, match="keeps nothing in the memory of hosts: set train.parallel=jit"):
+        loop.mesh(config)
+    config.train.parallel = "jit"
+    assert loop.mesh(config).size == 8
+    monkeypatch.setattr(layout, "HOST", "memory of none")
+    with pytest.raises(UserError, match="reaches no memory of its host: set train.offload=False"):
+        loop.mesh(config)
 
 
 def test_pmap_splits_no_state():
