@@ -25,7 +25,7 @@ KEPT = (
     "train.keep_last",
     "train.keep_best",
 )
-DEVICES = ("train.parallel", "train.shard", "train.replicas")
+DEVICES = ("train.parallel", "train.shard", "train.replicas", "train.offload")
 MAY_CHANGE = (*KEPT, *DEVICES, "log.", "sample.", "data.path", "data.data_dir", "data.workers", "data.held_out")
 FILES = ("config.json", "run.json", "changes.json")
 FACTS = ("data.json", "tokenizer.json", "encoder.json", "seen.npz", "base.json", "init.json")
