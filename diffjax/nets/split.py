@@ -55,7 +55,7 @@ class Split:
         """Rows where they belong, everything else whole on each device."""
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(self._row_axes(x.shape[0]))))
 
-    def product(self, rows: int, kernel: tuple[int, int]) -> tuple[Place, Place]:
+    def product(self, rows: int, kernel: tuple[int, ...]) -> tuple[Place, Place]:
         """Of a product of so many rows with a kernel (i, o): what is done with all that has rows, and with all that has
         the kernel's shape, gradients included.
 
