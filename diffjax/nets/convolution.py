@@ -7,10 +7,16 @@ times slower where padding makes the result larger than the image. These become 
 and `dkernel = P^T @ dy`, where a row of `P` is all that a pixel of the result meets (the image shifted by every place
 of the kernel, side by side), for some rows of the image at a time, which a CPU's caches hold. docs/ddpm.md says what a
 training step gains.
+
+Where the optional package of `native/` is installed, oneDNN computes the forward convolutions of a CPU that is one
+device, and with them the gradients to the image in bfloat16; `DIFFJAX_ONEDNN=0` switches it off.
 """
 
 import functools
+import importlib
 import math
+import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -68,6 +74,32 @@ def convolve(
     return function(x, kernel, stride, padding)
 
 
+@functools.cache
+def _onednn() -> Callable[..., Array] | None:
+    """The optional package's convolution; None where it is not installed, switched off or of no use.
+
+    XLA would give each of several devices the whole of a batch that is split among them.
+    """
+    if os.environ.get("DIFFJAX_ONEDNN") == "0" or jax.default_backend() != "cpu" or jax.device_count() > 1:
+        return None
+    try:
+        return importlib.import_module("diffjax_onednn").convolve
+    except ImportError:
+        return None
+
+
+def _forward(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
+    """By oneDNN, which has no padding as wide as the kernel, or in bfloat16 by products: on a CPU, of many channels."""
+    plain, products = (functools.partial(f, stride=stride, padding=padding) for f in (_plain, _products))
+    fast = products if x.dtype == jnp.bfloat16 else plain
+    narrow = all(0 <= edge < size for size, edges in zip(kernel.shape, padding) for edge in edges)
+    if narrow and x.dtype in (jnp.float32, jnp.bfloat16) and (onednn := _onednn()):
+        fast = functools.partial(onednn, stride=stride, padding=padding)
+    if fast is plain or min(kernel.shape[2:]) < MANY_CHANNELS:
+        return plain(x, kernel)
+    return lax.platform_dependent(x, kernel, cpu=fast, default=plain)
+
+
 def _plain(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
     layout = ("NHWC", "HWIO", "NHWC")
     return lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=layout)
@@ -75,7 +107,7 @@ def _plain(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _wide(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
-    return _plain(x, kernel, stride, padding)
+    return _forward(x, kernel, stride, padding)
 
 
 def _wide_jvp(stride: int, padding: Padding, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
@@ -101,10 +133,7 @@ def _from_kernel(x: Array, kernel: Array, shape: tuple[int, ...], stride: int, p
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _half(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
-    plain, products = (functools.partial(f, stride=stride, padding=padding) for f in (_plain, _products))
-    if min(kernel.shape[2:]) < MANY_CHANNELS:
-        return plain(x, kernel)
-    return lax.platform_dependent(x, kernel, cpu=products, default=plain)
+    return _forward(x, kernel, stride, padding)
 
 
 def _half_forward(x: Array, kernel: Array, stride: int, padding: Padding) -> tuple[Array, tuple[Array, Array]]:

@@ -1,6 +1,12 @@
 """Convolutions as products: against a float64 sum, against `nn.Conv`, and in all ways that programs are transformed."""
 
 import functools
+import shutil
+import subprocess
+import sys
+import sysconfig
+import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +17,7 @@ from flax import linen as nn
 from diffjax.nets import convolution
 from diffjax.nets.convolution import Conv, convolve
 
+ROOT = Path(__file__).parents[2]
 SAME, BELOW, AROUND = ((1, 1), (1, 1)), ((0, 1), (0, 1)), ((2, 0), (1, 3))
 CASES = {  # (rows, columns, inputs, outputs, height and width of the kernel, stride, padding)
     "3x3": (6, 10, 5, 7, 3, 3, 1, SAME),
@@ -22,6 +29,7 @@ CASES = {  # (rows, columns, inputs, outputs, height and width of the kernel, st
     "uneven halving": (9, 7, 3, 2, 2, 3, 2, AROUND),
     "padding wider than the kernel": (3, 3, 2, 3, 1, 1, 1, SAME),
 }
+WIDE = "uneven", "uneven halving", "padding wider than the kernel"  # of which oneDNN has none
 
 
 @pytest.fixture
@@ -33,6 +41,13 @@ def always(monkeypatch):
     jax.clear_caches()
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def onednn(always, optimized, monkeypatch):
+    """The optional package, as on a machine that is one device."""
+    package = pytest.importorskip("diffjax_onednn", reason="needs pip install ./native", exc_type=ImportError)
+    monkeypatch.setattr(convolution, "_onednn", lambda: package.convolve)
 
 
 def drawn(case, dtype=np.float32, n=2):
@@ -139,6 +154,63 @@ def test_devices(dtype):
     for got, whole in zip(gradient(split[0], kernel, split[1]), wanted):
         whole = np.asarray(whole, np.float64)
         assert error(got, whole) < (1e-6 if dtype == np.float32 else 2**-7)
+
+
+@pytest.mark.usefixtures("onednn")
+@pytest.mark.parametrize("dtype, bound", [(np.float32, 2e-6), (jnp.bfloat16, 2**-8)])
+@pytest.mark.parametrize("case", CASES)
+def test_onednn(case, dtype, bound):
+    """The optional package, with gradients: against float64, and by bits an image in any batch and under vmap."""
+    x, kernel, dy, stride, padding = drawn(case, dtype)
+    call = lambda x, kernel: convolve(x, kernel, stride, padding)
+    assert ("diffjax_convolution" in jax.jit(call).lower(x, kernel).as_text()) == (case not in WIDE)
+    y, pull = jax.jit(lambda x, kernel: jax.vjp(call, x, kernel))(x, kernel)
+    for got, wanted in zip((y, *pull(dy)), exact(x, kernel, dy, stride, padding)):
+        assert got.dtype == dtype and error(got, wanted) < bound
+    np.testing.assert_array_equal(jax.jit(call)(x[1:], kernel), y[1:])
+    np.testing.assert_array_equal(jax.jit(jax.vmap(call, (0, None)))(x[:, None], kernel)[:, 0], y)
+
+
+@pytest.mark.usefixtures("onednn")
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_onednn_elsewhere(dtype):
+    """Not in a program for an accelerator; on all devices of a CPU under pmap."""
+    x, kernel, _, stride, padding = drawn("3x3", dtype, n=8)
+    call = lambda x, kernel: convolve(x, kernel, stride, padding)
+    assert "diffjax" not in jax.jit(call).trace(x, kernel).lower(lowering_platforms=("tpu",)).as_text()
+    split = jax.pmap(call, in_axes=(0, None))(x[:, None], kernel)
+    np.testing.assert_array_equal(split[:, 0], jax.jit(call)(x, kernel))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_onednn_is_built(tmp_path):
+    """The command of the documentation, in an environment of its own that sees this one's packages."""
+    python = tmp_path / "bin/python"
+    subprocess.run([sys.executable, "-m", "venv", tmp_path], check=True)
+    site = Path(sysconfig.get_path("purelib", vars={"base": str(tmp_path)}))
+    (site / "here.pth").write_text(sysconfig.get_path("purelib"))
+    source = shutil.copytree(ROOT / "native", tmp_path / "native")
+    subprocess.run([python, "-m", "pip", "install", "-q", source], check=True)
+    ones = "map(jax.numpy.ones, [(1, 4, 4, 8), (3, 3, 8, 8)])"
+    program = f"import jax, diffjax_onednn as d; print(d.convolve(*{ones}, 1, ((1, 1), (1, 1))).max())"
+    said = subprocess.run([python, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert float(said) == 72
+
+
+def test_onednn_is_optional(monkeypatch):
+    """Switched off by its variable, not taken for several devices, not missed where it is not installed."""
+    find = convolution._onednn.__wrapped__
+    package = types.SimpleNamespace(convolve=object())
+    monkeypatch.setitem(sys.modules, "diffjax_onednn", package)
+    assert find() is None
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert find() is package.convolve
+    monkeypatch.setitem(sys.modules, "diffjax_onednn", None)
+    assert find() is None
+    monkeypatch.setitem(sys.modules, "diffjax_onednn", package)
+    monkeypatch.setenv("DIFFJAX_ONEDNN", "0")
+    assert find() is None
 
 
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
