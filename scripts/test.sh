@@ -17,4 +17,5 @@ for argument in "$@"; do
 done
 bash scripts/setup.sh $extras
 export PYTHONUTF8=1 # names of files are UTF-8, whatever the locale says
-exec .venv/bin/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --max-worker-restart 0 "$@"
+exec .venv/bin/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder \
+    --max-worker-restart 0 "$@"

@@ -1,20 +1,24 @@
-"""How the suite runs: on the CPU, as eight devices, in a cache folder of its own, its programs compiled quickly.
+"""How the suite runs: on the CPU, as eight devices, in a cache folder of its own, programs compiled quickly and once.
 
-Most of its time is compilation, so XLA leaves out most optimizations and uses its older, quicker CPU emitters. Modules
-that are about bits and devices take `optimized`; with users' emitters too, they run by
-XLA_FLAGS=--xla_cpu_use_fusion_emitters=true bash scripts/test.sh.
+Most of its time is compilation, so XLA leaves out most optimizations and uses its older, quicker CPU emitters, and all
+processes of a suite share what they compile. Modules that are about bits and devices take `optimized`; with users'
+emitters too, they run by XLA_FLAGS=--xla_cpu_use_fusion_emitters=true bash scripts/test.sh.
 """
 
 import gc
 import os
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit the folder
+    programs = tempfile.TemporaryDirectory(prefix="diffjax_programs_", ignore_cleanup_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = programs.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
 QUICK = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 DEVICES = "--xla_force_host_platform_device_count=8"
@@ -40,6 +44,7 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: not item.get_closest_marker("notebooks"))  # the longest begin first
     for name in OPTIONS:
         if not config.getoption(f"--{name}"):
             for item in items:

@@ -13,7 +13,6 @@ import jax
 import numpy as np
 import pytest
 import toy_experiment
-from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -34,20 +33,6 @@ def pictures(tmp_path_factory):
         Image.fromarray(draw.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / f"{number}.png")
         (folder / f"{number}.txt").write_text(f"picture {number}")
     return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """The tests share their programs."""
-    fields = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {field: getattr(jax.config, field) for field in fields}
-    for field, value in zip(fields, (str(tmp_path_factory.mktemp("programs")), 0.1)):
-        jax.config.update(field, value)
-    compilation_cache.reset_cache()
-    yield
-    for field, value in before.items():
-        jax.config.update(field, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -114,7 +99,7 @@ def test_an_object_store_is_no_workdir(pictures, place, tmp_path, monkeypatch):
 
 def one_device():
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "JAX_ENABLE_COMPILATION_CACHE": "true"}
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
 
 
 def start(arguments, **named):

@@ -41,7 +41,6 @@ def start(place, workdir, number, devices=1, **changes):
         arguments,
         devices,
         DIFFJAX_HOME=str(place / "home"),
-        JAX_ENABLE_COMPILATION_CACHE="true",
         JAX_DISABLE_MOST_OPTIMIZATIONS="true",
     )
 
