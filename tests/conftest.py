@@ -1,8 +1,8 @@
 """How the suite runs: on the CPU, as eight devices, in a cache folder of its own, programs compiled quickly and once.
 
-Most of its time is compilation, so XLA leaves out most optimizations and uses its older, quicker CPU emitters, and all
-processes of a suite share what they compile. Modules that are about bits and devices take `optimized`; with users'
-emitters too, they run by XLA_FLAGS=--xla_cpu_use_fusion_emitters=true bash scripts/test.sh.
+Most of its time is compilation, so XLA leaves out most optimizations and uses its older, quicker CPU emitters where
+jax still has them, and all processes of a suite share what they compile. Modules that are about bits and devices take
+`optimized`; with users' emitters too, they run by XLA_FLAGS=--xla_cpu_use_fusion_emitters=true bash scripts/test.sh.
 """
 
 import gc
@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from quick import QUICK
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit the folder
@@ -20,7 +21,6 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit the folder
     os.environ["JAX_COMPILATION_CACHE_DIR"] = programs.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
-QUICK = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 DEVICES = "--xla_force_host_platform_device_count=8"
 PATIENT = (
     "--xla_cpu_collective_call_terminate_timeout_seconds=600"  # eight devices wait for each other on two busy cores

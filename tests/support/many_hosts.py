@@ -5,6 +5,8 @@ import socket
 import subprocess
 import sys
 
+from quick import QUICK
+
 
 def start(number, arguments, devices=1, **environment):
     """That many processes of a command of `diffjax`, each with so many devices."""
@@ -16,10 +18,9 @@ def run(number, command, devices=1, **environment):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-    flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     shared = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{QUICK} --xla_force_host_platform_device_count={devices}",
         **({"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(number)} if number > 1 else {}),
     }
     return [
