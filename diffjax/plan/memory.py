@@ -117,8 +117,10 @@ def _sliced(loop: Any) -> int:
     """The bytes of the largest slice that a loop copies out of what is stacked, as it does for a GPU's products."""
     if loop.primitive.name != "scan":
         return 0
-    stacked = loop.invars[loop.params["num_consts"] + loop.params["num_carry"] :]
-    return max((_size(variable) // loop.params["length"] for variable in stacked), default=0)
+    slices = [
+        _size(inner) for outer, inner in zip(loop.invars, _inside(loop)[0].invars) if _size(outer) != _size(inner)
+    ]
+    return max(slices, default=0)
 
 
 def _dissolved(equation: Any, platform: str) -> tuple[Any, int]:

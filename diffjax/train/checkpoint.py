@@ -9,6 +9,7 @@ import functools
 import json
 import logging
 import math
+import os
 import re
 import shutil
 import sys
@@ -180,8 +181,8 @@ class Checkpoints:
     def _why(self, error: Exception) -> str:
         """An error in one line: what the system says, where it says anything."""
         text = str(error).replace(str(self.manager.directory), str(self.folder))
-        if said := re.search(r"([^:\n]+) \[os_error_code", text):
-            return said[1].strip()
+        if code := re.search(r"\[os_error_code='(\d+)'", text):
+            return os.strerror(int(code[1]))
         return text.partition("\n")[0][:200] or type(error).__name__
 
 
