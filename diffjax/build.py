@@ -30,8 +30,8 @@ from diffjax.nets.imagen import ImagenUNet
 from diffjax.nets.orthogonal import orthogonal_kernel
 from diffjax.nets.subpixel import SubPixel
 from diffjax.nets.unet import UNet
-from diffjax.parallel import processor
 from diffjax.text.learned import TextTransformer
+from diffjax.utils import processor
 from diffjax.utils.errors import UserError, unknown
 
 Choice = Mapping[str, Any]

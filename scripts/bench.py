@@ -95,8 +95,7 @@ def machine() -> str:
     """What computes, and which code."""
     import jax
 
-    from diffjax.parallel import processor
-    from diffjax.utils import provenance
+    from diffjax.utils import processor, provenance
 
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     models = {line.partition(":")[2].strip() for line in cpuinfo.splitlines() if line.startswith("model name")}

@@ -13,8 +13,8 @@ from diffjax.config import ConfigDict, base, completion, kinds, listing, meaning
 from diffjax.config.fields import arguments_of, locate, present
 from diffjax.data import default_config
 from diffjax.models import options
-from diffjax.parallel import processor
 from diffjax.sampling import job
+from diffjax.utils import processor
 from diffjax.utils.errors import UserError
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"

@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from diffjax.config import base
 from diffjax.config.fields import KINDS, MISSING, Choice, Field, Maybe, Place
-from diffjax.parallel import processor
+from diffjax.utils import processor
 from diffjax.utils.errors import UserError, unknown
 
 Absent = Callable[[type], Any]

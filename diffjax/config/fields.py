@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from diffjax import build, user_code
-from diffjax.parallel import processor
+from diffjax.utils import processor
 from diffjax.utils.errors import UserError, unknown
 
 MISSING = inspect.Parameter.empty

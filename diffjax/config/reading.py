@@ -7,8 +7,7 @@ from ml_collections import ConfigDict
 
 from diffjax import user_code
 from diffjax.config.completion import at, complete, decided
-from diffjax.parallel import processor
-from diffjax.utils import files
+from diffjax.utils import files, processor
 from diffjax.utils.errors import UserError
 
 EXPERIMENTS = "experiments"

@@ -9,7 +9,8 @@ of the kernel, side by side), for some rows of the image at a time, which a CPU'
 training step gains.
 
 Where the optional package of `native/` is installed, oneDNN computes the forward convolutions of a CPU that is one
-device, and with them the gradients to the image in bfloat16; `DIFFJAX_ONEDNN=0` switches it off.
+device, and with them the gradients to the image in bfloat16; `DIFFJAX_ONEDNN=0` switches it off. A processor that
+would emulate products of bfloat16 computes bfloat16 convolutions in float32.
 """
 
 import functools
@@ -25,6 +26,8 @@ from flax import linen as nn
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
+
+from diffjax.utils import processor
 
 Dtype = Any
 Padding = tuple[tuple[int, int], tuple[int, int]]
@@ -95,7 +98,8 @@ def _forward(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
     narrow = all(0 <= edge < size for size, edges in zip(kernel.shape, padding) for edge in edges)
     if narrow and x.dtype in (jnp.float32, jnp.bfloat16) and (onednn := _onednn()):
         fast = functools.partial(onednn, stride=stride, padding=padding)
-    if fast is plain or min(kernel.shape[2:]) < MANY_CHANNELS:
+    emulated = x.dtype == jnp.bfloat16 and not processor.has_bfloat16()
+    if fast is plain or emulated or min(kernel.shape[2:]) < MANY_CHANNELS:
         return plain(x, kernel)
     return lax.platform_dependent(x, kernel, cpu=fast, default=plain)
 
@@ -145,7 +149,8 @@ def _half_backward(stride: int, padding: Padding, saved: tuple[Array, Array], dy
     plain = lambda x, kernel, dy: jax.vjp(lambda x, kernel: _plain(x, kernel, stride, padding), x, kernel)[1](dy)
     if min(kernel.shape[2:]) < MANY_CHANNELS and not _grows(x, dy):
         return plain(x, kernel, dy)
-    products = functools.partial(_gradients, stride=stride, padding=padding)
+    function = _gradients if processor.has_bfloat16() else _wide_gradients
+    products = functools.partial(function, stride=stride, padding=padding)
     return lax.platform_dependent(x, kernel, dy, cpu=products, default=plain)
 
 
@@ -158,6 +163,14 @@ def _gradients(x: Array, kernel: Array, dy: Array, stride: int, padding: Padding
         return jax.vjp(lambda x: _plain(x, kernel, stride, padding), x)[1](dy)[0], to_kernel
     around = tuple((size - 1 - low, size - 1 - high) for size, (low, high) in zip(kernel.shape, padding))
     return _half(dy, jnp.swapaxes(kernel[::-1, ::-1], 2, 3), 1, around), to_kernel
+
+
+def _wide_gradients(x: Array, kernel: Array, dy: Array, stride: int, padding: Padding) -> tuple[Array, Array]:
+    """In float32, for a processor that emulates products of bfloat16."""
+    wide = lambda value: value.astype(jnp.float32)
+    _, pull = jax.vjp(lambda x, kernel: _wide(x, kernel, stride, padding), wide(x), wide(kernel))
+    dx, dkernel = pull(wide(dy))
+    return dx.astype(x.dtype), dkernel.astype(kernel.dtype)
 
 
 def _grows(x: Array, y: Array) -> bool:

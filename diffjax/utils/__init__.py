@@ -1,1 +1,1 @@
-"""What every room uses: pytrees, errors, files, signals, pictures, seeds and progress. It imports no other room."""
+"""What every room uses: pytrees, errors, files, signals, processor, pictures, seeds, progress; it imports no room."""

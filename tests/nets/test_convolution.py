@@ -1,6 +1,7 @@
 """Convolutions as products: against a float64 sum, against `nn.Conv`, and in all ways that programs are transformed."""
 
 import functools
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from flax import linen as nn
 
 from diffjax.nets import convolution
 from diffjax.nets.convolution import Conv, convolve
+from diffjax.utils import processor
 
 ROOT = Path(__file__).parents[2]
 SAME, BELOW, AROUND = ((1, 1), (1, 1)), ((0, 1), (0, 1)), ((2, 0), (1, 3))
@@ -34,7 +36,8 @@ WIDE = "uneven", "uneven halving", "padding wider than the kernel"  # of which o
 
 @pytest.fixture
 def always(monkeypatch):
-    """Products whatever the size, in blocks of a few rows."""
+    """Products whatever the size and the processor, in blocks of a few rows."""
+    monkeypatch.setattr(processor, "has_bfloat16", lambda: True)
     monkeypatch.setattr(convolution, "MANY_CHANNELS", 0)
     monkeypatch.setattr(convolution, "LARGE", 0)
     monkeypatch.setattr(convolution, "BLOCK", 40)
@@ -46,6 +49,8 @@ def always(monkeypatch):
 @pytest.fixture
 def onednn(always, optimized, monkeypatch):
     """The optional package, as on a machine that is one device."""
+    if not processor.NATIVE & processor.flags():
+        pytest.skip("this processor emulates bfloat16, and diffjax does not ask oneDNN for it there")
     package = pytest.importorskip("diffjax_onednn", reason="needs pip install ./native", exc_type=ImportError)
     monkeypatch.setattr(convolution, "_onednn", lambda: package.convolve)
 
@@ -180,6 +185,22 @@ def test_onednn_elsewhere(dtype):
     assert "diffjax" not in jax.jit(call).trace(x, kernel).lower(lowering_platforms=("tpu",)).as_text()
     split = jax.pmap(call, in_axes=(0, None))(x[:, None], kernel)
     np.testing.assert_array_equal(split[:, 0], jax.jit(call)(x, kernel))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_processor_without_bfloat16_multiplies_float32(case, always, monkeypatch):
+    """Nor is oneDNN asked, which refuses there what it would have to emulate."""
+    monkeypatch.setattr(processor, "has_bfloat16", lambda: False)
+    asked = []
+    plain = lambda x, kernel, **how: asked.append(x.dtype) or convolution._plain(x, kernel, **how)
+    monkeypatch.setattr(convolution, "_onednn", lambda: plain)
+    x, kernel, dy, stride, padding = drawn(case, jnp.bfloat16)
+    call = lambda x, kernel: convolve(x, kernel, stride, padding)
+    both = jax.jit(lambda x, kernel, dy: (call(x, kernel), *jax.vjp(call, x, kernel)[1](dy)))
+    for got, wanted in zip(both(x, kernel, dy), exact(x, kernel, dy, stride, padding)):
+        assert got.dtype == jnp.bfloat16 and error(got, wanted) < 2**-8
+    products = re.findall(r"dot_general.*", both.lower(x, kernel, dy).as_text())
+    assert products and not any("bf16" in product for product in products) and jnp.bfloat16 not in asked
 
 
 @pytest.mark.slow

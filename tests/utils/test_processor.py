@@ -1,7 +1,7 @@
 import jax
 import pytest
 
-from diffjax.parallel import processor
+from diffjax.utils import processor
 
 AVX512 = "\n".join(f"processor : {i}\nflags\t\t: fpu sse avx2 avx512f avx512_bf16\n" for i in range(2))
 AVX2 = "processor : 0\nflags\t\t: fpu sse avx2 fma\n"

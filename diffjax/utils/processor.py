@@ -17,7 +17,12 @@ NATIVE = {"avx512_bf16", "amx_bf16", "bf16"}
 
 def dtype() -> str:
     """The name of the dtype that "auto" means here: float32 on a CPU that has no bfloat16 of its own, else bfloat16."""
-    return "float32" if _on_cpu() and not NATIVE & flags() else "bfloat16"
+    return "float32" if _on_cpu() and not has_bfloat16() else "bfloat16"
+
+
+def has_bfloat16() -> bool:
+    """Whether all of this machine's processors multiply bfloat16 themselves."""
+    return bool(NATIVE & flags())
 
 
 def reason() -> str:
