@@ -186,7 +186,8 @@ def test_a_sampling_experiment(folder):
     assert (job.images, job.steps, job.parts[0].calls) == (3, 2, 6)
 
 
-def test_the_calibration_is_kept(calibrated):
+def test_the_calibration_is_kept(calibrated, tmp_path, monkeypatch):
+    monkeypatch.setenv("DIFFJAX_HOME", str(tmp_path))
     assert rates.of_device()[1] == rates.of_device("cpu")[1] == SPEED
     assert len(calibrated) == 1
     (kept,) = json.loads((files.home() / "calibration.json").read_text()).values()
