@@ -42,14 +42,18 @@ def script(name: str, *arguments: str) -> tuple[str, ...]:
 DEMO = ("--config", "experiments/emoji.py")
 EXPLAIN = ("-m", "diffjax", "explain", "--run", "{run}", "--prompt", "red heart", "--out", "{run}/page")
 EVALUATE = ("-m", "diffjax", "evaluate", "--run", "{run}")
+BEST = ("--variants", "torch channels_last", "diffjax", "diffjax oneDNN")  # all at once would need too much memory
 BENCHMARKS = {
     "start": Benchmark(script("bench_start.py"), script("bench_start.py", "--warm", "1")),
     "demo": Benchmark(("-m", "diffjax", "train", *DEMO, "--workdir", "{run}"), None),
     "demo step": Benchmark(script("bench.py", "--part", "step"), script("bench.py", "--part", "step", "--rounds", "2")),
     "demo quality": Benchmark((*EVALUATE, "--num", "200"), (*EVALUATE, "--num", "64")),
     "demo explained": Benchmark(EXPLAIN, EXPLAIN),
-    "cat-256": Benchmark(script("bench_ddpm.py", "--batch", "1", "4", "--rounds", "3"), None),
-    "training a U-Net": Benchmark(script("bench_ddpm.py", "--train", "--rounds", "3"), None),
+    "cat-256": Benchmark(script("bench_ddpm.py", "--batch", "1", "--rounds", "3", "--dtype", *DTYPES), None),
+    "cat-256, batch 4": Benchmark(script("bench_ddpm.py", "--batch", "4", "--rounds", "3", *BEST[:4]), None),
+    "training a U-Net": Benchmark(
+        script("bench_ddpm.py", "--train", "--rounds", "3", "--dtype", *DTYPES, *BEST[:3]), None
+    ),
     "block of SD3.5": Benchmark(
         script("bench_sd35.py", "--block"), script("bench_sd35.py", "--block", "--rounds", "2")
     ),

@@ -3,18 +3,20 @@ one training step of a network of 49.8 M parameters at 64 px (gradients and Adam
 
     python scripts/bench_ddpm.py [--quick] [--train] [--dtype float32 bfloat16] [--batch 1 4] [--rounds 5]
 
-In bfloat16, both draw with parameters in bfloat16 and train with parameters in float32, torch under autocast.
+In bfloat16, both draw with parameters in bfloat16 and train with parameters in float32, torch under autocast. "diffjax
+oneDNN" needs the optional package of `native/`, without which it runs as "diffjax" does.
 
 Every variant is a process of its own, see scripts/turns.py. Needs the extra `reference`.
 """
 
 import argparse
 import json
+import os
 import tempfile
 
 from turns import Worker, measure, serve, show, timed
 
-VARIANTS = ("diffjax", "torch eager", "torch channels_last", "torch compile")
+VARIANTS = ("diffjax", "diffjax oneDNN", "torch eager", "torch channels_last", "torch compile")
 CAT = dict(
     sample_size=256,
     attention_head_dim=None,
@@ -81,8 +83,9 @@ def jax_network(config=CAT, dtype="float32"):
     return module, jax.tree.map(draw, weights.param_shapes(module, FORMAT))
 
 
-def jax_call(batch, dtype, train, cache):
+def jax_call(variant, batch, dtype, train, cache):
     """A function that runs the network, or a training step of it, once."""
+    os.environ["DIFFJAX_ONEDNN"] = str(int(variant == "diffjax oneDNN"))
     import jax
     import jax.numpy as jnp
     import optax
@@ -169,10 +172,10 @@ def main():
     parser.add_argument("--cache", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        asked = args.batch[0], args.dtype[0], args.train
-        return serve(jax_call(*asked, args.cache) if args.worker == "diffjax" else torch_call(args.worker, *asked))
+        asked = args.worker, args.batch[0], args.dtype[0], args.train
+        return serve(jax_call(*asked, args.cache) if args.worker.startswith("diffjax") else torch_call(*asked))
     if args.quick:
-        args.batch, args.rounds, args.variants = args.batch or ([8] if args.train else [1]), 3, VARIANTS[:3]
+        args.batch, args.rounds, args.variants = args.batch or ([8] if args.train else [1]), 3, VARIANTS[:-1]
     batches = args.batch or ([8] if args.train else [1, 4])
     asked = [(batch, dtype) for batch in batches for dtype in args.dtype]
     lines = [line for one in asked for line in compare(args.variants, *one, args.train, args.rounds)]
