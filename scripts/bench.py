@@ -112,14 +112,14 @@ def machine() -> str:
     )
 
 
-def page(ran: dict[str, Ran]) -> str:
-    """The table and what each benchmark printed, in Markdown."""
+def page(where: str, ran: dict[str, Ran]) -> str:
+    """The machine, the table and what each benchmark printed, in Markdown."""
     rows = [
         f"| {name} | `{one.command}` | {'done' if not one.status else f'failed ({one.status})'} | {one.seconds:.0f} |"
         f" {one.cpu:.0f} | {one.peak:.0f} |"
         for name, one in ran.items()
     ]
-    heading = ["## One machine", "", machine(), "", "| what | command | | seconds | CPU seconds | peak MB |"]
+    heading = ["## One machine", "", where, "", "| what | command | | seconds | CPU seconds | peak MB |"]
     printed = [f"### {name}\n\n```\n{one.printed.strip()}\n```\n" for name, one in ran.items()]
     return "\n".join([*heading, "|---|---|---|---|---|---|", *rows, "", *printed])
 
@@ -171,12 +171,12 @@ def main() -> None:
         return serve(training_step(args.worker))
     if args.part:
         return step(args.rounds)
-    ran = {}
+    where, ran = machine(), {}  # before any benchmark writes a figure of the docs
     for name in args.only:
         if arguments := BENCHMARKS[name][args.quick]:
             print(f"{name} ...", flush=True)
             ran[name] = run([argument.replace("{run}", args.run) for argument in arguments])
-            write(args.out, page(ran))
+            write(args.out, page(where, ran))
     print(f"{args.out} has what they printed")
 
 

@@ -120,7 +120,7 @@ def compare(variants, batch, dtype, train, rounds):
         arguments = {one: ["--worker", one, *asked] for one in variants}
         lines = [dict(batch=batch, dtype=dtype, train=train) | line for line in measure(arguments, rounds)]
         print(f"{'training, ' if train else ''}{dtype}, batch {batch}")
-        show(lines, "torch channels_last" if train else "torch eager")
+        show(lines, "torch channels_last")
         if "diffjax" in variants:
             warm = Worker(arguments["diffjax"], False)
             print(f"diffjax, first call with a warm cache: {warm.first:.1f} s\n", flush=True)
