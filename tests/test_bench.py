@@ -10,7 +10,7 @@ import pytest
 def test_a_benchmark_that_was_run_is_a_row_and_a_section(code, status, said):
     ran = bench.run(["-c", code])
     assert ran.status == status and said in ran.printed
-    page = bench.page({"toy": ran})
+    page = bench.page("a machine", {"toy": ran})
     assert "| toy | `python -c '" in page and f"| {'failed (1)' if status else 'done'} |" in page
     assert page.index("## toy") < page.index(said, page.index("## toy"))
 
