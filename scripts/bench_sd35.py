@@ -203,7 +203,7 @@ def jax_block(dtype):
 
     from diffjax.nets.mmdit import Block, Kind
 
-    block = Block(HEADS, WIDTH // HEADS, True, Kind(False, False), False, jnp.dtype(dtype), jnp.dtype(dtype))
+    block = Block(HEADS, WIDTH // HEADS, True, None, Kind(False, False), False, jnp.dtype(dtype), jnp.dtype(dtype))
     draw = lambda i, *shape: jax.random.normal(jax.random.key(i), shape, dtype)
     given = (draw(0, 2, IMAGE, WIDTH), draw(1, 2, TEXT, WIDTH)), draw(2, 2, WIDTH), jnp.asarray(True)
     params = jax.jit(block.init)(jax.random.key(3), *given)

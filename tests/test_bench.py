@@ -15,6 +15,11 @@ def test_a_benchmark_that_was_run_is_a_row_and_a_section(code, status, said):
     assert page.index("## toy") < page.index(said, page.index("## toy"))
 
 
+def test_no_page_says_where_the_checkout_lies():
+    ran = bench.run(["-c", f"print({str(bench.SCRIPTS.parent / 'runs')!r})"])
+    assert ran.printed == "runs\n" and str(bench.SCRIPTS.parent) not in ran.command
+
+
 def test_every_script_that_it_runs_is_there():
     for benchmark in bench.BENCHMARKS.values():
         for arguments in filter(None, benchmark):

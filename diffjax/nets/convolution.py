@@ -9,15 +9,14 @@ of the kernel, side by side), for some rows of the image at a time, which a CPU'
 training step gains.
 
 Where the optional package of `native/` is installed, oneDNN computes the forward convolutions of a CPU that is one
-device, and with them the gradients to the image in bfloat16; `DIFFJAX_ONEDNN=0` switches it off. A processor that
-would emulate products of bfloat16 computes bfloat16 convolutions in float32.
+device, and in bfloat16 the gradients too; `DIFFJAX_ONEDNN=0` switches it off. A processor that would emulate products
+of bfloat16 computes bfloat16 convolutions in float32.
 """
 
 import functools
 import importlib
 import math
 import os
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -78,26 +77,30 @@ def convolve(
 
 
 @functools.cache
-def _onednn() -> Callable[..., Array] | None:
-    """The optional package's convolution; None where it is not installed, switched off or of no use.
+def _onednn() -> Any:
+    """The optional package; None where it is not installed, switched off or of no use.
 
     XLA would give each of several devices the whole of a batch that is split among them.
     """
     if os.environ.get("DIFFJAX_ONEDNN") == "0" or jax.default_backend() != "cpu" or jax.device_count() > 1:
         return None
     try:
-        return importlib.import_module("diffjax_onednn").convolve
+        return importlib.import_module("diffjax_onednn")
     except ImportError:
         return None
 
 
+def _narrow(shape: tuple[int, ...], padding: Padding) -> bool:
+    """Whether oneDNN has it: no padding is as wide as the kernel."""
+    return all(0 <= edge < size for size, edges in zip(shape, padding) for edge in edges)
+
+
 def _forward(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
-    """By oneDNN, which has no padding as wide as the kernel, or in bfloat16 by products: on a CPU, of many channels."""
+    """By oneDNN or in bfloat16 by products: on a CPU, of many channels."""
     plain, products = (functools.partial(f, stride=stride, padding=padding) for f in (_plain, _products))
     fast = products if x.dtype == jnp.bfloat16 else plain
-    narrow = all(0 <= edge < size for size, edges in zip(kernel.shape, padding) for edge in edges)
-    if narrow and x.dtype in (jnp.float32, jnp.bfloat16) and (onednn := _onednn()):
-        fast = functools.partial(onednn, stride=stride, padding=padding)
+    if _narrow(kernel.shape, padding) and x.dtype in (jnp.float32, jnp.bfloat16) and (onednn := _onednn()):
+        fast = functools.partial(onednn.convolve, stride=stride, padding=padding)
     emulated = x.dtype == jnp.bfloat16 and not processor.has_bfloat16()
     if fast is plain or emulated or min(kernel.shape[2:]) < MANY_CHANNELS:
         return plain(x, kernel)
@@ -158,7 +161,8 @@ _half.defvjp(_half_forward, _half_backward)
 
 
 def _gradients(x: Array, kernel: Array, dy: Array, stride: int, padding: Padding) -> tuple[Array, Array]:
-    to_kernel = _kernel_gradient(x, dy, kernel.shape, stride, padding)
+    onednn = _onednn() if _narrow(kernel.shape, padding) else None
+    to_kernel = (onednn.kernel_gradient if onednn else _kernel_gradient)(x, dy, kernel.shape, stride, padding)
     if stride > 1:
         return jax.vjp(lambda x: _plain(x, kernel, stride, padding), x)[1](dy)[0], to_kernel
     around = tuple((size - 1 - low, size - 1 - high) for size, (low, high) in zip(kernel.shape, padding))

@@ -1,5 +1,5 @@
-"""Convolutions of images by oneDNN, called from compiled programs on an x86 processor; diffjax takes it where it is
-installed.
+"""Convolutions of images and their gradients to kernels by oneDNN, called from compiled programs on an x86 processor;
+diffjax takes them where this is installed.
 """
 
 import ctypes
@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-TARGET = "diffjax_convolution"
+TARGETS = {"diffjax_convolution": "DiffjaxConvolution", "diffjax_kernel_gradient": "DiffjaxKernelGradient"}
 
 
 def _register() -> None:
@@ -20,7 +20,8 @@ def _register() -> None:
     library = next(file for file in files if file.name == "libdnnl.so.3")
     ctypes.CDLL(str(Path(str(library.locate())).resolve()), mode=ctypes.RTLD_GLOBAL)
     handler = ctypes.CDLL(str(next(Path(__file__).parent.glob("_convolution*.so"))))
-    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(handler.DiffjaxConvolution), platform="cpu")
+    for target, symbol in TARGETS.items():
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(handler, symbol)), platform="cpu")
 
 
 def convolve(
@@ -29,10 +30,24 @@ def convolve(
     """The convolution of `x` (b, h, w, i) with `kernel` (kh, kw, i, o), both float32 or both bfloat16, zeros around."""
     sizes = zip(x.shape[1:3], kernel.shape[:2], padding)
     h, w = ((size + low + high - k) // stride + 1 for size, k, (low, high) in sizes)
-    result = jax.ShapeDtypeStruct((len(x), h, w, kernel.shape[-1]), x.dtype)
-    call = jax.ffi.ffi_call(TARGET, result, vmap_method="sequential")
+    return _call("diffjax_convolution", (x, kernel), (len(x), h, w, kernel.shape[-1]), stride, padding)
+
+
+def kernel_gradient(
+    x: jax.Array,
+    dy: jax.Array,
+    shape: tuple[int, ...],
+    stride: int,
+    padding: tuple[tuple[int, int], tuple[int, int]],
+) -> jax.Array:
+    """The gradient to a kernel (kh, kw, i, o) of this shape from that to the result, `dy`; sums are float32."""
+    return _call("diffjax_kernel_gradient", (x, dy), shape, stride, padding)
+
+
+def _call(target: str, given: tuple[jax.Array, jax.Array], shape: tuple[int, ...], stride: int, padding) -> jax.Array:
+    call = jax.ffi.ffi_call(target, jax.ShapeDtypeStruct(shape, given[0].dtype), vmap_method="sequential")
     above, left = (np.int64(low) for low, _ in padding)
-    return call(x, kernel, stride=np.int64(stride), above=above, left=left)
+    return call(*given, stride=np.int64(stride), above=above, left=left)
 
 
 _register()

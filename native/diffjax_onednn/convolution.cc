@@ -1,4 +1,5 @@
-// A convolution of images by oneDNN, which chooses its instructions (AVX2, AVX512, AVX512-BF16, AMX) as it runs.
+// A convolution of images and its gradient to the kernel by oneDNN, which chooses its instructions (AVX2, AVX512,
+// AVX512-BF16, AMX) as it runs.
 
 #include <array>
 #include <cstdint>
@@ -29,33 +30,71 @@ struct Shape {
   bool half;
 
   auto Key() const { return std::array<int64_t, 13>{n, h, w, i, a, b, o, p, q, stride, above, left, half}; }
+
+  memory::data_type Type() const { return half ? memory::data_type::bf16 : memory::data_type::f32; }
+  memory::desc Image() const { return {{n, i, h, w}, Type(), Tag::nhwc}; }
+  memory::desc Result() const { return {{n, o, p, q}, Type(), Tag::nhwc}; }
+  memory::desc Kernel() const { return {{o, i, a, b}, Type(), Tag::hwio}; }
+  memory::desc AnyKernel(memory::data_type type) const { return {{o, i, a, b}, type, Tag::any}; }
+
+  memory::dims Strides() const { return {stride, stride}; }
+  memory::dims Before() const { return {above, left}; }
+  memory::dims After() const { return {(p - 1) * stride + a - h - above, (q - 1) * stride + b - w - left}; }
 };
 
+Shape Read(ffi::AnyBuffer image, ffi::AnyBuffer kernel, ffi::AnyBuffer result, int64_t stride, int64_t above,
+           int64_t left) {
+  auto x = image.dimensions(), k = kernel.dimensions(), y = result.dimensions();
+  return {x[0], x[1], x[2], x[3], k[0], k[1], k[3], y[1], y[2], stride, above, left,
+          image.element_type() == ffi::DataType::BF16};
+}
+
+dnnl::primitive_attr OwnScratch() {
+  dnnl::primitive_attr attributes;
+  attributes.set_scratchpad_mode(dnnl::scratchpad_mode::user);
+  return attributes;
+}
+
+constexpr auto kDirect = dnnl::algorithm::convolution_direct;
+
 // oneDNN's program for a shape, with the order of the kernel's numbers that it likes best.
-struct Program {
-  memory::desc x, kernel, y, packed, scratch;
+struct Forward {
+  memory::desc packed, scratch;
   dnnl::reorder pack;
   dnnl::convolution_forward convolution;
 
-  explicit Program(const Shape& s) {
-    auto type = s.half ? memory::data_type::bf16 : memory::data_type::f32;
-    x = memory::desc({s.n, s.i, s.h, s.w}, type, Tag::nhwc);
-    y = memory::desc({s.n, s.o, s.p, s.q}, type, Tag::nhwc);
-    kernel = memory::desc({s.o, s.i, s.a, s.b}, type, Tag::hwio);
-    int64_t below = (s.p - 1) * s.stride + s.a - s.h - s.above, right = (s.q - 1) * s.stride + s.b - s.w - s.left;
-    dnnl::primitive_attr attributes;
-    attributes.set_scratchpad_mode(dnnl::scratchpad_mode::user);
-    dnnl::convolution_forward::primitive_desc chosen(
-        Cpu(), dnnl::prop_kind::forward_inference, dnnl::algorithm::convolution_direct, x,
-        memory::desc({s.o, s.i, s.a, s.b}, type, Tag::any), y, {s.stride, s.stride}, {s.above, s.left}, {below, right},
-        attributes);
+  explicit Forward(const Shape& s) {
+    dnnl::convolution_forward::primitive_desc chosen(Cpu(), dnnl::prop_kind::forward_inference, kDirect, s.Image(),
+                                                     s.AnyKernel(s.Type()), s.Result(), s.Strides(), s.Before(),
+                                                     s.After(), OwnScratch());
     packed = chosen.weights_desc();
     scratch = chosen.scratchpad_desc();
-    pack = dnnl::reorder(dnnl::reorder::primitive_desc(Cpu(), kernel, Cpu(), packed));
+    pack = dnnl::reorder(dnnl::reorder::primitive_desc(Cpu(), s.Kernel(), Cpu(), packed));
     convolution = dnnl::convolution_forward(chosen);
   }
 };
 
+// The same of the gradient to the kernel, whose sums are float32.
+struct Backward {
+  memory::desc packed, scratch;
+  dnnl::reorder unpack;
+  dnnl::convolution_backward_weights convolution;
+
+  explicit Backward(const Shape& s) {
+    auto wide = s.AnyKernel(memory::data_type::f32);
+    dnnl::convolution_forward::primitive_desc forward(Cpu(), dnnl::prop_kind::forward_training, kDirect, s.Image(),
+                                                      s.AnyKernel(s.Type()), s.Result(), s.Strides(), s.Before(),
+                                                      s.After());
+    dnnl::convolution_backward_weights::primitive_desc chosen(Cpu(), kDirect, s.Image(), wide, s.Result(), s.Strides(),
+                                                              s.Before(), s.After(), forward, OwnScratch());
+    packed = chosen.diff_weights_desc();
+    scratch = chosen.scratchpad_desc();
+    unpack = dnnl::reorder(dnnl::reorder::primitive_desc(Cpu(), packed, Cpu(), s.Kernel()));
+    convolution = dnnl::convolution_backward_weights(chosen);
+  }
+};
+
+template <class Program>
 const Program& Compiled(const Shape& shape) {
   static std::map<std::array<int64_t, 13>, std::unique_ptr<Program>> programs;
   static std::mutex lock;
@@ -87,21 +126,22 @@ class Room {
   size_t size_ = 0;
 };
 
+memory At(const memory::desc& desc, const ffi::AnyBuffer& buffer) { return memory(desc, Cpu(), buffer.untyped_data()); }
+
 ffi::Error Convolution(ffi::AnyBuffer x, ffi::AnyBuffer kernel, ffi::Result<ffi::AnyBuffer> y, int64_t stride,
                        int64_t above, int64_t left) {
   thread_local Room packed_room, scratch_room;
-  auto in = x.dimensions(), k = kernel.dimensions(), out = y->dimensions();
   try {
-    const Program& program = Compiled({in[0], in[1], in[2], in[3], k[0], k[1], k[3], out[1], out[2], stride, above, left,
-                                       x.element_type() == ffi::DataType::BF16});
+    const Shape shape = Read(x, kernel, *y, stride, above, left);
+    const auto& program = Compiled<Forward>(shape);
     dnnl::stream stream(Cpu());
     memory packed(program.packed, Cpu(), packed_room.Take(program.packed.get_size()));
     memory scratch(program.scratch, Cpu(), scratch_room.Take(program.scratch.get_size()));
-    memory given(program.kernel, Cpu(), kernel.untyped_data());
+    memory given = At(shape.Kernel(), kernel);
     program.pack.execute(stream, given, packed);
-    program.convolution.execute(stream, {{DNNL_ARG_SRC, memory(program.x, Cpu(), x.untyped_data())},
+    program.convolution.execute(stream, {{DNNL_ARG_SRC, At(shape.Image(), x)},
                                          {DNNL_ARG_WEIGHTS, packed},
-                                         {DNNL_ARG_DST, memory(program.y, Cpu(), y->untyped_data())},
+                                         {DNNL_ARG_DST, At(shape.Result(), *y)},
                                          {DNNL_ARG_SCRATCHPAD, scratch}});
     stream.wait();
   } catch (const std::exception& error) {
@@ -110,13 +150,39 @@ ffi::Error Convolution(ffi::AnyBuffer x, ffi::AnyBuffer kernel, ffi::Result<ffi:
   return ffi::Error::Success();
 }
 
+ffi::Error KernelGradient(ffi::AnyBuffer x, ffi::AnyBuffer dy, ffi::Result<ffi::AnyBuffer> kernel, int64_t stride,
+                          int64_t above, int64_t left) {
+  thread_local Room packed_room, scratch_room;
+  try {
+    const Shape shape = Read(x, *kernel, dy, stride, above, left);
+    const auto& program = Compiled<Backward>(shape);
+    dnnl::stream stream(Cpu());
+    memory packed(program.packed, Cpu(), packed_room.Take(program.packed.get_size()));
+    memory scratch(program.scratch, Cpu(), scratch_room.Take(program.scratch.get_size()));
+    program.convolution.execute(stream, {{DNNL_ARG_SRC, At(shape.Image(), x)},
+                                         {DNNL_ARG_DIFF_DST, At(shape.Result(), dy)},
+                                         {DNNL_ARG_DIFF_WEIGHTS, packed},
+                                         {DNNL_ARG_SCRATCHPAD, scratch}});
+    memory made = At(shape.Kernel(), *kernel);
+    program.unpack.execute(stream, packed, made);
+    stream.wait();
+  } catch (const std::exception& error) {
+    return ffi::Error::Internal(error.what());
+  }
+  return ffi::Error::Success();
+}
+
+auto Bound() {
+  return ffi::Ffi::Bind()
+      .Arg<ffi::AnyBuffer>()
+      .Arg<ffi::AnyBuffer>()
+      .Ret<ffi::AnyBuffer>()
+      .Attr<int64_t>("stride")
+      .Attr<int64_t>("above")
+      .Attr<int64_t>("left");
+}
+
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(DiffjaxConvolution, Convolution,
-                              ffi::Ffi::Bind()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Attr<int64_t>("stride")
-                                  .Attr<int64_t>("above")
-                                  .Attr<int64_t>("left"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(DiffjaxConvolution, Convolution, Bound());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(DiffjaxKernelGradient, KernelGradient, Bound());

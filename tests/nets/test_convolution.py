@@ -52,7 +52,7 @@ def onednn(always, optimized, monkeypatch):
     if not processor.NATIVE & processor.flags():
         pytest.skip("this processor emulates bfloat16, and diffjax does not ask oneDNN for it there")
     package = pytest.importorskip("diffjax_onednn", reason="needs pip install ./native", exc_type=ImportError)
-    monkeypatch.setattr(convolution, "_onednn", lambda: package.convolve)
+    monkeypatch.setattr(convolution, "_onednn", lambda: package)
 
 
 def drawn(case, dtype=np.float32, n=2):
@@ -169,10 +169,15 @@ def test_onednn(case, dtype, bound):
     x, kernel, dy, stride, padding = drawn(case, dtype)
     call = lambda x, kernel: convolve(x, kernel, stride, padding)
     assert ("diffjax_convolution" in jax.jit(call).lower(x, kernel).as_text()) == (case not in WIDE)
-    y, pull = jax.jit(lambda x, kernel: jax.vjp(call, x, kernel))(x, kernel)
-    for got, wanted in zip((y, *pull(dy)), exact(x, kernel, dy, stride, padding)):
+    both = jax.jit(lambda x, kernel, dy: (call(x, kernel), *jax.vjp(call, x, kernel)[1](dy)))
+    taken = case not in WIDE and dtype == jnp.bfloat16
+    assert ("diffjax_kernel_gradient" in both.lower(x, kernel, dy).as_text()) == taken
+    y, *gradients = both(x, kernel, dy)
+    for got, wanted in zip((y, *gradients), exact(x, kernel, dy, stride, padding)):
         assert got.dtype == dtype and error(got, wanted) < bound
     np.testing.assert_array_equal(jax.jit(call)(x[1:], kernel), y[1:])
+    rows = jax.jit(jax.vmap(lambda x, dy: jax.vjp(call, x, kernel)[1](dy)[1]))(x[:, None], dy[:, None])
+    assert error(rows.sum(0, dtype=np.float32), np.asarray(gradients[1], np.float64)) < bound
     np.testing.assert_array_equal(jax.jit(jax.vmap(call, (0, None)))(x[:, None], kernel)[:, 0], y)
 
 
@@ -193,7 +198,7 @@ def test_a_processor_without_bfloat16_multiplies_float32(case, always, monkeypat
     monkeypatch.setattr(processor, "has_bfloat16", lambda: False)
     asked = []
     plain = lambda x, kernel, **how: asked.append(x.dtype) or convolution._plain(x, kernel, **how)
-    monkeypatch.setattr(convolution, "_onednn", lambda: plain)
+    monkeypatch.setattr(convolution, "_onednn", lambda: types.SimpleNamespace(convolve=plain))
     x, kernel, dy, stride, padding = drawn(case, jnp.bfloat16)
     call = lambda x, kernel: convolve(x, kernel, stride, padding)
     both = jax.jit(lambda x, kernel, dy: (call(x, kernel), *jax.vjp(call, x, kernel)[1](dy)))
@@ -226,7 +231,7 @@ def test_onednn_is_optional(monkeypatch):
     monkeypatch.setitem(sys.modules, "diffjax_onednn", package)
     assert find() is None
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    assert find() is package.convolve
+    assert find() is package
     monkeypatch.setitem(sys.modules, "diffjax_onednn", None)
     assert find() is None
     monkeypatch.setitem(sys.modules, "diffjax_onednn", package)
