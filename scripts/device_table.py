@@ -23,6 +23,7 @@ from diffjax.utils.errors import UserError
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 LARGE, MEDIUM = (f"stabilityai/stable-diffusion-3.5-{size}" for size in ("large", "medium"))
+EFFORT = "jax_exec_time_optimization_effort"
 HEAD = "| program | target | compile s | held | beside | received in a call |\n|---|---|---|---|---|---|"
 
 Row = tuple[str, str, Callable[[], plan.Part]]
@@ -47,9 +48,10 @@ def little_effort() -> Iterator[None]:
     """A block in which compilers search less for the fastest program; a TPU's takes ten times as long for a U-Net
     otherwise.
     """
-    jax.config.update("jax_exec_time_optimization_effort", -1.0)
+    before = getattr(jax.config, EFFORT)
+    jax.config.update(EFFORT, -1.0)
     yield
-    jax.config.update("jax_exec_time_optimization_effort", 0.0)
+    jax.config.update(EFFORT, before)
 
 
 def rows() -> Iterator[Row]:

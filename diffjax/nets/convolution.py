@@ -90,16 +90,17 @@ def _onednn() -> Any:
         return None
 
 
-def _narrow(shape: tuple[int, ...], padding: Padding) -> bool:
-    """Whether oneDNN has it: no padding is as wide as the kernel."""
-    return all(0 <= edge < size for size, edges in zip(shape, padding) for edge in edges)
+def _onednn_for(shape: tuple[int, ...], padding: Padding) -> Any:
+    """The optional package where it has kernels of this shape: no padding is as wide as they are."""
+    narrow = all(0 <= edge < size for size, edges in zip(shape, padding) for edge in edges)
+    return _onednn() if narrow else None
 
 
 def _forward(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
     """By oneDNN or in bfloat16 by products: on a CPU, of many channels."""
     plain, products = (functools.partial(f, stride=stride, padding=padding) for f in (_plain, _products))
     fast = products if x.dtype == jnp.bfloat16 else plain
-    if _narrow(kernel.shape, padding) and x.dtype in (jnp.float32, jnp.bfloat16) and (onednn := _onednn()):
+    if x.dtype in (jnp.float32, jnp.bfloat16) and (onednn := _onednn_for(kernel.shape, padding)):
         fast = functools.partial(onednn.convolve, stride=stride, padding=padding)
     emulated = x.dtype == jnp.bfloat16 and not processor.has_bfloat16()
     if fast is plain or emulated or min(kernel.shape[2:]) < MANY_CHANNELS:
@@ -161,7 +162,7 @@ _half.defvjp(_half_forward, _half_backward)
 
 
 def _gradients(x: Array, kernel: Array, dy: Array, stride: int, padding: Padding) -> tuple[Array, Array]:
-    onednn = _onednn() if _narrow(kernel.shape, padding) else None
+    onednn = _onednn_for(kernel.shape, padding)
     to_kernel = (onednn.kernel_gradient if onednn else _kernel_gradient)(x, dy, kernel.shape, stride, padding)
     if stride > 1:
         return jax.vjp(lambda x: _plain(x, kernel, stride, padding), x)[1](dy)[0], to_kernel

@@ -72,6 +72,14 @@ struct Forward {
     pack = dnnl::reorder(dnnl::reorder::primitive_desc(Cpu(), s.Kernel(), Cpu(), packed));
     convolution = dnnl::convolution_forward(chosen);
   }
+
+  void Run(dnnl::stream& stream, memory x, memory kernel, memory y, memory packed, memory scratch) const {
+    pack.execute(stream, kernel, packed);
+    convolution.execute(stream, {{DNNL_ARG_SRC, x},
+                                 {DNNL_ARG_WEIGHTS, packed},
+                                 {DNNL_ARG_DST, y},
+                                 {DNNL_ARG_SCRATCHPAD, scratch}});
+  }
 };
 
 // The same of the gradient to the kernel, whose sums are float32.
@@ -91,6 +99,14 @@ struct Backward {
     scratch = chosen.scratchpad_desc();
     unpack = dnnl::reorder(dnnl::reorder::primitive_desc(Cpu(), packed, Cpu(), s.Kernel()));
     convolution = dnnl::convolution_backward_weights(chosen);
+  }
+
+  void Run(dnnl::stream& stream, memory x, memory kernel, memory y, memory packed, memory scratch) const {
+    convolution.execute(stream, {{DNNL_ARG_SRC, x},
+                                 {DNNL_ARG_DIFF_DST, y},
+                                 {DNNL_ARG_DIFF_WEIGHTS, packed},
+                                 {DNNL_ARG_SCRATCHPAD, scratch}});
+    unpack.execute(stream, packed, kernel);
   }
 };
 
@@ -128,21 +144,17 @@ class Room {
 
 memory At(const memory::desc& desc, const ffi::AnyBuffer& buffer) { return memory(desc, Cpu(), buffer.untyped_data()); }
 
-ffi::Error Convolution(ffi::AnyBuffer x, ffi::AnyBuffer kernel, ffi::Result<ffi::AnyBuffer> y, int64_t stride,
-                       int64_t above, int64_t left) {
+// A program for the shape of image, kernel and result, one of which it makes of the others.
+template <class Program>
+ffi::Error Run(ffi::AnyBuffer x, ffi::AnyBuffer kernel, ffi::AnyBuffer y, int64_t stride, int64_t above, int64_t left) {
   thread_local Room packed_room, scratch_room;
   try {
-    const Shape shape = Read(x, kernel, *y, stride, above, left);
-    const auto& program = Compiled<Forward>(shape);
+    const Shape shape = Read(x, kernel, y, stride, above, left);
+    const auto& program = Compiled<Program>(shape);
     dnnl::stream stream(Cpu());
     memory packed(program.packed, Cpu(), packed_room.Take(program.packed.get_size()));
     memory scratch(program.scratch, Cpu(), scratch_room.Take(program.scratch.get_size()));
-    memory given = At(shape.Kernel(), kernel);
-    program.pack.execute(stream, given, packed);
-    program.convolution.execute(stream, {{DNNL_ARG_SRC, At(shape.Image(), x)},
-                                         {DNNL_ARG_WEIGHTS, packed},
-                                         {DNNL_ARG_DST, At(shape.Result(), *y)},
-                                         {DNNL_ARG_SCRATCHPAD, scratch}});
+    program.Run(stream, At(shape.Image(), x), At(shape.Kernel(), kernel), At(shape.Result(), y), packed, scratch);
     stream.wait();
   } catch (const std::exception& error) {
     return ffi::Error::Internal(error.what());
@@ -150,26 +162,14 @@ ffi::Error Convolution(ffi::AnyBuffer x, ffi::AnyBuffer kernel, ffi::Result<ffi:
   return ffi::Error::Success();
 }
 
+ffi::Error Convolution(ffi::AnyBuffer x, ffi::AnyBuffer kernel, ffi::Result<ffi::AnyBuffer> y, int64_t stride,
+                       int64_t above, int64_t left) {
+  return Run<Forward>(x, kernel, *y, stride, above, left);
+}
+
 ffi::Error KernelGradient(ffi::AnyBuffer x, ffi::AnyBuffer dy, ffi::Result<ffi::AnyBuffer> kernel, int64_t stride,
                           int64_t above, int64_t left) {
-  thread_local Room packed_room, scratch_room;
-  try {
-    const Shape shape = Read(x, *kernel, dy, stride, above, left);
-    const auto& program = Compiled<Backward>(shape);
-    dnnl::stream stream(Cpu());
-    memory packed(program.packed, Cpu(), packed_room.Take(program.packed.get_size()));
-    memory scratch(program.scratch, Cpu(), scratch_room.Take(program.scratch.get_size()));
-    program.convolution.execute(stream, {{DNNL_ARG_SRC, At(shape.Image(), x)},
-                                         {DNNL_ARG_DIFF_DST, At(shape.Result(), dy)},
-                                         {DNNL_ARG_DIFF_WEIGHTS, packed},
-                                         {DNNL_ARG_SCRATCHPAD, scratch}});
-    memory made = At(shape.Kernel(), *kernel);
-    program.unpack.execute(stream, packed, made);
-    stream.wait();
-  } catch (const std::exception& error) {
-    return ffi::Error::Internal(error.what());
-  }
-  return ffi::Error::Success();
+  return Run<Backward>(x, *kernel, dy, stride, above, left);
 }
 
 auto Bound() {

@@ -24,7 +24,7 @@ def test_home_follows_the_environment(monkeypatch):
     assert home() == Path.home() / ".cache" / "diffjax"
 
 
-@pytest.mark.parametrize("place", ["gs://bucket/run", Path("s3://bucket/run"), "file:///tmp/run"])
+@pytest.mark.parametrize("place", ["gs://bucket/run", Path("s3://bucket/run"), "file:///run"])
 def test_an_address_is_no_folder_here(place):
     with pytest.raises(UserError, match="is an address, .*: name a folder on a file system"):
         files.local(place)
