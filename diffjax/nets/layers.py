@@ -142,15 +142,17 @@ def _half_matmul_backward(dtype: Dtype, split: Split | None, saved: tuple, cotan
     x, kernel, like_x, like_kernel = saved
     on_rows, on_kernel = _placing(x, kernel, split)
     cotangent = on_rows(cotangent.astype(dtype))
-    to_kernel = on_kernel(lax.platform_dependent(x, cotangent, cpu=_outer_product_cpu, default=_outer_product))
+    to_kernel = on_kernel(_outer_product(x, cotangent))
     return on_rows(_rounded(cotangent, kernel, 1, 1)).astype(like_x.dtype), to_kernel.astype(like_kernel.dtype)
 
 
 _half_matmul.defvjp(_half_matmul_forward, _half_matmul_backward)
 
 
+@jax.jit  # as `_rounded` is: each shape is traced and lowered once, however many layers have it
 def _outer_product(x: Array, y: Array) -> Array:
-    return _product(x, y, 0, 0)
+    """`x^T y` in float32."""
+    return lax.platform_dependent(x, y, cpu=_outer_product_cpu, default=lambda x, y: _product(x, y, 0, 0))
 
 
 def _outer_product_cpu(x: Array, y: Array) -> Array:
@@ -167,18 +169,12 @@ def _product(x: Array, y: Array, x_axis: int, y_axis: int, dtype: Dtype = jnp.fl
     return lax.dot_general(x, y, (((x_axis,), (y_axis,)), ((), ())), preferred_element_type=dtype)
 
 
+@functools.partial(jax.jit, static_argnums=(2, 3))
 def _rounded(x: Array, y: Array, x_axis: int, y_axis: int) -> Array:
     """The product in float32, on accelerators rounded to the dtype of `x` as it leaves the unit that accumulates it."""
-    wide, half = _on_platforms(x_axis, y_axis)
-    return lax.platform_dependent(x, y, cpu=wide, default=half)
-
-
-@functools.cache
-def _on_platforms(x_axis: int, y_axis: int) -> tuple[Callable[..., Array], Callable[..., Array]]:
-    """The two products of `_rounded`: the same functions every time, so that jax traces each shape once."""
     wide = lambda x, y: _product(x, y, x_axis, y_axis)
     half = lambda x, y: _product(x, y, x_axis, y_axis, x.dtype).astype(jnp.float32)
-    return wide, half
+    return lax.platform_dependent(x, y, cpu=wide, default=half)
 
 
 class Dense(nn.Module):

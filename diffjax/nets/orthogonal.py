@@ -38,6 +38,7 @@ def _product(x: Array, y: Array, dtype: Dtype) -> Array:
     return jnp.matmul(x.astype(dtype), y.astype(dtype), preferred_element_type=jnp.float32)
 
 
+@functools.partial(jax.jit, static_argnames="dtype")  # so that kernels of one shape are traced and lowered once
 def orthogonal_kernel(kernel: Float[Array, "*axes i o"], dtype: Dtype = jnp.float32) -> Float[Array, "*axes i o"]:
     """`orthogonal` of a kernel, times `sqrt(max(1, outputs / inputs))`.
 
