@@ -3,7 +3,7 @@
 import difflib
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,19 +150,19 @@ class Dataset:
 OPENMOJI = ("openmoji", "tinted_openmoji")
 
 
-def _openmoji(config: ml_collections.ConfigDict, folder: Path) -> Any:
+def _openmoji(config: ml_collections.ConfigDict, folder: Path, before: Callable[[], None]) -> Any:
     from diffjax.data import openmoji, tinted_openmoji
 
     kind = openmoji.Openmoji if config.name == "openmoji" else tinted_openmoji.TintedOpenmoji
     settings = openmoji.config(config.size, config.background, config.subset)
-    return prepared(lambda: kind(config=settings, data_dir=folder))
+    return prepared(lambda: kind(config=settings, data_dir=folder), before)
 
 
-def _captioned_pictures(config: ml_collections.ConfigDict, folder: Path) -> Any:
+def _captioned_pictures(config: ml_collections.ConfigDict, folder: Path, before: Callable[[], None]) -> Any:
     from diffjax.data import captioned_pictures
 
     settings = _settings(config)
-    return prepared(lambda: captioned_pictures.builder(settings, folder))
+    return prepared(lambda: captioned_pictures.builder(settings, folder), before)
 
 
 def _settings(config: ml_collections.ConfigDict) -> Any:
@@ -177,12 +177,12 @@ def _source(config: ml_collections.ConfigDict) -> Any:
     return SOURCES[config.name](Path(config.path).expanduser())
 
 
-def _named(config: ml_collections.ConfigDict, folder: Path) -> Any:
+def _named(config: ml_collections.ConfigDict, folder: Path, before: Callable[[], None]) -> Any:
     """Any other TFDS dataset, found in `folder` or downloaded to it."""
     import tensorflow_datasets as tfds
 
     try:
-        return prepared(lambda: tfds.builder(config.name, data_dir=folder), quiet=False)
+        return prepared(lambda: tfds.builder(config.name, data_dir=folder), before, quiet=False)
     except tfds.core.DatasetNotFoundError as error:
         names = [*BUILDERS, *tfds.list_builders(with_community_datasets=False)]
         nearest = difflib.get_close_matches(config.name, names, 1)
@@ -264,14 +264,15 @@ def _folder(config: ml_collections.ConfigDict) -> Path:
     return Path(config.data_dir or os.environ.get("TFDS_DATA_DIR") or files.home() / "data").expanduser()
 
 
-def load(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Dataset:
-    """The data set that `config` describes (`default_config` has its fields), prepared on first use.
+def load(config: ml_collections.ConfigDict | Mapping[str, Any], before: Callable[[], None] = lambda: None) -> Dataset:
+    """The data set that `config` describes (`default_config` has its fields), prepared on first use: `before()` is
+    called then, to refuse what need not be prepared.
 
     What is prepared or downloaded goes to `config.data_dir`, else `$TFDS_DATA_DIR`, else the cache folder's `data`.
     Raises `UserError` for anything in the configuration or the data that the user can mend.
     """
     config = _complete(config)
-    builder = BUILDERS.get(config.name, _named)(config, _folder(config))
+    builder = BUILDERS.get(config.name, _named)(config, _folder(config), before)
     place = Path(builder.data_path)
     with damaged(place):
         records = Records(builder, config.split)

@@ -49,8 +49,10 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def prepared(make_builder: Callable[[], Any], quiet: bool = True, download: Any = None) -> Any:
-    """A builder whose array_record files are on disk, written now if they were not.
+def prepared(
+    make_builder: Callable[[], Any], before: Callable[[], None] = lambda: None, quiet: bool = True, download: Any = None
+) -> Any:
+    """A builder whose array_record files are on disk, written now if they were not; `before()` is called then.
 
     `make_builder` returns a fresh builder; `download` is TFDS's `DownloadConfig`, where it is another one. TFDS writes
     to a temporary folder and renames it, so an interrupted preparation leaves nothing behind, and of two processes that
@@ -61,6 +63,7 @@ def prepared(make_builder: Callable[[], Any], quiet: bool = True, download: Any 
         builder = make_builder()
         if builder.is_prepared():
             return builder
+        before()
         try:
             builder.download_and_prepare(file_format="array_record", download_config=download)
         except (OSError, RuntimeError) as error:

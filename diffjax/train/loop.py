@@ -48,8 +48,6 @@ def train(config: ConfigDict, workdir: str | Path, allow_change: bool = False) -
     workdir = files.local(workdir)
     config = configs.settle(configs.complete(config), workdir)
     check(config)
-    if "model" not in config and hosts.first(lambda: not (workdir / "config.json").exists()):
-        Experiment.before_data(config).rehearse()
     with contextlib.ExitStack() as stack:
         claimed = record.claim(workdir, config, allow_change)
         hosts.first(lambda: stack.enter_context(claimed))
@@ -65,8 +63,7 @@ def train(config: ConfigDict, workdir: str | Path, allow_change: bool = False) -
             hosts.say(f"{finished}; raise train.steps to go on")
             return
         hosts.first(lambda: user_code.keep(config, workdir))
-        kind = FineTuning if "model" in config else Experiment
-        experiment = hosts.in_turn(lambda: kind.begin(config, workdir, diffjax.data.load(config.data)))
+        experiment = hosts.in_turn(lambda: begun(config, workdir))
         parallel = split(config, experiment.step())
         batches = Prefetch(experiment.batches(parallel.share), functools.partial(place, parallel, experiment))
         stack.callback(batches.close)
@@ -184,6 +181,17 @@ class Training:
                 self.log.sanity(self.done, sanity.look(experiment, ema))
         except UserError as error:
             self.log.terminal.say(f"step {self.done}: no preview: {error}")
+
+
+def begun(config: ConfigDict, workdir: Path) -> Experiment:
+    """The experiment of a run that begins or goes on; rehearsed first where its data are still to be prepared, which
+    takes longer than to find by its first step what does not go together.
+    """
+    if "model" in config:
+        return FineTuning.begin(config, workdir, diffjax.data.load(config.data))
+    return Experiment.begin(
+        config, workdir, diffjax.data.load(config.data, lambda: Experiment.before_data(config).rehearse())
+    )
 
 
 def check(config: ConfigDict) -> None:

@@ -126,9 +126,19 @@ def _remove(paths: set[Path]) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
+def _remove_empty(folders: list[Path]) -> None:
+    """Remove folders, the innermost first, as far as they are empty."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
+
+
 @contextlib.contextmanager
 def _alone(workdir: Path) -> Iterator[None]:
-    """A lock that goes when the process does, however it ends."""
+    """A lock that goes when the process does, however it ends; and so does the folder, if it was made for it and
+    nothing else is left there.
+    """
+    made = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         handle = open(workdir / ".lock", "a+")
@@ -136,4 +146,9 @@ def _alone(workdir: Path) -> Iterator[None]:
         raise UserError(f"cannot write to {workdir}: {error.strerror}; choose another --workdir") from error
     with handle:
         files.lock(handle, refusal=f"is training in {workdir}; wait for it or choose another --workdir")
-        yield
+        try:
+            yield
+        finally:
+            if made and {*workdir.iterdir()} == {workdir / ".lock"}:
+                _remove({workdir / ".lock"})
+                _remove_empty(made)

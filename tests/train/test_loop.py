@@ -353,11 +353,17 @@ def test_what_does_not_fit_is_said_before_the_pictures_are_prepared(pictures, tm
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "prepared"))
     with pytest.raises(UserError, match="network dit cannot be made for these pictures"):
         train(pictures, tmp_path / "run", **{"dit.width": 33})
-    assert not (tmp_path / "prepared").exists() and not (tmp_path / "run" / "config.json").exists()
+    assert not list(tmp_path.iterdir())
 
 
-def test_the_step_is_traced_once_after_its_rehearsal(finished, pictures, tmp_path, monkeypatch):
+def test_what_does_not_fit_leaves_no_folder_where_the_pictures_are_prepared(finished, pictures, tmp_path):
+    with pytest.raises(UserError, match="network dit cannot be made for these pictures"):
+        train(pictures, tmp_path / "run", **{"dit.width": 33})
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_step_is_traced_once_where_the_pictures_are_prepared(finished, pictures, tmp_path, monkeypatch):
     traced, losses = [], Objective.losses
     monkeypatch.setattr(Objective, "losses", lambda *given: traced.append(1) or losses(*given))
     train(pictures, tmp_path / "run", **{"train.steps": 1})
-    assert len(traced) == 2
+    assert len(traced) == 1

@@ -115,6 +115,16 @@ def test_a_config_that_could_not_begin_can_be_mended(tmp_path):
         claim(tmp_path, **{"train.batch": 8})
 
 
+def test_a_run_that_could_not_begin_leaves_no_folder(tmp_path):
+    for name in ("deep/run", "other"):
+        with pytest.raises(UserError), record.claim(tmp_path / "runs" / name, config()):
+            if name == "other":
+                (tmp_path / "runs" / "own").mkdir()
+            raise UserError("no such data")
+        assert not (tmp_path / "runs" / name).exists()
+    assert [path.name for path in tmp_path.rglob("*")] == ["runs", "own"]
+
+
 def test_a_field_more_or_less_is_a_difference():
     there, here = {"a": {"b": 1}}, {"a": {"b": 1, "c": None}, "d": 2}
     assert provenance.differences(there, here, record.MAY_CHANGE) == ["d is null there and 2 here"]
