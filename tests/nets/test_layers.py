@@ -1,6 +1,9 @@
 """Layers against closed forms in float64."""
 
+import re
+
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -143,6 +146,28 @@ def test_half_products_read_half_and_accumulate_in_float32(dtype):
     np.testing.assert_allclose(y, half(x) @ half(kernel), atol=1e-4)
     np.testing.assert_allclose(to_x, half(cotangent) @ half(kernel).T, atol=1e-4)
     np.testing.assert_allclose(to_kernel, np.einsum("abi,abo->io", half(x), half(cotangent)), atol=1e-4)
+
+
+def twice(x, kernel):
+    """Two products of one shape."""
+    product = lambda x: layers.matmul(x, kernel, jnp.bfloat16)
+    return product(product(x)).sum()
+
+
+SQUARES = (normal(0, 24, 16), normal(1, 16, 16))
+
+
+@pytest.mark.parametrize("platform, rounded", [("cpu", 0), ("tpu", 2), ("cuda", 2)])
+def test_half_products_of_one_shape_are_lowered_once_for_their_platform(platform, rounded):
+    lowered = jax.jit(jax.value_and_grad(twice, (0, 1))).trace(*SQUARES).lower(lowering_platforms=(platform,))
+    products = re.findall(r"dot_general.*-> tensor<\w+x(\w+)>", lowered.as_text())
+    assert products.count("bf16") == rounded and len(products) == (4 if platform == "cpu" else 3)
+
+
+def test_a_program_of_several_platforms_has_the_products_of_this_one():
+    function = jax.jit(jax.value_and_grad(twice, (0, 1)))
+    exported = jax.export.export(function, platforms=("tpu", "cpu"))(*SQUARES)
+    jax.tree.map(np.testing.assert_array_equal, exported.call(*SQUARES), function(*SQUARES))
 
 
 def test_half_products_take_every_shape():

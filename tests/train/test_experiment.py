@@ -1,5 +1,6 @@
 """However an experiment is made, and whatever its network is conditioned on, it is the same one."""
 
+import gc
 from pathlib import Path
 
 import jax
@@ -96,6 +97,14 @@ def test_every_kind_is_rehearsed(kind, folder):
     config.sample.grid = "leading"
     with pytest.raises(UserError, match="counts the steps of a table"):
         Experiment.before_data(config).rehearse()
+
+
+def test_what_does_not_fit_is_one_line_and_leaves_the_garbage_collector_on(folder):
+    with pytest.raises(UserError, match="do not go together .ValueError: no such shape.: change one"):
+        with Experiment.before_data(settings("nothing", folder)).fitting():
+            assert not gc.isenabled()
+            raise ValueError("no such shape")
+    assert gc.isenabled()
 
 
 def test_an_experiment_of_no_run_is_not_recalled(tmp_path):
