@@ -126,17 +126,19 @@ def _remove(paths: set[Path]) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def _remove_empty(folders: list[Path]) -> None:
-    """Remove folders, the innermost first, as far as they are empty."""
-    with contextlib.suppress(OSError):
-        for folder in folders:
-            folder.rmdir()
+def _remove_unused(made: list[Path]) -> None:
+    """Remove the folders that were made for a run, its own the first, if that holds its lock alone."""
+    with contextlib.suppress(OSError):  # which folder.rmdir() raises where something else is
+        if made and [path.name for path in made[0].iterdir()] == [".lock"]:
+            (made[0] / ".lock").unlink()
+            for folder in made:
+                folder.rmdir()
 
 
 @contextlib.contextmanager
 def _alone(workdir: Path) -> Iterator[None]:
-    """A lock that goes when the process does, however it ends; and so does the folder, if it was made for it and
-    nothing else is left there.
+    """A lock that goes when the process does, however it ends; the folder goes too if it was made for it and has
+    nothing else.
     """
     made = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
     try:
@@ -149,6 +151,4 @@ def _alone(workdir: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if made and {*workdir.iterdir()} == {workdir / ".lock"}:
-                _remove({workdir / ".lock"})
-                _remove_empty(made)
+            _remove_unused(made)
