@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import jax
 from flax import linen as nn
 
+from diffjax.nets.convolution import ROLES, operations
+
 
 def parameter_count(module: nn.Module, *inputs: Any, **named: Any) -> int:
     """The number of parameters of `module` called on `inputs` (arrays or `jax.ShapeDtypeStruct`s); computes nothing."""
@@ -64,10 +66,11 @@ def program_cost(jaxpr: Any) -> Cost:
         moved = Cost(traffic=float(sum(_bytes(x.aval) for x in (*equation.invars, *equation.outvars))), launches=1.0)
         if name == "dot_general":
             total = total.plus(_product(_dot(equation), equation.invars[0].aval).plus(moved))
-        elif name == "conv_general_dilated":
+        elif name == "conv_general_dilated" or equation.primitive in ROLES:
             narrow = equation.invars[0].aval.dtype.itemsize < 4
             kind = "convolutions16" if narrow else "convolutions"
-            total = total.plus(moved._replace(**{kind: _convolution(equation)}))
+            count = operations if equation.primitive in ROLES else _convolution
+            total = total.plus(moved._replace(**{kind: count(equation)}))
         elif name.startswith("dot_product_attention"):
             (b, t, n, h), s = equation.invars[0].aval.shape, equation.invars[1].aval.shape[1]
             total = total.plus(_product(4.0 * b * n * t * s * h, equation.invars[0].aval).plus(moved))

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from diffjax.nets import convolution
+
 VIEWS = {"broadcast_in_dim", "convert_element_type", "expand_dims", "iota", "reshape", "squeeze"}
 """What is never written to memory of its own."""
 
@@ -129,6 +131,8 @@ def _dissolved(equation: Any, platform: str) -> tuple[Any, int]:
     if name in ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call"):
         inner = params.get("jaxpr") or params.get("call_jaxpr")
         return getattr(inner, "jaxpr", inner), 1
+    if equation.primitive in convolution.ROLES:
+        return convolution.program(equation, platform), 1
     if name == "scan" and params["unroll"] >= params["length"]:
         return params["jaxpr"].jaxpr, params["length"]
     if name == "cond" and params.get("branches_platforms"):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from diffjax.nets import convolution
+from diffjax.nets import convolution_programs as programs
 from diffjax.nets.convolution import Conv, convolve
 from diffjax.utils import processor
 
@@ -38,9 +38,9 @@ WIDE = "uneven", "uneven halving", "padding wider than the kernel"  # of which o
 def always(monkeypatch):
     """Products whatever the size and the processor, in blocks of a few rows."""
     monkeypatch.setattr(processor, "has_bfloat16", lambda: True)
-    monkeypatch.setattr(convolution, "MANY_CHANNELS", 0)
-    monkeypatch.setattr(convolution, "LARGE", 0)
-    monkeypatch.setattr(convolution, "BLOCK", 40)
+    monkeypatch.setattr(programs, "MANY_CHANNELS", 0)
+    monkeypatch.setattr(programs, "LARGE", 0)
+    monkeypatch.setattr(programs, "BLOCK", 40)
     jax.clear_caches()
     yield
     jax.clear_caches()
@@ -52,7 +52,7 @@ def onednn(always, optimized, monkeypatch):
     if not processor.NATIVE & processor.flags():
         pytest.skip("this processor emulates bfloat16, and diffjax does not ask oneDNN for it there")
     package = pytest.importorskip("diffjax_onednn", reason="needs pip install ./native", exc_type=ImportError)
-    monkeypatch.setattr(convolution, "_onednn", lambda: package)
+    monkeypatch.setattr(programs, "_onednn", lambda: package)
 
 
 def drawn(case, dtype=np.float32, n=2):
@@ -123,23 +123,35 @@ def test_transformed(dtype):
             np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=0, atol=2**-7 if dtype != np.float32 else 1e-5)
 
 
+def plainly(x, kernel, stride, padding):
+    """The convolution of XLA, as jax differentiates it."""
+    layout = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=layout)
+
+
 @pytest.mark.usefixtures("always")
-def test_forward_mode_and_second_derivatives():
-    """In float32, by directions and by a second derivative, as the plain convolution has them."""
-    x, kernel, _, stride, padding = drawn("uneven halving")
-    ours, plain = (functools.partial(f, stride=stride, padding=padding) for f in (convolve, convolution._plain))
+@pytest.mark.parametrize("dtype, bound", [(np.float32, 1e-5), (np.float64, 1e-12), (jnp.bfloat16, 2**-5)])
+@pytest.mark.parametrize("case", CASES)
+def test_forward_mode_and_second_derivatives(case, dtype, bound):
+    """By directions, forward over reverse and reverse over reverse, as the plain convolution has them in float64."""
+    with jax.enable_x64(True):
+        x, kernel, _, stride, padding = drawn(case, dtype)
+        ours, plain = (functools.partial(f, stride=stride, padding=padding) for f in (convolve, plainly))
+        got = jax.jit(functools.partial(derivatives, ours))(x, kernel)
+        wanted = jax.jit(functools.partial(derivatives, plain))(x.astype(np.float64), kernel.astype(np.float64))
+        for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+            assert one.dtype == dtype and error(one, np.asarray(other)) < bound
 
-    def derivatives(function, x, kernel):
-        square = lambda x, kernel: jnp.sum(function(x, kernel) ** 2)
-        along = jax.jvp(function, (x, kernel), (kernel.sum() * x, x.mean() * kernel))
-        only_x = jax.linearize(lambda x: function(x, kernel), x)[1](2 * x)
-        slope = lambda x: jnp.sum(jax.grad(square, argnums=1)(x, kernel) ** 2)
-        return along, only_x, jax.grad(slope)(x)
 
-    for got, wanted in zip(
-        *(jax.tree.leaves(jax.jit(derivatives, static_argnums=0)(f, x, kernel)) for f in (ours, plain))
-    ):
-        assert error(got, np.asarray(wanted, np.float64)) < 1e-5
+def derivatives(function, x, kernel):
+    """First ones along a direction of both operands and of one, and second ones by both ways and by every pair."""
+    along = jax.jvp(function, (x, kernel), (jnp.flip(x), jnp.flip(kernel)))
+    only = jax.linearize(lambda x: function(x, kernel), x)[1](jnp.flip(x))
+    square = lambda x, kernel: jnp.sum(jnp.square(function(x, kernel)))
+    slopes = jax.grad(square, (0, 1))
+    forward = jax.jvp(slopes, (x, kernel), (jnp.flip(x), jnp.flip(kernel)))
+    length = lambda x, kernel: sum(jnp.sum(jnp.square(slope)) for slope in slopes(x, kernel))
+    return along, only, forward, jax.grad(length, (0, 1))(x, kernel)
 
 
 @pytest.mark.usefixtures("always")
@@ -161,6 +173,27 @@ def test_devices(dtype):
         assert error(got, whole) < (1e-6 if dtype == np.float32 else 2**-7)
 
 
+def test_meshes():
+    """Under the checks of `shard_map` and on a mesh of explicit axes, where a type says where an array lies, the
+    gradients are those of one device, by plain convolutions; an automatic mesh changes nothing.
+    """
+    x, kernel, _, stride, padding = drawn("3x3", n=8)
+    mesh = lambda kind: jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    automatic, explicit = mesh(jax.sharding.AxisType.Auto), mesh(jax.sharding.AxisType.Explicit)
+    rows, whole = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+    gradients = jax.grad(lambda *pair: jnp.sum(convolve(*pair, stride, padding) ** 2), (0, 1))
+    wanted = gradients(x, kernel)
+    split = jax.shard_map(gradients, mesh=automatic, in_specs=(rows, whole), out_specs=(rows, whole))
+    placed = [jax.device_put(y, jax.NamedSharding(explicit, spec)) for y, spec in ((x, rows), (kernel, whole))]
+    with jax.set_mesh(explicit):
+        on_mesh = jax.jit(gradients)(*placed)
+    for got in (jax.jit(split)(x, kernel), on_mesh):
+        for one, other in zip(got, wanted):
+            assert error(one, np.asarray(other, np.float64)) < 1e-6
+    with jax.sharding.use_abstract_mesh(automatic.abstract_mesh):
+        assert "convolution_to_kernel" in str(jax.make_jaxpr(gradients)(x, kernel))
+
+
 @pytest.mark.usefixtures("onednn")
 @pytest.mark.parametrize("dtype, bound", [(np.float32, 2e-6), (jnp.bfloat16, 2**-8)])
 @pytest.mark.parametrize("case", CASES)
@@ -170,8 +203,7 @@ def test_onednn(case, dtype, bound):
     call = lambda x, kernel: convolve(x, kernel, stride, padding)
     assert ("diffjax_convolution" in jax.jit(call).lower(x, kernel).as_text()) == (case not in WIDE)
     both = jax.jit(lambda x, kernel, dy: (call(x, kernel), *jax.vjp(call, x, kernel)[1](dy)))
-    taken = case not in WIDE and dtype == jnp.bfloat16
-    assert ("diffjax_kernel_gradient" in both.lower(x, kernel, dy).as_text()) == taken
+    assert ("diffjax_kernel_gradient" in both.lower(x, kernel, dy).as_text()) == (case not in WIDE)
     y, *gradients = both(x, kernel, dy)
     for got, wanted in zip((y, *gradients), exact(x, kernel, dy, stride, padding)):
         assert got.dtype == dtype and error(got, wanted) < bound
@@ -197,14 +229,16 @@ def test_a_processor_without_bfloat16_multiplies_float32(case, always, monkeypat
     """Nor is oneDNN asked, which refuses there what it would have to emulate."""
     monkeypatch.setattr(processor, "has_bfloat16", lambda: False)
     asked = []
-    plain = lambda x, kernel, **how: asked.append(x.dtype) or convolution._plain(x, kernel, **how)
-    monkeypatch.setattr(convolution, "_onednn", lambda: types.SimpleNamespace(convolve=plain))
+    noted = lambda result: lambda x, *rest: asked.append(x.dtype) or result(x, *rest)
+    gradient = lambda x, dy, shape, *rest: jax.vjp(lambda k: plainly(x, k, *rest), jnp.zeros(shape))[1](dy)[0]
+    package = types.SimpleNamespace(convolve=noted(plainly), kernel_gradient=noted(gradient))
+    monkeypatch.setattr(programs, "_onednn", lambda: package)
     x, kernel, dy, stride, padding = drawn(case, jnp.bfloat16)
     call = lambda x, kernel: convolve(x, kernel, stride, padding)
     both = jax.jit(lambda x, kernel, dy: (call(x, kernel), *jax.vjp(call, x, kernel)[1](dy)))
     for got, wanted in zip(both(x, kernel, dy), exact(x, kernel, dy, stride, padding)):
         assert got.dtype == jnp.bfloat16 and error(got, wanted) < 2**-8
-    products = re.findall(r"dot_general.*", both.lower(x, kernel, dy).as_text())
+    products = re.findall(r"stablehlo\.(?:dot_general|convolution).*", both.lower(x, kernel, dy).as_text())
     assert products and not any("bf16" in product for product in products) and jnp.bfloat16 not in asked
 
 
@@ -225,15 +259,18 @@ def test_onednn_is_built(tmp_path):
 
 
 def test_onednn_is_optional(monkeypatch):
-    """Switched off by its variable, not taken for several devices, not missed where it is not installed."""
-    find = convolution._onednn.__wrapped__
-    package = types.SimpleNamespace(convolve=object())
+    """Switched off by its variable, not taken for several devices, not missed where it is not installed or an earlier
+    one, which had no gradients.
+    """
+    find = programs._onednn.__wrapped__
+    package = types.SimpleNamespace(convolve=object(), kernel_gradient=object())
     monkeypatch.setitem(sys.modules, "diffjax_onednn", package)
     assert find() is None
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     assert find() is package
-    monkeypatch.setitem(sys.modules, "diffjax_onednn", None)
-    assert find() is None
+    for absent in (None, types.SimpleNamespace(convolve=object())):
+        monkeypatch.setitem(sys.modules, "diffjax_onednn", absent)
+        assert find() is None
     monkeypatch.setitem(sys.modules, "diffjax_onednn", package)
     monkeypatch.setenv("DIFFJAX_ONEDNN", "0")
     assert find() is None
