@@ -59,7 +59,12 @@ class Conv(nn.Module):
         same = self.padding
         padding = ((same, same), (same, same)) if isinstance(same, int) else same
         y = convolve(x.astype(self.dtype), jnp.asarray(kernel, self.dtype), self.strides, padding)
-        return y + jnp.asarray(bias, self.dtype)
+        return add_bias(y, bias)
+
+
+def add_bias(y: Float[Array, "b h w o"], bias: Float[Array, " o"]) -> Float[Array, "b h w o"]:
+    """`y + bias` in the dtype of `y`, added in float32 or wider: so the gradient to the bias is summed over pixels."""
+    return (y + jnp.asarray(bias, jnp.promote_types(y.dtype, jnp.float32))).astype(y.dtype)
 
 
 def convolve(

@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from diffjax.nets import flash
-from diffjax.nets.convolution import Conv, convolve
+from diffjax.nets.convolution import Conv, add_bias, convolve
 from diffjax.nets.lora import LowRank
 from diffjax.nets.quantize import Quantized
 from diffjax.nets.split import Place, Split
@@ -419,9 +419,9 @@ class UpConv(nn.Module):
         kernel = jnp.einsum("pat,qbu,tuio->abipqo", FOLDS, FOLDS, kernel.astype(jnp.float32), precision="highest")
         kernel = kernel.reshape(2, 2, c, 4 * o).astype(self.dtype)
         y = convolve(x.astype(self.dtype), kernel, padding=((1, 1), (1, 1)))
-        y = y.reshape(b, h + 1, w + 1, 2, 2, o) + bias.astype(self.dtype)
+        y = y.reshape(b, h + 1, w + 1, 2, 2, o)
         rows = [jnp.stack([y[:, p : p + h, q : q + w, p, q] for q in (0, 1)], axis=3) for p in (0, 1)]
-        return jnp.stack(rows, axis=2).reshape(b, 2 * h, 2 * w, o)
+        return add_bias(jnp.stack(rows, axis=2).reshape(b, 2 * h, 2 * w, o), bias)
 
 
 class ResBlock(nn.Module):

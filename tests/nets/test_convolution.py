@@ -311,3 +311,11 @@ def test_parameters_are_those_of_flax(fields):
     params = flax.init(jax.random.key(0), x)
     jax.tree.map(np.testing.assert_array_equal, ours.init(jax.random.key(0), x), params)
     np.testing.assert_allclose(ours.apply(params, x), flax.apply(params, x), rtol=0, atol=1e-6)
+
+
+def test_gradient_of_a_bias_is_summed_in_float32():
+    """Of more pixels than bfloat16 can count: 2,304 ones, which a sum in bfloat16 leaves at 256."""
+    x, conv = jnp.ones((1, 48, 48, 3), jnp.bfloat16), Conv(5, (1, 1), dtype=jnp.bfloat16)
+    params = conv.init(jax.random.key(0), x)["params"]
+    loss = lambda params: jnp.sum(conv.apply({"params": params}, x).astype(jnp.float32))
+    np.testing.assert_array_equal(jax.jit(jax.grad(loss))(params)["bias"], 48 * 48)
