@@ -59,12 +59,14 @@ class Conv(nn.Module):
         same = self.padding
         padding = ((same, same), (same, same)) if isinstance(same, int) else same
         y = convolve(x.astype(self.dtype), jnp.asarray(kernel, self.dtype), self.strides, padding)
-        return add_bias(y, bias)
+        return (y + widen(bias)).astype(self.dtype)
 
 
-def add_bias(y: Float[Array, "b h w o"], bias: Float[Array, " o"]) -> Float[Array, "b h w o"]:
-    """`y + bias` in the dtype of `y`, added in float32 or wider: so the gradient to the bias is summed over pixels."""
-    return (y + jnp.asarray(bias, jnp.promote_types(y.dtype, jnp.float32))).astype(y.dtype)
+def widen(x: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
+    """In float32 or wider: what many pixels share, such as a bias, whose gradient is a sum over them. In bfloat16,
+    which jax sums in bfloat16, 2,304 ones can be 1,024.
+    """
+    return jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32))
 
 
 def convolve(

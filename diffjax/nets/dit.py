@@ -131,7 +131,11 @@ class DiT(nn.Module):
         if pooled is None:
             raise UserError("this model reads a pooled text vector: give `pooled`")
         emb, null = self._dense(self.width, name="pooled_in")(pooled), self._null("null_pooled")
-        return emb if has_text is None else jnp.where(has_text[:, None], emb, null.astype(emb.dtype))
+        return (
+            emb
+            if has_text is None
+            else jnp.where(has_text[:, None], emb, jnp.broadcast_to(null, emb.shape).astype(emb.dtype))
+        )
 
     def _embed_label(self, label: Array | None) -> Float[Array, "b c"] | float:
         if not self.classes:
@@ -151,7 +155,7 @@ class DiT(nn.Module):
             raise UserError("this model reads a text: give `context` and `mask`")
         text, null = self._dense(self.width, name="context_in")(context), self._null("null_token")
         if mask is not None and has_text is not None:
-            text = jnp.where(has_text[:, None, None], text, null.astype(text.dtype))
+            text = jnp.where(has_text[:, None, None], text, jnp.broadcast_to(null, text.shape).astype(text.dtype))
             mask = mask.at[:, 0].set(mask[:, 0] | ~has_text)
             mask = jnp.pad(mask, ((0, 0), (0, y.shape[1])), constant_values=True)[:, None, None]
         return jnp.concatenate([text.astype(jnp.float32), y], axis=1), mask

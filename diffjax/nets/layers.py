@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from diffjax.nets import flash
-from diffjax.nets.convolution import Conv, add_bias, convolve
+from diffjax.nets.convolution import Conv, convolve, widen
 from diffjax.nets.lora import LowRank
 from diffjax.nets.quantize import Quantized
 from diffjax.nets.split import Place, Split
@@ -421,7 +421,7 @@ class UpConv(nn.Module):
         y = convolve(x.astype(self.dtype), kernel, padding=((1, 1), (1, 1)))
         y = y.reshape(b, h + 1, w + 1, 2, 2, o)
         rows = [jnp.stack([y[:, p : p + h, q : q + w, p, q] for q in (0, 1)], axis=3) for p in (0, 1)]
-        return add_bias(jnp.stack(rows, axis=2).reshape(b, 2 * h, 2 * w, o), bias)
+        return (jnp.stack(rows, axis=2).reshape(b, 2 * h, 2 * w, o) + widen(bias)).astype(self.dtype)
 
 
 class ResBlock(nn.Module):
@@ -458,11 +458,11 @@ class ResBlock(nn.Module):
             y = norm(name="norm2")(y)
         elif self.time_embedding == "add":
             time = Dense(self.features, **policy, name="time_emb_proj")(self.activation(emb))
-            y = norm(name="norm2")(y + time[:, None, None])
+            y = norm(name="norm2")((y + widen(time[:, None, None])).astype(self.dtype))
         else:
             time = Dense(2 * self.features, **policy, name="time_emb_proj")(self.activation(emb))
-            scale, shift = jnp.split(time[:, None, None], 2, axis=-1)
-            y = norm(name="norm2")(y) * (1 + scale) + shift
+            scale, shift = jnp.split(widen(time[:, None, None]), 2, axis=-1)
+            y = (norm(name="norm2")(y) * (1 + scale) + shift).astype(self.dtype)
         y = nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))(self.activation(y))
         y = conv(name="conv2", kernel_init=nn.initializers.zeros)(y)
         if x.shape[-1] != self.features:

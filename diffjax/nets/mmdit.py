@@ -14,6 +14,7 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from diffjax.nets.convolution import Conv
 from diffjax.nets.layers import Dense, RMSNorm, attention, keep_words, stacked, timestep_embedding
 from diffjax.nets.split import Split
 from diffjax.nets.unet import EmbeddingMLP
@@ -228,7 +229,7 @@ class MMDiT(nn.Module):
         embed = functools.partial(EmbeddingMLP, self.width, **policy)
         emb = embed(name="timestep_embedder")(timestep_embedding(t, TIME_WIDTH)) + embed(name="text_embedder")(pooled)
         emb = nn.silu(emb)
-        patches = nn.Conv(self.width, (p, p), strides=p, padding="VALID", **policy, name="pos_embed_proj")(x)
+        patches = Conv(self.width, (p, p), strides=p, **policy, name="pos_embed_proj")(x)
         tokens = (patches + self._positions(h, w)).astype(self.dtype).reshape(b, -1, self.width)
         streams = tokens, Dense(self.width, **policy, name="context_embedder")(context)
         for run in self.runs():
