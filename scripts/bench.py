@@ -43,7 +43,7 @@ DEMO = ("--config", "experiments/emoji.py")
 EXPLAIN = ("-m", "diffjax", "explain", "--run", "{run}", "--prompt", "red heart", "--out", "{run}/page")
 EVALUATE = ("-m", "diffjax", "evaluate", "--run", "{run}")
 BEST = ("torch channels_last", "diffjax", "diffjax oneDNN")  # all at once would need too much memory
-TRAINING = ("--train", "--rounds", "3", "--dtype", *DTYPES, "--variants", "torch channels_last")
+TRAINING = ("--train", "--rounds", "3", "--dtype", *DTYPES, "--variants", *BEST)
 BENCHMARKS = {
     "start": Benchmark(script("bench_start.py"), script("bench_start.py", "--warm", "1")),
     "demo": Benchmark(("-m", "diffjax", "train", *DEMO, "--workdir", "{run}"), None),
@@ -52,8 +52,7 @@ BENCHMARKS = {
     "demo explained": Benchmark(EXPLAIN, EXPLAIN),
     "cat-256": Benchmark(script("bench_ddpm.py", "--batch", "1", "--rounds", "3", "--dtype", *DTYPES), None),
     "cat-256, batch 4": Benchmark(script("bench_ddpm.py", "--batch", "4", "--rounds", "3", "--variants", *BEST), None),
-    "training a U-Net": Benchmark(script("bench_ddpm.py", *TRAINING, "diffjax"), None),
-    "training a U-Net, oneDNN": Benchmark(script("bench_ddpm.py", *TRAINING, "diffjax oneDNN"), None),
+    "training a U-Net": Benchmark(script("bench_ddpm.py", *TRAINING), None),
     "block of SD3.5": Benchmark(
         script("bench_sd35.py", "--block"), script("bench_sd35.py", "--block", "--rounds", "2")
     ),
