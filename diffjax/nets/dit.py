@@ -131,11 +131,9 @@ class DiT(nn.Module):
         if pooled is None:
             raise UserError("this model reads a pooled text vector: give `pooled`")
         emb, null = self._dense(self.width, name="pooled_in")(pooled), self._null("null_pooled")
-        return (
-            emb
-            if has_text is None
-            else jnp.where(has_text[:, None], emb, jnp.broadcast_to(null, emb.shape).astype(emb.dtype))
-        )
+        if has_text is None:
+            return emb
+        return jnp.where(has_text[:, None], emb, jnp.broadcast_to(null, emb.shape).astype(emb.dtype))
 
     def _embed_label(self, label: Array | None) -> Float[Array, "b c"] | float:
         if not self.classes:

@@ -294,11 +294,9 @@ class UNet(nn.Module):
             raise UserError("this model reads a pooled text vector: give `pooled`")
         emb = self._embedding("pooled_embedding")(pooled)
         null = self.param("null_pooled", nn.initializers.normal(0.02), emb.shape[1:], self.param_dtype)
-        return (
-            emb
-            if has_text is None
-            else jnp.where(has_text[:, None], emb, jnp.broadcast_to(null, emb.shape).astype(self.dtype))
-        )
+        if has_text is None:
+            return emb
+        return jnp.where(has_text[:, None], emb, jnp.broadcast_to(null, emb.shape).astype(emb.dtype))
 
     def _tokens(self, context: Array | None, mask: Array | None, has_text: Array | None) -> Tokens:
         """The token states to attend to; where a row has none, the learned null token. Nothing without text."""
